@@ -1,0 +1,159 @@
+"""Registration of the operations with torch.library: the compiled library, or the reference where there is none.
+
+The compiled library defines the operations and their CPU (and CUDA) kernels. Everything that does not depend on the
+device stands here: shapes for tracing, gradients, autocast, and the reference as the kernel of last resort, for a device
+that the library has no kernels for.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+SCHEMAS = (
+    "edge_weights(Tensor features, str metric) -> Tensor",
+    "grid_tree(Tensor weights, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)",
+    "graph_tree(Tensor edges, Tensor weights, SymInt num_vertices, SymInt root) -> (Tensor, Tensor, Tensor)",
+    "tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False) -> Tensor",
+    "tree_scan_backward(Tensor grad, Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size, "
+    "bool up_only=False) -> (Tensor, Tensor)",
+)
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ./ops"
+PACKAGE = Path(__file__).parent
+
+
+def built() -> dict[str, str]:
+    """What the compiled library was built with (torch, CUDA, architectures, compiler); empty where there is none."""
+    record = PACKAGE / "_build.json"
+    return json.loads(record.read_text()) if record.exists() and library_file() else {}
+
+
+def library_file() -> Path | None:
+    """The compiled library beside this file, or None."""
+    return next((file for pattern in ("_C*.so", "_C*.pyd") for file in sorted(PACKAGE.glob(pattern))), None)
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def load() -> str | None:
+    """Load the compiled library. Returns None, or in one sentence why there is none and what mends it."""
+    file = library_file()
+    if file is None:
+        return f"grootvl_ops was installed without its compiled library (no C++ compiler?); mend it with `{REBUILD}`"
+    torch_built = built().get("torch", "an unknown version")
+    if _release(torch_built) != _release(torch.__version__):
+        return (
+            f"the compiled library {file.name} was built against torch {torch_built}, but torch {torch.__version__} is "
+            f"installed; mend it with `{REBUILD}`"
+        )
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"the compiled library {file.name} could not be loaded ({error}); mend it with `{REBUILD}`"
+    return None
+
+
+problem = load()
+_library = torch.library.Library("grootvl_ops", "FRAGMENT")
+if problem is not None:
+    for schema in SCHEMAS:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_warned: set[str] = set()
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether the compiled library serves tensors on this type of device ("cpu", "cuda", ...)."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("grootvl_ops::tree_scan", key)
+
+
+def warn_reference(device_type: str) -> None:
+    """Say once per type of device that the slow reference serves it."""
+    if device_type in _warned:
+        return
+    _warned.add(device_type)
+    reason = problem or f"the compiled library has no kernels for {device_type} tensors (built for: {built()})"
+    warnings.warn(f"grootvl_ops runs its slow reference for {device_type} tensors: {reason}", stacklevel=3)
+
+
+def _register_reference(name: str) -> None:
+    function = getattr(reference, name)
+
+    def kernel(*args, **kwargs):
+        warn_reference(args[0].device.type)
+        return function(*args, **kwargs)
+
+    # Chosen by the dispatcher only for devices that have no kernel of their own.
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+for _name in ("edge_weights", "grid_tree", "graph_tree", "tree_scan", "tree_scan_backward"):
+    _register_reference(_name)
+
+
+@torch.library.register_fake("grootvl_ops::edge_weights")
+def _(features: Tensor, metric: str) -> Tensor:
+    batch, height, width, _ = features.shape
+    dtype = reference.accumulation_dtype(features.dtype)
+    return features.new_empty((batch, (height - 1) * width + height * (width - 1)), dtype=dtype)
+
+
+def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (like.shape[0], num_vertices)
+    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(3))
+
+
+@torch.library.register_fake("grootvl_ops::grid_tree")
+def _(weights: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_tree(weights, height * width)
+
+
+@torch.library.register_fake("grootvl_ops::graph_tree")
+def _(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_tree(weights, num_vertices)
+
+
+@torch.library.register_fake("grootvl_ops::tree_scan")
+def _(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, subtree_size: Tensor, up_only: bool = False) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::tree_scan_backward")
+def _(
+    grad: Tensor, x: Tensor, decay: Tensor, parent: Tensor, order: Tensor, subtree_size: Tensor, up_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), decay.new_empty(decay.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, decay, parent, order, subtree_size, up_only = inputs
+    ctx.save_for_backward(x, decay, parent, order, subtree_size)
+    ctx.up_only = up_only
+
+
+def _backward(ctx, grad: Tensor):
+    x, decay, parent, order, subtree_size = ctx.saved_tensors
+    dx, ddecay = torch.ops.grootvl_ops.tree_scan_backward(
+        grad, x, decay, parent, order, subtree_size, ctx.up_only
+    )
+    return dx, ddecay, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("grootvl_ops.tree_scan can be differentiated once only: it has no second derivatives")
+
+
+torch.library.register_autograd("grootvl_ops::tree_scan", _backward, setup_context=_setup_context)
+torch.library.register_autograd("grootvl_ops::tree_scan_backward", _no_double_backward)
+# A long product of decays needs float32; kernels called with float16 or bfloat16 data accumulate in float32 as well.
+for _device_type in ("cpu", "cuda"):
+    torch.library.register_autocast("grootvl_ops::tree_scan", _device_type, torch.float32)
