@@ -28,7 +28,7 @@ REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ./ops"
 PACKAGE = Path(__file__).parent
 
 
-def built() -> dict[str, str]:
+def built() -> dict[str, str | None]:
     """What the compiled library was built with (torch, CUDA, architectures, compiler); empty where there is none."""
     record = PACKAGE / "_build.json"
     return json.loads(record.read_text()) if record.exists() and library_file() else {}

@@ -1,0 +1,85 @@
+// Checks that every kernel makes, whoever calls it: sizes and types that decide which memory is touched.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <limits>
+#include <string>
+
+namespace grootvl {
+
+enum class Metric { kCosine, kEuclidean, kManhattan };
+
+inline Metric parse_metric(const std::string& name) {
+  if (name == "cosine") return Metric::kCosine;
+  if (name == "euclidean") return Metric::kEuclidean;
+  TORCH_CHECK_VALUE(name == "manhattan", "metric must be 'cosine', 'euclidean' or 'manhattan', got '", name, "'");
+  return Metric::kManhattan;
+}
+
+inline int64_t num_grid_edges(int64_t height, int64_t width) { return (height - 1) * width + height * (width - 1); }
+
+inline void check_features(const at::Tensor& features) {
+  TORCH_CHECK_VALUE(features.dim() == 4 && features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0,
+                    "features must be (B, H, W, C) with at least one pixel and one channel, got ", features.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(features.scalar_type()), "features must be floating point, got ",
+                   features.scalar_type());
+}
+
+inline void check_weights(const at::Tensor& weights, int64_t num_edges, int64_t num_vertices, int64_t root) {
+  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble,
+                   "weights must be float32 or float64, got ", weights.scalar_type());
+  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(1) == num_edges, "weights must be (B, ", num_edges, "), got ",
+                    weights.sizes());
+  TORCH_CHECK_VALUE(num_vertices >= 1, "a tree needs at least one vertex, got ", num_vertices);
+  TORCH_CHECK_VALUE(root >= 0 && root < num_vertices, "root must be from 0 to ", num_vertices - 1, ", got ", root);
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // vertices and darts are numbered in 32 bits
+  TORCH_CHECK_VALUE(num_vertices <= limit && num_edges <= limit, "a graph may have up to ", limit,
+                    " vertices and edges, got ", num_vertices, " and ", num_edges);
+}
+
+inline void check_grid(const at::Tensor& weights, int64_t height, int64_t width, int64_t root) {
+  TORCH_CHECK_VALUE(height >= 1 && width >= 1, "a map needs at least one pixel, got ", height, " x ", width);
+  TORCH_CHECK_VALUE(height <= (int64_t{1} << 30) && width <= (int64_t{1} << 30) / height,
+                    "a map may have up to 2^30 pixels, got ", height, " x ", width);
+  check_weights(weights, num_grid_edges(height, width), height * width, root);
+}
+
+inline void check_graph(const at::Tensor& edges, const at::Tensor& weights, int64_t num_vertices, int64_t root) {
+  TORCH_CHECK_TYPE(edges.scalar_type() == at::kInt || edges.scalar_type() == at::kLong,
+                   "edges must be int32 or int64, got ", edges.scalar_type());
+  TORCH_CHECK_VALUE(edges.dim() == 3 && edges.size(2) == 2, "edges must be (B, E, 2), got ", edges.sizes());
+  check_weights(weights, edges.size(1), num_vertices, root);
+  TORCH_CHECK_VALUE(edges.size(0) == weights.size(0), "edges and weights must have one batch size, got ", edges.sizes(),
+                    " and ", weights.sizes());
+  TORCH_CHECK_VALUE(edges.device() == weights.device(), "edges and weights must be on one device, got ", edges.device(),
+                    " and ", weights.device());
+}
+
+inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
+                       const at::Tensor& subtree_size) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
+  TORCH_CHECK_VALUE(decay.sizes() == x.sizes(), "decay must have the shape of x, ", x.sizes(), ", got ", decay.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(decay.scalar_type() == x.scalar_type(), "x and decay must have one dtype, got ", x.scalar_type(),
+                   " and ", decay.scalar_type());
+  TORCH_CHECK_VALUE(decay.device() == x.device(), "x and decay must be on one device, got ", x.device(), " and ",
+                    decay.device());
+  for (const at::Tensor* field : {&parent, &order, &subtree_size}) {
+    TORCH_CHECK_VALUE(field->dim() == 2 && field->size(0) == x.size(0) && field->size(1) == x.size(1),
+                      "the tree's fields must be (B, L) for x ", x.sizes(), ", got ", field->sizes());
+    TORCH_CHECK_TYPE(field->scalar_type() == at::kInt, "the tree's fields must be int32, got ", field->scalar_type());
+    TORCH_CHECK_VALUE(field->device() == x.device(), "x and the tree must be on one device, got ", x.device(), " and ",
+                      field->device());
+  }
+}
+
+inline void check_scan_grad(const at::Tensor& grad, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x, ", x.scalar_type(), ", got ",
+                   grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.device() == x.device(), "grad and x must be on one device, got ", grad.device(), " and ",
+                    x.device());
+}
+
+}  // namespace grootvl

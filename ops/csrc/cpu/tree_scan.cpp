@@ -1,0 +1,198 @@
+// The tree scan and its gradients: sweeps over the rows of (B, L, D) data in the tree's order, contiguous over
+// channels. The equations stand in grootvl_ops/reference.py.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../checks.h"
+#include "vectorize.h"
+
+namespace grootvl {
+namespace {
+
+// One tree, and the channels [begin, end) of its rows of `stride` values.
+struct Block {
+  const int32_t* parent;
+  const int32_t* order;
+  int64_t num_vertices;
+  int64_t stride;
+  int64_t begin;
+  int64_t end;
+};
+
+// u_p += a_i u_i, from the leaves up; u holds x before.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void up_sweep(const Block& block, const scalar_t* decay, scalar_t* u) {
+  const int64_t n = block.end - block.begin;
+  for (int64_t k = block.num_vertices - 1; k > 0; --k) {
+    const int64_t i = block.order[k], p = block.parent[i];
+    if (i == p) continue;
+    const scalar_t* a = decay + i * block.stride + block.begin;
+    const scalar_t* u_i = u + i * block.stride + block.begin;
+    scalar_t* u_p = u + p * block.stride + block.begin;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) u_p[c] += a[c] * u_i[c];
+  }
+}
+
+// h_i = (1 - a_i^2) u_i + a_i h_p, from the root down; h holds u before.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void down_sweep(const Block& block, const scalar_t* decay, scalar_t* h) {
+  const int64_t n = block.end - block.begin;
+  for (int64_t k = 0; k < block.num_vertices; ++k) {
+    const int64_t i = block.order[k], p = block.parent[i];
+    if (i == p) continue;
+    const scalar_t* a = decay + i * block.stride + block.begin;
+    scalar_t* h_i = h + i * block.stride + block.begin;
+    const scalar_t* h_p = h + p * block.stride + block.begin;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) h_i[c] += a[c] * (h_p[c] - a[c] * h_i[c]);
+  }
+}
+
+// Both down sweeps of the backward pass and the gradient of the edges; h and g hold u and G_u before.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* decay, scalar_t* h, scalar_t* g,
+                                            scalar_t* ddecay) {
+  const int64_t n = block.end - block.begin;
+  for (int64_t k = 0; k < block.num_vertices; ++k) {
+    const int64_t i = block.order[k], p = block.parent[i];
+    const int64_t row = i * block.stride + block.begin, above = p * block.stride + block.begin;
+    scalar_t* da = ddecay + row;
+    if (i == p) {
+      std::fill(da, da + n, scalar_t(0));
+      continue;
+    }
+    const scalar_t* a = decay + row;
+    const scalar_t *h_p = h + above, *g_p = g + above;
+    scalar_t *h_i = h + row, *g_i = g + row;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+      const scalar_t from_above = h_p[c] - a[c] * h_i[c], g_from_above = g_p[c] - a[c] * g_i[c];
+      da[c] = g_i[c] * from_above + h_i[c] * g_from_above;
+      h_i[c] += a[c] * from_above;
+      g_i[c] += a[c] * g_from_above;
+    }
+  }
+}
+
+// The gradients of the up sweep alone; g holds the output's gradient before.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void up_sweep_backward(const Block& block, const scalar_t* decay, const scalar_t* u, scalar_t* g,
+                                          scalar_t* ddecay) {
+  const int64_t n = block.end - block.begin;
+  for (int64_t k = 0; k < block.num_vertices; ++k) {
+    const int64_t i = block.order[k], p = block.parent[i];
+    const int64_t row = i * block.stride + block.begin, above = p * block.stride + block.begin;
+    scalar_t* da = ddecay + row;
+    if (i == p) {
+      std::fill(da, da + n, scalar_t(0));
+      continue;
+    }
+    const scalar_t *a = decay + row, *u_i = u + row, *g_p = g + above;
+    scalar_t* g_i = g + row;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+      da[c] = u_i[c] * g_p[c];
+      g_i[c] += a[c] * g_p[c];
+    }
+  }
+}
+
+// Calls `sweep(batch, block)` in parallel for every tree and group of channels. Channels do not touch each other, so
+// the grouping changes no result; groups are whole cache lines, as many as keep every thread busy.
+template <typename Sweep>
+void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Tensor& order, Sweep sweep) {
+  const int64_t batch = x.size(0), num_vertices = x.size(1), channels = x.size(2);
+  if (x.numel() == 0) return;
+  const int64_t line = 64 / x.element_size();
+  const int64_t lines = (channels + line - 1) / line;
+  const int64_t groups = std::min(lines, (2 * at::get_num_threads() + batch - 1) / batch);
+  const int64_t width = (lines + groups - 1) / groups * line;
+  const auto* parent_data = parent.const_data_ptr<int32_t>();
+  const auto* order_data = order.const_data_ptr<int32_t>();
+  at::parallel_for(0, batch * groups, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t b = task / groups, begin = task % groups * width, end = std::min(begin + width, channels);
+      if (begin >= end) continue;
+      const int64_t offset = b * num_vertices;
+      sweep(offset * channels, Block{parent_data + offset, order_data + offset, num_vertices, channels, begin, end});
+    }
+  });
+}
+
+at::ScalarType accumulation_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The kernels follow parents without further checks, so a broken tree must not get that far.
+void check_indices(const at::Tensor& parent, const at::Tensor& order) {
+  if (parent.numel() == 0) return;
+  for (const at::Tensor* field : {&parent, &order}) {
+    const auto [low, high] = at::aminmax(*field);
+    TORCH_CHECK_VALUE(low.item<int32_t>() >= 0 && high.item<int32_t>() < parent.size(1),
+                      "the tree must name vertices from 0 to ", parent.size(1) - 1, ", got ", low.item<int32_t>(),
+                      " to ", high.item<int32_t>());
+  }
+}
+
+at::Tensor tree_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent_, const at::Tensor& order_,
+                     const at::Tensor& subtree_size, bool up_only) {
+  check_scan(x, decay, parent_, order_, subtree_size);
+  check_indices(parent_, order_);
+  const auto type = accumulation_type(x);
+  const at::Tensor parent = parent_.contiguous(), order = order_.contiguous();
+  const at::Tensor a = decay.to(type).contiguous();
+  at::Tensor h = at::empty(x.sizes(), x.options().dtype(type)).copy_(x);
+  AT_DISPATCH_FLOATING_TYPES(type, "tree_scan", [&] {
+    const auto* a_data = a.const_data_ptr<scalar_t>();
+    auto* h_data = h.mutable_data_ptr<scalar_t>();
+    for_each_block(h, parent, order, [&](int64_t offset, const Block& block) {
+      up_sweep(block, a_data + offset, h_data + offset);
+      if (!up_only) down_sweep(block, a_data + offset, h_data + offset);
+    });
+  });
+  return h.to(x.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                      const at::Tensor& decay, const at::Tensor& parent_,
+                                                      const at::Tensor& order_, const at::Tensor& subtree_size,
+                                                      bool up_only) {
+  check_scan(x, decay, parent_, order_, subtree_size);
+  check_scan_grad(grad, x);
+  check_indices(parent_, order_);
+  const auto type = accumulation_type(x);
+  const auto options = x.options().dtype(type);
+  const at::Tensor parent = parent_.contiguous(), order = order_.contiguous();
+  const at::Tensor a = decay.to(type).contiguous();
+  at::Tensor u = at::empty(x.sizes(), options).copy_(x), g = at::empty(x.sizes(), options).copy_(grad);
+  at::Tensor da = at::empty(x.sizes(), options);
+  AT_DISPATCH_FLOATING_TYPES(type, "tree_scan_backward", [&] {
+    const auto* a_data = a.const_data_ptr<scalar_t>();
+    auto* u_data = u.mutable_data_ptr<scalar_t>();
+    auto* g_data = g.mutable_data_ptr<scalar_t>();
+    auto* da_data = da.mutable_data_ptr<scalar_t>();
+    for_each_block(u, parent, order, [&](int64_t offset, const Block& block) {
+      up_sweep(block, a_data + offset, u_data + offset);
+      if (up_only) {
+        up_sweep_backward(block, a_data + offset, u_data + offset, g_data + offset, da_data + offset);
+      } else {
+        up_sweep(block, a_data + offset, g_data + offset);
+        down_sweep_backward(block, a_data + offset, u_data + offset, g_data + offset, da_data + offset);
+      }
+    });
+  });
+  return {g.to(x.scalar_type()), da.to(decay.scalar_type())};
+}
+
+}  // namespace
+}  // namespace grootvl
+
+TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
+  m.impl("tree_scan", &grootvl::tree_scan);
+  m.impl("tree_scan_backward", &grootvl::tree_scan_backward);
+}

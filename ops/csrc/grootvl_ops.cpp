@@ -1,0 +1,19 @@
+// The operations of grootvl_ops, as seen by PyTorch's dispatcher. Kernels register themselves in csrc/cpu and
+// csrc/cuda; shapes for tracing, gradients and autocast are registered in grootvl_ops/_library.py, where each operation
+// is documented.
+#include <torch/library.h>
+
+TORCH_LIBRARY(grootvl_ops, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("edge_weights(Tensor features, str metric) -> Tensor", tags);
+  m.def("grid_tree(Tensor weights, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)", tags);
+  m.def("graph_tree(Tensor edges, Tensor weights, SymInt num_vertices, SymInt root) -> (Tensor, Tensor, Tensor)", tags);
+  m.def(
+      "tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False)"
+      " -> Tensor",
+      tags);
+  m.def(
+      "tree_scan_backward(Tensor grad, Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size,"
+      " bool up_only=False) -> (Tensor, Tensor)",
+      tags);
+}
