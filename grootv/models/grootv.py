@@ -1,0 +1,535 @@
+"""GrootV: a hierarchical vision backbone that scans its feature maps along minimum spanning trees.
+
+Paper: GrootVL: Tree Topology is All You Need in State Space Model (MambaTree, NeurIPS 2024),
+https://arxiv.org/abs/2406.02395
+
+The maps stay channels-last, (B, H, W, C), from the stem to the head. The project hosts no weights: released
+checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerNorm, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    clean_state_dict,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from grootvl_ops import Tree
+
+from .tree_ssm import TreeSSM
+
+__all__ = ["GrootV", "checkpoint_filter_fn"]
+
+_logger = logging.getLogger(__name__)
+
+TREE_PER = ("block", "stage")
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride two, each with a LayerNorm: (B, C_in, H, W) to (B, H / 4, W / 4, C)."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm(dim // 2, eps=1e-6, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Convolutions keep the memory format of their input: no map is transposed after this one.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        x = self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm2(x)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride two and a LayerNorm, on channels-last maps."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = LayerNorm(dim, eps=1e-6, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class GrootVBlock(nn.Module):
+    """Pre-norm residual block: TreeSSM, then an MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        metric: str = "cosine",
+        root: str = "all",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
+        self.mixer = TreeSSM(dim, metric=metric, root=root, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
+        """(B, H, W, C) to (B, H, W, C), and the tree that was scanned: `tree`, or one built here."""
+        mixed, tree = self.mixer(self.norm1(x), tree)
+        x = x + self.drop_path1(mixed)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x, tree
+
+
+class GrootVStage(nn.Module):
+    """Downsampling (but in the first stage), blocks, and the LayerNorm whose output is the stage's feature."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        downsample: bool,
+        mlp_ratio: float,
+        drop_path: list[float],
+        metric: str,
+        root: str,
+        tree_per: str,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.share_tree = tree_per == "stage"
+        self.downsample = Downsample(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            GrootVBlock(dim, mlp_ratio, drop_path[i], metric, root, **dd) for i in range(depth)
+        )
+        self.norm = LayerNorm(dim, eps=1e-6, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        tree: Tree | None = None
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, tree = checkpoint(block, x, tree)
+            else:
+                x, tree = block(x, tree)
+            if not self.share_tree:
+                tree = None
+        return self.norm(x)
+
+
+class GrootVHead(ClassifierHead):
+    """1x1 convolution to 1.5 times the channels, BatchNorm and GELU before pooling and classifier."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        hidden_dim = in_dim * 3 // 2
+        super().__init__(hidden_dim, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
+        self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(hidden_dim, **dd)
+        self.act = nn.GELU()
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """New classifier; `reset_other` also removes the layers before the pooling, which then sees `in_features`."""
+        if reset_other:
+            self.conv = nn.Identity()
+            self.norm = nn.Identity()
+            self.act = nn.Identity()
+            self.in_features = in_features or self.in_features
+        super().reset(num_classes, pool_type, device=device, dtype=dtype)
+        self.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.act(self.norm(self.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+
+class GrootV(nn.Module):
+    """GrootV backbone and classifier.
+
+    Args:
+        in_chans: Channels of the input image.
+        num_classes: Classes of the classifier; 0 for none.
+        global_pool: timm's name of the pooling, "" for none.
+        dims: Channels of each stage.
+        depths: Blocks of each stage.
+        mlp_ratio: Hidden channels of a block's MLP per channel.
+        metric: Dissimilarity by which trees choose their edges: "cosine", "euclidean" or "manhattan".
+        root: "all" pixels are roots, or only the "first" (see `TreeSSM`).
+        tree_per: One tree for each "block", or one for each "stage", built by its first block.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth; grows linearly from 0 in the first block to this in the last.
+        device, dtype: Where and as what the parameters are made.
+
+    Raises:
+        ValueError: dims and depths of different length, or an unknown metric, root or tree_per.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (80, 160, 320, 640),
+        depths: tuple[int, ...] = (2, 2, 9, 2),
+        mlp_ratio: float = 4.0,
+        metric: str = "cosine",
+        root: str = "all",
+        tree_per: str = "block",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if len(dims) != len(depths):
+            raise ValueError(f"dims and depths must name as many stages, got {tuple(dims)} and {tuple(depths)}")
+        if tree_per not in TREE_PER:
+            raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+        self.feature_info = []
+
+        self.stem = Stem(in_chans, dims[0], **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            stages.append(
+                GrootVStage(
+                    dims[max(i - 1, 0)],
+                    dim,
+                    depth,
+                    downsample=i > 0,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=drop_path[i],
+                    metric=metric,
+                    root=root,
+                    tree_per=tree_per,
+                    **dd,
+                )
+            )
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dims[-1]
+        self.head = GrootVHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Convolutions and norms keep PyTorch's initialisation.
+        if isinstance(module, TreeSSM):
+            trunc_normal_(module.in_proj.weight, std=0.02)
+            trunc_normal_(module.out_proj.weight, std=0.02)
+        elif isinstance(module, (Mlp, ClassifierHead)):
+            for layer in module.children():
+                if isinstance(layer, nn.Linear):
+                    trunc_normal_(layer.weight, std=0.02)
+                    nn.init.zeros_(layer.bias)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise all parameters and buffers anew, such as after `to_empty` on a model made on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        # Parents after their children, whose defaults they replace.
+        self.apply(self._init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay, besides norms and biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D_skip"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes of the new one; 0 for none.
+            global_pool: New pooling; None keeps the present one.
+            reset_other: Also remove the head's convolution and norm.
+        """
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other, in_features=self.num_features, device=like.device, dtype=like.dtype
+        )
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward features, and the features of the stages.
+
+        Args:
+            x: (B, C_in, H, W) images.
+            indices: Stages to take: the last n for an int, all for None.
+            norm: No effect: the features of all stages are normed, as published.
+            stop_early: Leave out the stages after the last one taken.
+            output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
+            intermediates_only: Return the intermediates alone.
+
+        Returns:
+            The (B, H, W, C) output of the last stage that ran, and the list of intermediates.
+        """
+        assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
+        channel_first = output_fmt == "NCHW"
+        intermediates: list[Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice modules)
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x.permute(0, 3, 1, 2) if channel_first else x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the layers that the stages taken by `indices` (see `forward_intermediates`) do not need."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "", reset_other=True)
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) images to the last stage's (B, H / 32, W / 32, C) map."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last stage's map to (B, num_classes) logits, or with `pre_logits` to what the classifier reads."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# Official parameter names and ours, in the order of replacement.
+_OFFICIAL_NAMES = (
+    (r"^patch_embed\.(conv|norm)(\d)\.(1\.)?", r"stem.\1\2."),
+    (r"^levels\.", "stages."),
+    (r"\.TreeSSM\.", ".mixer."),
+    (r"\.mixer\.conv2d\.", ".mixer.conv."),
+    (r"\.mixer\.x_proj_weight$", ".mixer.x_proj.weight"),
+    (r"\.mixer\.dt_projs_(weight|bias)$", r".mixer.dt_proj.\1"),
+    (r"\.mixer\.A_logs$", ".mixer.A_log"),
+    (r"\.mixer\.Ds$", ".mixer.D_skip"),
+    (r"\.(norm\d?)\.[01]\.(weight|bias)$", r".\1.\2"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"^conv_head\.0\.", "head.conv."),
+    (r"^conv_head\.1\.0\.", "head.norm."),
+)
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averaged weights come first
+
+
+def _official_to_timm(name: str) -> str:
+    for pattern, replacement in _OFFICIAL_NAMES:
+        name = re.sub(pattern, replacement, name)
+    # The official code counts a downsampler to the stage before it, timm to the stage that it begins.
+    return re.sub(r"^stages\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.", name)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: GrootV) -> dict[str, Tensor]:
+    """Bring a checkpoint into the form that `model.load_state_dict` takes, and check that it fits.
+
+    Official parameter names become this project's. The weights may stand under "state_dict_ema", "model_ema",
+    "state_dict" or "model" (in this order), with the prefixes of DistributedDataParallel, torch.compile, or a
+    detector's "backbone.". A checkpoint of a backbone alone, without any head, leaves the model the head it has.
+
+    Args:
+        state_dict: What the file held.
+        model: The model to load it into.
+
+    Returns:
+        Parameters and buffers by this project's names. The first convolution and the classifier may still have the
+        number of input channels and classes of the file, to which timm attends.
+
+    Raises:
+        RuntimeError: names that are missing or unexpected, or shapes that differ.
+    """
+    for wrapper in _WRAPPERS:
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+            break
+    state_dict = clean_state_dict(state_dict)
+    if any(name.startswith("backbone.") for name in state_dict):
+        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    if any(name.startswith(("patch_embed.", "levels.")) for name in state_dict):
+        state_dict = {_official_to_timm(name): value for name, value in state_dict.items()}
+
+    expected = model.state_dict()
+    if not any(name.startswith("head.") for name in state_dict):
+        _logger.warning("The checkpoint has no head: the model keeps its own.")
+        state_dict |= {name: value for name, value in expected.items() if name.startswith("head.")}
+    for name, value in state_dict.items():
+        # The official code has an axis of length one for scan directions, and one for the state.
+        if name in expected and value.ndim == expected[name].ndim + 1 and ".mixer." in name:
+            state_dict[name] = value.reshape(-1) if name.endswith(".A_log") else value.squeeze(0)
+    _check_fit(state_dict, expected)
+    return state_dict
+
+
+def _check_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise unless only the classifier and the number of input channels differ: even where timm loads leniently."""
+    adapted = ("stem.conv1.weight", "head.fc.weight", "head.fc.bias")
+    missing = [name for name in expected if name not in state_dict and name not in adapted]
+    unexpected = [name for name in state_dict if name not in expected and name not in adapted]
+    misshaped = [
+        f"{name} {list(value.shape)} instead of {list(expected[name].shape)}"
+        for name, value in state_dict.items()
+        if name in expected and name not in adapted and value.shape != expected[name].shape
+    ]
+    problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+    if any(names for _, names in problems):
+        found = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems if names)
+        raise RuntimeError(f"the checkpoint does not fit the model: {found}")
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2406.02395",
+        "paper_name": "GrootVL: Tree Topology is All You Need in State Space Model",
+        **kwargs,
+    }
+
+
+# No weights are hosted for these models. The configurations are those of the released ImageNet-1K checkpoints, which
+# load from a file.
+default_cfgs = generate_default_cfgs(
+    {"grootv_nano": _cfg(), "grootv_tiny": _cfg(), "grootv_small": _cfg(), "grootv_base": _cfg()}
+)
+
+
+def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
+    return build_model_with_cfg(
+        GrootV,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def grootv_nano(pretrained: bool = False, **kwargs: Any) -> GrootV:
+    """GrootV-Nano, a size of this project for tests, demonstrations and small devices: 3 M parameters."""
+    model_args = {"dims": (32, 64, 128, 256), "depths": (1, 1, 4, 1)}
+    return _create_grootv("grootv_nano", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def grootv_tiny(pretrained: bool = False, **kwargs: Any) -> GrootV:
+    """GrootV-Tiny: 30 M parameters, 4.8 GFLOPs at 224 x 224."""
+    model_args = {"dims": (80, 160, 320, 640), "depths": (2, 2, 9, 2)}
+    return _create_grootv("grootv_tiny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def grootv_small(pretrained: bool = False, **kwargs: Any) -> GrootV:
+    """GrootV-Small: 51 M parameters, 8.5 GFLOPs at 224 x 224."""
+    model_args = {"dims": (96, 192, 384, 768), "depths": (2, 2, 13, 2)}
+    return _create_grootv("grootv_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def grootv_base(pretrained: bool = False, **kwargs: Any) -> GrootV:
+    """GrootV-Base: 91 M parameters, 15.1 GFLOPs at 224 x 224."""
+    model_args = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 13, 2)}
+    return _create_grootv("grootv_base", pretrained, **{**model_args, **kwargs})
