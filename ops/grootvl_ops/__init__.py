@@ -7,8 +7,6 @@ The operations come from GrootVL / MambaTree (arXiv 2406.02395). They run on com
 package was installed with a compiler, and on `grootvl_ops.reference` elsewhere; `backend()` tells which.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
