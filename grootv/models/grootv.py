@@ -7,8 +7,6 @@ The maps stay channels-last, (B, H, W, C), from the stem to the head. The projec
 checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from typing import Any
@@ -132,11 +130,11 @@ class GrootVStage(nn.Module):
         tree: Tree | None = None
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, tree = checkpoint(block, x, tree)
+                x, scanned = checkpoint(block, x, tree)
             else:
-                x, tree = block(x, tree)
-            if not self.share_tree:
-                tree = None
+                x, scanned = block(x, tree)
+            if self.share_tree:
+                tree = scanned
         return self.norm(x)
 
 

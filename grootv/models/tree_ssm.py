@@ -3,8 +3,6 @@
 Paper: GrootVL / MambaTree, arXiv 2406.02395, section 3.2.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -121,11 +119,13 @@ class TreeSSM(nn.Module):
         Returns:
             (B, L, D) of z's dtype.
         """
-        if torch.jit.is_scripting() or not torch.amp.is_autocast_available(x.device.type):
+        if torch.jit.is_scripting():  # TorchScript cannot switch autocast off for a device it learns at run time
             y = self._scan_and_norm(x, projected, tree)
-        else:
-            with torch.autocast(x.device.type, enabled=False):  # the step size is sensitive to a half precision
+        elif torch.amp.is_autocast_available(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
                 y = self._scan_and_norm(x, projected, tree)
+        else:
+            y = self._scan_and_norm(x, projected, tree)
         return y.to(z.dtype) * self.act(z)
 
     def _scan_and_norm(self, x: Tensor, projected: Tensor, tree: Tree) -> Tensor:
