@@ -1,4 +1,4 @@
-"""Every test that asks for `device` runs on each device at hand, every test that asks for `ops` on both implementations."""
+"""A test that asks for `device` runs on each device at hand, one that asks for `ops` on both implementations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from implementations import Operations, Reference
 
 import grootvl_ops
-from implementations import Operations, Reference
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])

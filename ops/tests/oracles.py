@@ -32,8 +32,8 @@ def edge_weights(features: Tensor, metric: str) -> Tensor:
 def spanning_edges(edges: np.ndarray, weights: np.ndarray, num_vertices: int) -> np.ndarray:
     """The edges (L - 1, 2), sorted, of the minimum spanning tree of one graph; NaN is the largest weight.
 
-    Each weight is replaced by its place among all weights, equal ones by edge number. That leaves no ties, so the tree is
-    unique, and any algorithm finds the one that the rule for ties asks for.
+    Each weight is replaced by its place among all weights, equal ones by edge number. That leaves no ties, so the tree
+    is unique, and any algorithm finds the one that the rule for ties asks for.
     """
     rank = np.empty(len(weights), dtype=np.int64)
     rank[np.argsort(weights, kind="stable")] = np.arange(1, len(weights) + 1)
@@ -122,8 +122,8 @@ def ancestors(parent: Tensor) -> Tensor:
 def dense_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Tensor:
     """h_i = sum_j (product of the decays on the path from j to i) x_j, in float64 and from the definition.
 
-    The edge of vertex c to its parent is on the path between i and j if exactly one of them is in the subtree of c. With
-    `up_only` the sum runs over the j below i. Takes and differentiates float64 tensors; memory grows with L^3 D.
+    The edge of vertex c to its parent is on the path between i and j if exactly one of them is in the subtree of c.
+    With `up_only` the sum runs over the j below i. Differentiable. Memory grows with L^3 D.
     """
     results = []
     for x_b, decay_b, parent in zip(x.double(), decay.double(), tree.parent, strict=True):

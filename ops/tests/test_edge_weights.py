@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import oracles
 import pytest
 import torch
 
 import grootvl_ops
-import oracles
 from grootvl_ops import METRICS
 
 SHAPES = [(1, 1, 1, 3), (2, 1, 7, 4), (2, 9, 1, 5), (1, 2, 2, 1), (2, 5, 7, 33), (3, 8, 8, 16), (1, 3, 4, 321)]
@@ -22,9 +22,7 @@ def test_equals_direct_formula(ops, device, metric, shape, dtype):
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = oracles.edge_weights(features, metric)
     assert weights.shape == expected.shape
-    torch.testing.assert_close(
-        weights.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 6), (6, 1), (4, 5)])

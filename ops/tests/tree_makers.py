@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+import oracles
 import torch
 
-import oracles
 from grootvl_ops import Tree
 
 
@@ -81,9 +81,7 @@ def forest(num_vertices: int) -> list[int]:
     return parent
 
 
-SHAPES = {
-    make.__name__: make for make in (path, two_arms, star, star_from_a_leaf, comb, binary, scattered, forest)
-}
+SHAPES = {make.__name__: make for make in (path, two_arms, star, star_from_a_leaf, comb, binary, scattered, forest)}
 
 
 def make_tree(shape: str, batch: int, num_vertices: int, device: str = "cpu") -> Tree:

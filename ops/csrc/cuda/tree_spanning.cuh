@@ -1,0 +1,205 @@
+// Minimum spanning trees by Boruvka's algorithm: each part of the growing forest chooses the lightest edge that leaves it,
+// and the parts that these edges join become one, until one part is left.
+//
+// The edges' total order (weight, then number) makes the tree unique, so the result does not depend on the order in which
+// threads come. Parts are named by one of their vertices, their label.
+
+#pragma once
+
+namespace grootvl_ops {
+
+// An edge by its place in the total order: the order of its weight in the upper half, its number in the lower.
+using EdgeKey = unsigned long long;
+constexpr EdgeKey kNoEdge = ~EdgeKey(0);
+
+// Unsigned numbers in the order of the weights. -0 equals 0, all NaN are equal and come last.
+__device__ __forceinline__ unsigned ordered_bits(float weight) {
+  const unsigned bits = __float_as_uint(weight);
+  const unsigned magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0xffffffffu;
+  if (magnitude == 0) return 0x80000000u;
+  return bits == magnitude ? bits | 0x80000000u : ~bits;
+}
+
+__device__ __forceinline__ EdgeKey edge_key(const float* weights, int edge) {
+  return EdgeKey(ordered_bits(__ldg(weights + edge))) << 32 | static_cast<unsigned>(edge);
+}
+
+struct Ends {
+  int first;
+  int second;
+};
+
+template <typename T>
+__device__ __forceinline__ T load_volatile(const T* pointer) {
+  return *const_cast<const volatile T*>(pointer);
+}
+
+__device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
+  if (key < load_volatile(best)) atomicMin(best, key);
+}
+
+// The data of a growing forest, for each vertex; Index holds a vertex number.
+template <typename Index>
+struct Forest {
+  EdgeKey* best;  // the lightest edge that leaves a part, at its label
+  Index* label;   // of the part that a vertex is in
+  Index* hook;    // the part that a part joins, at its label
+};
+
+// Grows the forest and returns the number of trees, 1 on a connected graph. Only if there are several are the final labels
+// filled in. `Graph` tells the rest:
+//   propose(team, forest)     lowers best[label] to the key of the lightest edge that leaves the part
+//   ends(edge)                the two vertices of an edge
+//   join(label, edge, ends)   takes note of a tree edge; called once for each label that stops being one
+template <typename Team, typename Graph, typename Index>
+__device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const Forest<Index>& forest, int vertices) {
+  constexpr int kJumps = 16;
+  for (int v = team.rank(); v < vertices; v += team.size()) {
+    forest.label[v] = static_cast<Index>(v);
+    forest.best[v] = kNoEdge;
+  }
+  team.sync();
+  for (int parts = vertices;;) {
+    graph.propose(team, forest);
+    team.sync();
+
+    int staying = 0;
+    for (int v = team.rank(); v < vertices; v += team.size()) {
+      if (forest.label[v] != v) continue;
+      const EdgeKey key = forest.best[v];
+      int target = v;
+      if (key != kNoEdge) {
+        const int edge = static_cast<int>(static_cast<unsigned>(key));
+        const Ends ends = graph.ends(edge);
+        target = forest.label[ends.first];
+        if (target == v) target = forest.label[ends.second];
+        // Where two parts chose the same edge, the one of the lower label stays. There are no longer cycles.
+        if (v < target && forest.best[target] == key) {
+          target = v;
+        } else {
+          graph.join(v, edge, ends);
+        }
+      }
+      forest.hook[v] = static_cast<Index>(target);
+      staying += target == v;
+    }
+    const int left = team.sync_sum(staying);
+    if (left == 1 || left == parts) return left;
+    parts = left;
+
+    // Follow the hooks to the parts that stay. Everyone shortens the chains for the others meanwhile, so that each sweep
+    // multiplies the distance covered; a limit to the jumps keeps early vertices from walking long chains (monotone
+    // weights make them) alone.
+    int unfinished;
+    do {
+      unfinished = 0;
+      for (int v = team.rank(); v < vertices; v += team.size()) {
+        const Index start = forest.label[v];
+        Index part = load_volatile(&forest.hook[start]);
+        int jumps = 0;
+        for (; jumps < kJumps; ++jumps) {
+          const Index next = load_volatile(&forest.hook[part]);
+          if (next == part) break;
+          part = next;
+        }
+        if (jumps > 0) *const_cast<volatile Index*>(&forest.hook[start]) = part;
+        if (jumps == kJumps) unfinished = 1;
+        forest.label[v] = part;
+        forest.best[v] = kNoEdge;
+      }
+    } while (team.sync_sum(unfinished) != 0);
+  }
+}
+
+// Directions of a 4-neighbour grid, in the order of a turn: the opposite of d is d ^ 2.
+enum Direction { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
+
+__device__ __forceinline__ int grid_step(int direction, int width) {
+  return direction & 1 ? 2 - direction : (direction - 1) * width;
+}
+
+// The four directions in which a vertex has tree neighbours, as bits; eight vertices share a word.
+__device__ __forceinline__ unsigned neighbour_mask(const unsigned* masks, int vertex) {
+  return masks[vertex >> 3] >> ((vertex & 7) * 4) & 15u;
+}
+
+// A grid whose edges are numbered as in grid_edges of the Python package.
+struct Grid {
+  const float* weights;
+  unsigned* masks;  // the tree's edges, see neighbour_mask; zero at first
+  int height;
+  int width;
+
+  __device__ int vertices() const { return height * width; }
+  __device__ int vertical_edges() const { return (height - 1) * width; }
+
+  template <typename Team, typename Index>
+  __device__ __forceinline__ void propose(Team& team, const Forest<Index>& forest) const {
+    const int horizontal = vertical_edges();
+    for (int v = team.rank(); v < vertices(); v += team.size()) {
+      const int y = v / width;
+      const int x = v - y * width;
+      const Index label = forest.label[v];
+      EdgeKey lightest = kNoEdge;
+      const auto consider = [&](int edge) {
+        const EdgeKey key = edge_key(weights, edge);
+        lightest = key < lightest ? key : lightest;
+      };
+      if (y > 0 && forest.label[v - width] != label) consider(v - width);
+      if (y < height - 1 && forest.label[v + width] != label) consider(v);
+      if (x > 0 && forest.label[v - 1] != label) consider(horizontal + v - y - 1);
+      if (x < width - 1 && forest.label[v + 1] != label) consider(horizontal + v - y);
+      if (lightest != kNoEdge) lower(&forest.best[label], lightest);
+    }
+  }
+
+  __device__ __forceinline__ Ends ends(int edge) const {
+    const int horizontal = edge - vertical_edges();
+    if (horizontal < 0) return {edge, edge + width};
+    const int left = horizontal + horizontal / (width - 1);
+    return {left, left + 1};
+  }
+
+  __device__ __forceinline__ void join(int, int edge, Ends ends) const {
+    const bool vertical = edge < vertical_edges();
+    add_neighbour(ends.first, vertical ? kDown : kRight);
+    add_neighbour(ends.second, vertical ? kUp : kLeft);
+  }
+
+  __device__ __forceinline__ void add_neighbour(int vertex, int direction) const {
+    atomicOr(&masks[vertex >> 3], 1u << ((vertex & 7) * 4 + direction));
+  }
+};
+
+// Any graph. Edges that are loops or name no vertex are left out.
+struct EdgeList {
+  const int2* edges;
+  const float* weights;
+  int* joined;  // for each vertex the edge by which the part of that label joined another one; -1 at first
+  int num_edges;
+  int num_vertices;
+
+  template <typename Team, typename Index>
+  __device__ __forceinline__ void propose(Team& team, const Forest<Index>& forest) const {
+    for (int edge = team.rank(); edge < num_edges; edge += team.size()) {
+      const auto [u, v] = ends(edge);
+      if (u < 0 || v < 0 || u >= num_vertices || v >= num_vertices) continue;
+      const Index label_u = forest.label[u];
+      const Index label_v = forest.label[v];
+      if (label_u == label_v) continue;
+      const EdgeKey key = edge_key(weights, edge);
+      lower(&forest.best[label_u], key);
+      lower(&forest.best[label_v], key);
+    }
+  }
+
+  __device__ __forceinline__ Ends ends(int edge) const {
+    const int2 pair = __ldg(edges + edge);
+    return {pair.x, pair.y};
+  }
+
+  __device__ __forceinline__ void join(int label, int edge, Ends) const { joined[label] = edge; }
+};
+
+}  // namespace grootvl_ops

@@ -1,0 +1,522 @@
+"""The scan and its gradients against the definition by paths, float64 autograd, gradcheck and the published code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tree_makers import SHAPES, make_tree, tree_of
+
+import grootvl_ops
+from grootvl_ops import Tree, reference
+
+GOLDEN = Path(__file__).parent / "golden" / "tree_scan.pt"
+HALF = (torch.float16, torch.bfloat16)
+NAMES = ("h", "dx", "ddecay")
+both_modes = pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "up_only"])
+
+
+def operands(
+    batch: int, num_vertices: int, channels: int, device: str, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, decay in (0, 1) and an output gradient."""
+    shape = (batch, num_vertices, channels)
+    x, decay, grad = torch.randn(shape), torch.rand(shape), torch.randn(shape)
+    return tuple(operand.to(device, dtype) for operand in (x, decay, grad))
+
+
+def check(found, expected, rtol: float, atol: float) -> None:
+    for name, result, target in zip(NAMES, found, expected, strict=True):
+        torch.testing.assert_close(
+            result.double(), target.double(), rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def float64_gradients(x, decay, tree, grad, up_only: bool = False):
+    """By autograd through the plain sweeps in float64: for trees too large for the dense oracle."""
+    x, decay = x.detach().double().requires_grad_(), decay.detach().double().requires_grad_()
+    h = reference.tree_scan(x, decay, *tree, up_only)
+    return (h.detach(), *torch.autograd.grad(h, (x, decay), grad.double()))
+
+
+def test_a_tree_by_hand(ops, device):
+    """Root 0 with the children 1 and 2; decays 0.5 and 0.25."""
+    tree = tree_of([[0, 0, 0]], device)
+    x = torch.tensor([[[1.0], [2.0], [4.0]]], device=device)
+    decay = torch.tensor([[[7.0], [0.5], [0.25]]], device=device)
+    h = ops.tree_scan(x, decay, tree)
+    assert h.flatten().tolist() == [1 + 1 + 1, 2 + 0.5 * 1 + 0.125 * 4, 4 + 0.25 * 1 + 0.125 * 2]
+    assert ops.tree_scan(x, decay, tree, up_only=True).flatten().tolist() == [3, 2, 4]
+
+
+@both_modes
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_vertices, channels", [(2, 3), (23, 5), (24, 17)])
+def test_definition(ops, device, shape, num_vertices, channels, up_only):
+    if shape == "forest" and num_vertices < 6:
+        pytest.skip("no vertices for three trees")
+    tree = make_tree(shape, 2, num_vertices, device)
+    x, decay, grad = operands(2, num_vertices, channels, device)
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-11, atol=1e-11)
+
+
+@both_modes
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_definition_on_any_tree(ops, device, up_only, data):
+    num_vertices = data.draw(st.integers(1, 14))
+    parent = [0] + [data.draw(st.integers(0, vertex - 1)) for vertex in range(1, num_vertices)]
+    names = data.draw(st.permutations(range(num_vertices)))
+    renamed = [0] * num_vertices
+    for vertex, above in enumerate(parent):
+        renamed[names[vertex]] = names[above]
+    tree = tree_of([renamed], device)
+    x, decay, grad = operands(1, num_vertices, data.draw(st.integers(1, 3)), device)
+    decay = decay * data.draw(st.sampled_from([0.0, 1.0, -1.0, 1.5]))
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-9, atol=1e-9)
+
+
+@both_modes
+@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, -0.6, 1.2], ids="decay{}".format)
+@pytest.mark.parametrize("shape", ["path", "star", "scattered"])
+def test_decays_at_and_beyond_the_limits(ops, device, shape, decay, up_only):
+    tree = make_tree(shape, 2, 20, device)
+    x, _, grad = operands(2, 20, 3, device)
+    decay = torch.full_like(x, decay)
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-10, atol=1e-10)
+
+
+def test_decay_0_changes_nothing_and_decay_1_sums_the_tree(ops, device):
+    tree = make_tree("scattered", 3, 30, device)
+    x = torch.randint(-9, 10, (3, 30, 4), device=device).float()
+    assert torch.equal(ops.tree_scan(x, torch.zeros_like(x), tree), x)
+    assert torch.equal(ops.tree_scan(x, torch.zeros_like(x), tree, up_only=True), x)
+    assert torch.equal(ops.tree_scan(x, torch.ones_like(x), tree), x.sum(1, keepdim=True).expand_as(x))
+
+
+@both_modes
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 15, 16, 31, 33, 64, 160, 161])
+def test_widths(ops, device, channels, up_only):
+    tree = make_tree("scattered", 3, 18, device)
+    x, decay, grad = operands(3, 18, channels, device, torch.float32)
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-5, atol=1e-5)
+
+
+@both_modes
+@pytest.mark.parametrize("batch", [1, 2, 5, 17])
+def test_batches(ops, device, batch, up_only):
+    tree = make_tree("binary", batch, 15, device)
+    x, decay, grad = operands(batch, 15, 40, device, torch.float32)
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-5, atol=1e-5)
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", ["path", "scattered", "comb"])
+def test_dtypes(ops, device, shape, dtype, up_only):
+    """Half formats within one rounding of their results: the sums themselves are taken in float32."""
+    tree = make_tree(shape, 2, 23, device)
+    x, decay, grad = operands(2, 23, 9, device, dtype)
+    found = ops.gradients(x, decay, tree, grad, up_only)
+    assert all(result.dtype == dtype for result in found)
+    accumulation = 1e-12 if dtype == torch.float64 else 2e-5
+    rounding = torch.finfo(dtype).eps if dtype in HALF else accumulation
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=rounding, atol=accumulation)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_formats_are_not_accumulated_in_half(ops, device, dtype):
+    """4096 ones are summed exactly. Summed in float16 they would stop at 2048, in bfloat16 at 256."""
+    tree = make_tree("comb", 1, 4096, device)
+    ones = torch.ones(1, 4096, 2, device=device, dtype=dtype)
+    assert (ops.tree_scan(ones, ones, tree) == 4096).all()
+
+
+@both_modes
+@pytest.mark.parametrize("shape", ["path", "star", "comb", "binary", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_large_trees(compiled_device, shape, dtype, up_only):
+    device, num_vertices = compiled_device, 1500
+    tree = make_tree(shape, 2, num_vertices, device)
+    x, decay, grad = operands(2, num_vertices, 37, device, dtype)
+    found = grootvl_ops.tree_scan(x, decay, tree, up_only)
+    found = implementation_gradients(x, decay, tree, grad, up_only)
+    expected = float64_gradients(x, decay, tree, grad, up_only)
+    scale = max(result.abs().max().item() for result in expected)  # a star's root sums 1500 terms
+    accumulation = (1e-13 if dtype == torch.float64 else 1e-6) * max(scale, 10)
+    rounding = torch.finfo(dtype).eps if dtype in HALF else 1e-6
+    check(found, expected, rtol=rounding, atol=accumulation)
+
+
+def implementation_gradients(x, decay, tree, grad, up_only):
+    x, decay = x.detach().requires_grad_(), decay.detach().requires_grad_()
+    h = grootvl_ops.tree_scan(x, decay, tree, up_only)
+    return (h.detach(), *torch.autograd.grad(h, (x, decay), grad))
+
+
+@pytest.mark.parametrize("kind", ["random", "smooth", "constant"])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 33), (33, 1), (13, 17), (56, 56), (200, 336)])
+def test_feature_maps(compiled_device, kind, height, width):
+    """From features to result, as a model uses it, with decays near 1 as the model has them."""
+    device, batch = compiled_device, 1 if height == 200 else 2
+    features = {
+        "random": torch.randn(batch, height, width, 6),
+        "smooth": torch.stack(
+            [torch.linspace(0, k, height)[:, None] + torch.rand(width).cumsum(0) for k in range(6)], -1
+        )
+        .sin()
+        .expand(batch, -1, -1, -1),
+        "constant": torch.ones(batch, height, width, 6),
+    }[kind].to(device)
+    tree = grootvl_ops.build_tree(features)
+    x, decay, grad = operands(batch, height * width, 6, device, torch.float32)
+    decay = decay.sqrt().sqrt()
+    found = implementation_gradients(x, decay, tree, grad, False)
+    expected = float64_gradients(x, decay, tree, grad)
+    check(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_deep_and_wide_trees(compiled_device):
+    """100,000 vertices in one branch, and below one vertex: no recursion, no stack that a branch could overrun."""
+    num_vertices = 100_000
+    vertices = torch.arange(num_vertices, dtype=torch.int32)[None]
+    chain = Tree((vertices - 1).clamp(min=0), vertices, num_vertices - vertices)
+    size = torch.ones_like(vertices)
+    size[0, 0] = num_vertices
+    wide = Tree(torch.zeros_like(vertices), vertices, size)
+    x = torch.randint(0, 3, (1, num_vertices, 2)).float().to(compiled_device)
+    ones = torch.ones_like(x)
+    for tree in (chain, wide):
+        tree = Tree(*(field.to(compiled_device) for field in tree))
+        h, dx, _ = implementation_gradients(x, ones, tree, x, False)
+        total = x.sum(1, keepdim=True).expand_as(x)
+        assert torch.equal(h, total)
+        assert torch.equal(dx, total)
+
+
+@both_modes
+def test_strides_do_not_matter(ops, device, up_only):
+    tree = make_tree("scattered", 3, 12, device)
+    x, decay, grad = operands(3, 12, 6, device)
+
+    def channels_first(operand):
+        return operand.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def vertices_first(operand):
+        return operand.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def spread(operand):
+        wide = torch.full((3, 24, 18), float("nan"), dtype=operand.dtype, device=device)
+        wide[:, ::2, 1::3] = operand
+        return wide[:, ::2, 1::3]
+
+    def offset(operand):
+        flat = torch.zeros(operand.numel() + 1, dtype=operand.dtype, device=device)
+        flat[1:] = operand.flatten()
+        return flat[1:].view_as(operand)  # contiguous, but not aligned for vector loads
+
+    expected = ops.gradients(x, decay, tree, grad, up_only)
+    for layout in (channels_first, vertices_first, spread, offset):
+        for chosen in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
+            arguments = [layout(o) if use else o for o, use in zip((x, decay, grad), chosen, strict=True)]
+            check(ops.gradients(arguments[0], arguments[1], tree, arguments[2], up_only), expected, 1e-12, 1e-12)
+        single = [layout(o.float()) for o in (x, decay, grad)]
+        check(ops.gradients(single[0], single[1], tree, single[2], up_only), expected, 1e-5, 1e-5)
+
+
+@both_modes
+def test_expanded_operands(ops, device, up_only):
+    tree = make_tree("scattered", 3, 12, device)
+    x, decay, grad = operands(3, 12, 6, device)
+    for view in (
+        lambda operand: operand[:1].expand(3, -1, -1),
+        lambda operand: operand[:, :1].expand(-1, 12, -1),
+        lambda operand: operand[:, :, :1].expand(-1, -1, 6),
+        lambda operand: operand[:1, :1, :1].expand(3, 12, 6),
+    ):
+        x_view, decay_view, grad_view = view(x), view(decay), view(grad)
+        found = ops.gradients(x_view, decay_view, tree, grad_view, up_only)
+        expected = oracles.dense_gradients(x_view, decay_view, tree, grad_view, up_only)
+        check(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_gradient_of_a_sum(device):
+    """`sum` hands back an expanded gradient without memory of its own."""
+    tree = make_tree("comb", 2, 11, device)
+    x, decay, _ = operands(2, 11, 3, device)
+    x.requires_grad_()
+    decay.requires_grad_()
+    grootvl_ops.tree_scan(x, decay, tree).sum().backward()
+    _, dx, ddecay = oracles.dense_gradients(x, decay, tree, torch.ones_like(x))
+    torch.testing.assert_close(x.grad, dx)
+    torch.testing.assert_close(decay.grad, ddecay)
+
+
+def test_strided_tree(ops, device):
+    tree = make_tree("scattered", 3, 12, device)
+    x, decay, grad = operands(3, 12, 6, device)
+    strided = Tree(*(field.T.contiguous().T for field in tree))
+    check(ops.gradients(x, decay, strided, grad), ops.gradients(x, decay, tree, grad), 0, 0)
+    one = Tree(*(field[:1].expand(3, -1) for field in tree))
+    check(ops.gradients(x, decay, one, grad), oracles.dense_gradients(x, decay, one, grad), 1e-11, 1e-11)
+
+
+@both_modes
+def test_one_vertex(ops, device, up_only):
+    tree = tree_of([[0]] * 3, device)
+    x, decay, grad = operands(3, 1, 5, device)
+    h, dx, ddecay = ops.gradients(x, decay, tree, grad, up_only)
+    assert torch.equal(h, x)
+    assert torch.equal(dx, grad)
+    assert torch.equal(ddecay, torch.zeros_like(decay))
+
+
+@both_modes
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (0, 1, 0)], ids=str)
+def test_empty(ops, device, shape, up_only):
+    tree = make_tree("path", shape[0], shape[1], device)
+    x, decay, grad = operands(*shape, device)
+    assert [result.shape for result in ops.gradients(x, decay, tree, grad, up_only)] == [shape] * 3
+
+
+@both_modes
+@pytest.mark.parametrize("shape", ["scattered", "forest"])
+def test_decay_of_a_root_is_not_used(ops, device, shape, up_only):
+    tree = make_tree(shape, 2, 20, device)
+    x, decay, grad = operands(2, 20, 4, device)
+    expected = ops.gradients(x, decay, tree, grad, up_only)
+    roots = tree.parent == torch.arange(20, device=device)
+    for value in (float("nan"), float("inf"), 1e300):
+        decay[roots] = value
+        found = ops.gradients(x, decay, tree, grad, up_only)
+        check(found, expected, rtol=0, atol=0)
+        assert (found[2][roots] == 0).all()
+
+
+@both_modes
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_values_stay_in_their_channel(ops, device, value, up_only):
+    tree = make_tree("scattered", 3, 20, device)
+    x, decay, grad = operands(3, 20, 6, device, torch.float32)
+    expected = ops.gradients(x, decay, tree, grad, up_only)
+    for operand in (x, decay, grad):
+        spoiled = operand.clone()
+        spoiled[1, 7:9, 2] = value
+        arguments = [spoiled if other is operand else other for other in (x, decay, grad)]
+        for result, target in zip(ops.gradients(*arguments[:2], tree, arguments[2], up_only), expected, strict=True):
+            result[1, :, 2] = target[1, :, 2]
+            assert torch.equal(result, target)
+
+
+@both_modes
+@pytest.mark.parametrize("shape", ["path", "star", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_deterministic(ops, device, shape, dtype, up_only, restore_threads):
+    """Over runs and numbers of threads, at sizes where work is divided and many children meet in one parent."""
+    num_vertices = 60 if shape == "path" else 4000
+    tree = make_tree(shape, 2, num_vertices, device)
+    x, decay, grad = operands(2, num_vertices, 45, device, dtype)
+    runs = []
+    for threads in (1, 2, 3, 4, 2, 2):
+        torch.set_num_threads(threads)
+        runs.append(ops.gradients(x, decay, tree, grad, up_only))
+    for run in runs[1:]:
+        for name, result, first in zip(NAMES, run, runs[0], strict=True):
+            assert torch.equal(result, first), name
+
+
+@both_modes
+def test_result_does_not_depend_on_the_batch_around_it(ops, device, up_only):
+    tree = make_tree("scattered", 6, 50, device)
+    x, decay, grad = operands(6, 50, 70, device, torch.float32)
+    whole = ops.gradients(x, decay, tree, grad, up_only)
+    for item in range(6):
+        part = slice(item, item + 1)
+        alone = ops.gradients(x[part], decay[part], Tree(*(field[part] for field in tree)), grad[part], up_only)
+        check(alone, [result[part] for result in whole], rtol=1e-6, atol=1e-6)
+
+
+@both_modes
+def test_nothing_is_read_before_it_is_written(ops, device, poisoned_memory, up_only):
+    for shape in SHAPES:
+        tree = make_tree(shape, 2, 20, device)
+        for dtype in (torch.float64, torch.float16):
+            x, decay, grad = operands(2, 20, 7, device, dtype)
+            found = ops.gradients(x, decay, tree, grad, up_only)
+            tolerance = 1e-11 if dtype == torch.float64 else 2e-3
+            check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=tolerance, atol=tolerance)
+
+
+def test_arguments_are_left_alone(ops, device):
+    tree = make_tree("comb", 2, 9, device)
+    arguments = (*operands(2, 9, 3, device), *tree)
+    before = [argument.clone() for argument in arguments]
+    x, decay, grad, *fields = arguments
+    results = ops.gradients(x, decay, Tree(*fields), grad)
+    assert all(torch.equal(now, then) for now, then in zip(arguments, before, strict=True))
+    assert len({tensor.data_ptr() for tensor in (*arguments, *results)}) == len(arguments) + len(results)
+
+
+@both_modes
+@pytest.mark.parametrize("shape", ["path", "star", "binary", "forest"])
+def test_gradcheck(device, shape, up_only):
+    tree = make_tree(shape, 2, 9, device)
+    x, decay, _ = operands(2, 9, 2, device)
+    x.requires_grad_()
+    decay.requires_grad_()
+
+    def scan(x, decay):
+        return grootvl_ops.tree_scan(x, decay, tree, up_only)
+
+    assert torch.autograd.gradcheck(scan, (x, decay), nondet_tol=0.0)
+    assert torch.autograd.gradcheck(lambda x: scan(x, decay.detach()), (x,))
+    assert torch.autograd.gradcheck(lambda decay: scan(x.detach(), decay), (decay,))
+
+
+@both_modes
+def test_reference_sweeps_differentiate_to_the_written_backward(device, up_only):
+    tree = make_tree("scattered", 2, 40, device)
+    x, decay, grad = operands(2, 40, 3, device)
+    found = reference.tree_scan_backward(grad, x, decay, *tree, up_only)
+    for result, target in zip(found, float64_gradients(x, decay, tree, grad, up_only)[1:], strict=True):
+        torch.testing.assert_close(result, target, rtol=1e-12, atol=1e-12)
+
+
+def test_scan_over_all_roots_is_symmetric(ops, device):
+    """<g, scan(x)> = <scan(g), x>: the path from j to i is the path from i to j."""
+    tree = make_tree("scattered", 2, 60, device)
+    x, decay, grad = operands(2, 60, 4, device)
+    left, right = (grad * ops.tree_scan(x, decay, tree)).sum(), (ops.tree_scan(grad, decay, tree) * x).sum()
+    torch.testing.assert_close(left, right)
+
+
+def test_root_does_not_matter_where_all_vertices_are_roots(ops, device):
+    """The same edges and decays, rooted elsewhere: each decay moves to the other end of its edge on the way."""
+    features = torch.randn(1, 4, 5, 3, device=device)
+    first, last = ops.build_tree(features, root=0), ops.build_tree(features, root=19)
+    x, decay, _ = operands(1, 20, 3, device)
+    moved = torch.empty_like(decay)
+    parent = first.parent[0].tolist()
+    for vertex, above in enumerate(last.parent[0].tolist()):
+        moved[0, vertex] = decay[0, vertex if parent[vertex] == above else above]
+    torch.testing.assert_close(ops.tree_scan(x, decay, first), ops.tree_scan(x, moved, last))
+
+
+def test_no_second_derivative(device):
+    tree = make_tree("path", 1, 6, device)
+    x, decay, _ = operands(1, 6, 2, device)
+    x.requires_grad_()
+    decay.requires_grad_()
+    (dx,) = torch.autograd.grad(grootvl_ops.tree_scan(x, decay, tree).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only: it has no second derivatives"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+@pytest.mark.parametrize("size", ["op_2_4_5_7", "op_1_8_14_14"])
+def test_published_implementation(ops, device, size):
+    """Tree, result and gradients that the published code gave on a GPU, see golden/README.md."""
+    golden = {name: value.to(device) for name, value in torch.load(GOLDEN, weights_only=True)[size].items()}
+    features = golden["x"].permute(0, 2, 3, 1)
+    x = features.flatten(1, 2)
+    decay, grad = (golden[name].transpose(1, 2) for name in ("w", "go"))
+    tree = ops.build_tree(features)
+    for b, published in enumerate(golden["tree"]):
+        children = [v for v, above in enumerate(tree.parent[b].tolist()) if v != above]
+        ours = {frozenset((v, tree.parent[b, v].item())) for v in children}
+        assert ours == {frozenset(edge) for edge in published.tolist()}
+    order, above = golden["sorted_index"].long(), golden["sorted_parent"].long()  # parents as places in the order
+    assert torch.equal(tree.parent.long().gather(1, order)[:, 1:], order.gather(1, above)[:, 1:])
+    h, dx, ddecay = ops.gradients(x, decay, tree, grad)
+    torch.testing.assert_close(h, golden["out"].transpose(1, 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx, golden["gx"].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    by_order = ddecay.gather(1, order.unsqueeze(-1).expand_as(ddecay))[:, 1:]  # the root has no edge
+    torch.testing.assert_close(by_order, golden["gw_sorted"].transpose(1, 2)[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+TREE = make_tree("path", 2, 5)
+X = torch.zeros(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "x, decay, tree, error, message",
+    [
+        (X[0], X[0], TREE, ValueError, r"x must be \(B, L, D\), got \[5, 3\]"),
+        (X, X[:, :, :2], TREE, ValueError, r"decay must have the shape of x, \[2, 5, 3\], got \[2, 5, 2\]"),
+        (X, X[0], TREE, ValueError, r"decay must have the shape of x, \[2, 5, 3\], got \[5, 3\]"),
+        (X, X[:1], TREE, ValueError, r"decay must have the shape of x, \[2, 5, 3\], got \[1, 5, 3\]"),
+        (X.int(), X.int(), TREE, TypeError, r"x must be floating point, got .*int32"),
+        (X.cfloat(), X.cfloat(), TREE, TypeError, r"x must be floating point, got .*complex64"),
+        (X, X.half(), TREE, TypeError, r"one dtype, got .*float32 and .*float16"),
+        (X, X.double(), TREE, TypeError, r"one dtype, got .*float32 and .*float64"),
+        (X[:1], X[:1], TREE, ValueError, r"\(B, L\) = \[1, 5\] for x \[1, 5, 3\], got \[2, 5\]"),
+        (X[:, :4], X[:, :4], TREE, ValueError, r"\(B, L\) = \[2, 4\] for x \[2, 4, 3\], got \[2, 5\]"),
+        (X, X, TREE._replace(order=TREE.order[:, :4]), ValueError, r"\(B, L\) = \[2, 5\].*got \[2, 4\]"),
+        (X, X, TREE._replace(parent=TREE.parent[0]), ValueError, r"\(B, L\) = \[2, 5\].*got \[5\]"),
+        (X, X, TREE._replace(parent=TREE.parent.long()), TypeError, r"fields must be int32, got .*int64"),
+        (X, X, TREE._replace(subtree_size=TREE.subtree_size.float()), TypeError, r"must be int32, got .*float32"),
+    ],
+)
+def test_errors(device, x, decay, tree, error, message):
+    with pytest.raises(error, match=message):
+        grootvl_ops.tree_scan(x.to(device), decay.to(device), Tree(*(field.to(device) for field in tree)))
+
+
+@pytest.mark.parametrize(
+    "x, decay, tree",
+    [(X.to("meta"), X, TREE), (X, X.to("meta"), TREE), (X, X, TREE._replace(order=TREE.order.to("meta")))],
+)
+def test_operands_on_two_devices(x, decay, tree):
+    with pytest.raises(ValueError, match="must be on one device, got .*meta"):
+        grootvl_ops.tree_scan(x, decay, tree)
+
+
+BAD_CALLS = {
+    "flat x": (X[0], X[0], *TREE),
+    "narrow decay": (X, X[..., :2], *TREE),
+    "small decay": (X, X[:1], *TREE),
+    "integers": (X.int(), X.int(), *TREE),
+    "two dtypes": (X, X.double(), *TREE),
+    "long parent": (X, X, TREE.parent.long(), *TREE[1:]),
+    "float order": (X, X, TREE.parent, TREE.order.float(), TREE.subtree_size),
+    "long size": (X, X, *TREE[:2], TREE.subtree_size.long()),
+    "small tree": (X, X, *(field[:1] for field in TREE)),
+    "short tree": (X, X, *(field[:, :4] for field in TREE)),
+    "flat tree": (X, X, *(field[0] for field in TREE)),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_kernels_check_what_they_are_called_with(compiled_device, call):
+    arguments = [argument.to(compiled_device) for argument in BAD_CALLS[call]]
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        torch.ops.grootvl_ops.tree_scan(*arguments)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        torch.ops.grootvl_ops.tree_scan_backward(arguments[0], *arguments)
+
+
+@pytest.mark.parametrize("grad", [X[:1], X[0], X[..., :2], X.double(), X.int()], ids=lambda grad: str(list(grad.shape)))
+def test_backward_kernel_checks_the_gradient(compiled_device, grad):
+    x, *fields = (argument.to(compiled_device) for argument in (X, *TREE))
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        torch.ops.grootvl_ops.tree_scan_backward(grad.to(compiled_device), x, x, *fields)
+
+
+@pytest.mark.parametrize("vertex", [-1, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("field", ["parent", "order"])
+def test_broken_trees_are_refused_on_the_cpu(field, vertex):
+    if grootvl_ops.backend("cpu") != "compiled":
+        pytest.skip("no compiled kernels")
+    broken = getattr(TREE, field).clone()
+    broken[1, 3] = vertex
+    for up_only in (False, True):
+        with pytest.raises((ValueError, RuntimeError)):
+            grootvl_ops.tree_scan(X, X, TREE._replace(**{field: broken}), up_only)
