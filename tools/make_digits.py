@@ -1,6 +1,6 @@
 """Writes scikit-learn's handwritten digits as a folder of images that the classification configs read.
 
-    python tools/make_digits.py data/digits
+python tools/make_digits.py data/digits
 """
 
 import argparse

@@ -1,0 +1,4 @@
+# GrootV-Base on ImageNet-1K.
+_base_ = "grootv-tiny_8xb128_in1k.py"
+
+model = dict(backbone=dict(model_name="grootv_base", drop_path_rate=0.5))

@@ -1,0 +1,170 @@
+"""GrootV as a backbone for mmdetection, mmsegmentation and every other project on mmengine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from grootv.models import checkpoint_filter_fn  # and registers the architectures in timm
+
+ARCHITECTURES = ("nano", "tiny", "small", "base")
+_STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What the first parameter is called, here and in released checkpoints: where it stands tells the prefix of a file.
+_FIRST_PARAMETERS = ("stem.conv1.weight", "patch_embed.conv1.weight")
+
+
+@MODELS.register_module()
+class GrootV(BaseModule):
+    """The feature extraction of timm's `grootv_*` models behind OpenMMLab's contract for backbones.
+
+    It is registered in mmengine's root registry, from which those of mmdet, mmseg and the others inherit.
+
+    Args:
+        arch: "nano", "tiny", "small" or "base".
+        out_indices: Stages to return, increasing, of 0 to 3 (strides 4, 8, 16, 32). Stages after the last one are not
+            made, nor is the classifier.
+        frozen_stages: -1 trains everything; 0 freezes the stem, n > 0 the stem and the first n stages.
+        norm_eval: Keep all norms in evaluation mode during training. They are LayerNorms, which compute the same in
+            both modes: the argument is there for configs that set it for any backbone.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0 in the first.
+        in_channels: Channels of the input image.
+        init_cfg: None for random weights, or `dict(type="Pretrained", checkpoint=PATH_OR_URL, prefix=None)`: a released
+            checkpoint, one of timm or of this project's own training runs (their averaged weights where they have
+            some). The prefix of the backbone's names, such as "backbone.", is found if it is not given.
+        **kwargs: Further arguments of `grootv.models.GrootV`, such as `tree_per="stage"`.
+
+    Raises:
+        ValueError: an unknown `arch`, `out_indices` or `frozen_stages` out of range, another type of `init_cfg`.
+    """
+
+    def __init__(
+        self,
+        arch: str = "tiny",
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.1,
+        in_channels: int = 3,
+        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(init_cfg)
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
+        if init_cfg is not None and init_cfg.get("type") != "Pretrained":
+            raise ValueError(f'init_cfg must be None or dict(type="Pretrained", checkpoint=...), got {init_cfg}')
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.model = timm.create_model(f"grootv_{arch}", in_chans=in_channels, drop_path_rate=drop_path_rate, **kwargs)
+
+        num_stages = len(self.model.stages)
+        indices = self.out_indices
+        if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= num_stages:
+            raise ValueError(f"out_indices must be increasing numbers of 0 to {num_stages - 1}, got {indices}")
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f"frozen_stages must be from -1 (none) to {num_stages}, got {frozen_stages}")
+        self.out_channels = tuple(self.model.feature_info[i]["num_chs"] for i in indices)
+        self.model.prune_intermediate_layers(list(indices), prune_norm=False, prune_head=True)
+        self.model.set_grad_checkpointing(with_cp)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.model.stem, *self.model.stages[: self.frozen_stages]]
+
+    def train(self, mode: bool = True) -> GrootV:
+        """Set training mode, but for what `frozen_stages` and `norm_eval` keep in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normed feature maps (B, C, H / stride, W / stride), rounded up, of the stages in `out_indices`.
+
+        Args:
+            x: (B, in_channels, H, W) images of any size.
+        """
+        features = self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        # mmcv's compiled RoIAlign reads memory as NCHW whatever the strides say, and convolutions pass strides on.
+        return tuple(feature.contiguous() for feature in features)
+
+    def init_weights(self) -> None:
+        """Load the checkpoint that `init_cfg` names; without one, keep what construction made."""
+        if self._is_init:
+            return
+        if self.init_cfg is not None:
+            self.load_pretrained(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
+        self._is_init = True
+
+    def load_pretrained(self, checkpoint: str, prefix: str | None = None) -> None:
+        """Load backbone weights from a file or URL, and nothing but all of them.
+
+        Args:
+            checkpoint: As of mmengine's `CheckpointLoader`.
+            prefix: What stands before the backbone's names in the file; None finds it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no GrootV weights in it, or several and no `prefix` to choose by.
+            RuntimeError: parameters are missing, left over (besides heads and stages that `out_indices` does not
+                need) or of another shape. The message has their names.
+        """
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+        for key in _STATE_DICTS:
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+        weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if prefix is None:
+            prefix = _find_prefix(weights, checkpoint)
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not any(name in weights for name in _FIRST_PARAMETERS):
+            raise ValueError(f"{checkpoint} has no GrootV weights under the prefix {prefix!r}")
+        try:
+            weights = checkpoint_filter_fn({k: v for k, v in weights.items() if self._has_place_for(k)}, self.model)
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RuntimeError(f"{checkpoint}: {error}") from error
+        print_log(f"Loaded the backbone from {checkpoint}, prefix {prefix!r}.", logger="current")
+
+    def _has_place_for(self, name: str) -> bool:
+        """Whether a whole model's parameter, by its own or its official name, is of a part that this backbone has."""
+        if name.startswith(("head.", "conv_head.")):
+            return False
+        # The official code counts a downsampler to the stage before it, timm to the stage that it begins.
+        stage = re.match(r"(?:stages|levels)\.(\d+)\.", name)
+        begins_next = re.match(r"levels\.\d+\.downsample\.", name) is not None
+        return stage is None or int(stage[1]) + begins_next < len(self.model.stages)
+
+
+def _find_prefix(weights: dict[str, Tensor], checkpoint: str) -> str:
+    prefixes = [
+        name.removesuffix(first) for name in weights for first in _FIRST_PARAMETERS if f".{name}".endswith(f".{first}")
+    ]
+    if not prefixes:
+        raise ValueError(
+            f"{checkpoint} has no GrootV weights: no name ends with {' or '.join(_FIRST_PARAMETERS)}; "
+            f"it begins with {', '.join(list(weights)[:3]) or 'nothing'}"
+        )
+    if len(prefixes) > 1:
+        raise ValueError(f"{checkpoint} has several backbones; init_cfg's prefix must be one of {prefixes}")
+    return prefixes[0]

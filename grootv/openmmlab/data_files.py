@@ -1,0 +1,53 @@
+"""Finds missing files of a data set before a run starts, instead of hours into it."""
+
+from __future__ import annotations
+
+import os
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+
+@HOOKS.register_module()
+class DataFilesHook(Hook):
+    """Check that every image and label file that the annotations name is there and not empty, before training.
+
+    For mmdet's and mmseg's data sets, and all others with `get_data_info`. The first process checks for all of them;
+    it takes some seconds for the 118,000 images of COCO. Paths that are not of the local disk are left out.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the training and the validation data.
+
+        Raises:
+            ValueError: a data set without any image.
+            FileNotFoundError: files are missing or empty; the message names the first of them.
+        """
+        if runner.rank != 0:
+            return
+        _check(runner.train_dataloader.dataset, "train_dataloader")
+        if runner.val_loop is not None:
+            _check(runner.val_dataloader.dataset, "val_dataloader")
+
+
+def _check(dataset: object, loader: str) -> None:
+    if not hasattr(dataset, "get_data_info"):
+        return
+    if len(dataset) == 0:
+        classes = getattr(dataset, "metainfo", {}).get("classes") or ()
+        raise ValueError(
+            f"{loader} has no image left: none has an annotation of the data set's {len(classes)} classes "
+            f"({', '.join(map(str, classes[:5]))}, ...). Does metainfo name the classes as the annotations do?"
+        )
+    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+    paths = (info.get(key) for info in infos for key in ("img_path", "seg_map_path"))
+    bad = [path for path in paths if path and "://" not in path and not _has_content(path)]
+    if bad:
+        raise FileNotFoundError(
+            f"{loader}: {len(bad)} files that the annotations name are missing or empty: {', '.join(bad[:5])}"
+        )
+
+
+def _has_content(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) > 0

@@ -1,0 +1,111 @@
+"""Parameter groups for models with a timm backbone, and mixed precision on CPUs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from timm.models import group_parameters
+from torch import nn
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factor of the learning rate for each parameter in a backbone that `model` is or contains.
+
+    The backbone's layers are those of its `group_matcher` (timm's convention). What comes last has factor 1: the
+    backbone's own classifier if `model` is nothing but the backbone, or else all other parameters, which are not in
+    the result; each layer before has `decay` times the factor of the one after it (BEiT, arXiv 2106.08254, appendix).
+
+    Args:
+        model: a timm model, or any module that contains one or several.
+        decay: factor from one layer to the one before it.
+
+    Returns:
+        Factor by parameter name.
+
+    Raises:
+        ValueError: nothing in `model` has a `group_matcher`.
+    """
+    backbones: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{other}.") or other == "" for other in backbones)
+        if callable(getattr(module, "group_matcher", None)) and not nested:
+            backbones[name] = module
+    if not backbones:
+        raise ValueError(f"layer_decay needs a backbone with timm's group_matcher, and {type(model).__name__} has none")
+    layers: dict[str, int] = {}
+    depths: dict[str, int] = {}
+    for prefix, module in backbones.items():
+        own = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
+        for name, layer in own.items():
+            full_name = f"{prefix}.{name}" if prefix else name
+            layers[full_name], depths[full_name] = layer, max(own.values())
+    has_others = any(name not in layers for name, _ in model.named_parameters())
+    return {name: decay ** (depths[name] - layer + has_others) for name, layer in layers.items()}
+
+
+def names_without_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that take no weight decay.
+
+    Those are norms' parameters, biases and all others of one dimension, and what a module's own `no_weight_decay()`
+    (timm's convention) names.
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith(".bias")}
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "no_weight_decay", None)):
+            names.update(f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay())
+    return names
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TimmOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Optimizer for any model that is or contains a timm backbone: classifier, detector or segmentor.
+
+    Norms, biases and the backbone's `no_weight_decay()` take no weight decay. With
+    `paramwise_cfg=dict(layer_decay=...)` the learning rate falls from layer to layer towards the input
+    (:func:`layer_scales`); parameters outside the backbone keep the base rate.
+
+    Args:
+        optim_wrapper_cfg: config of the wrapper, with `optimizer`.
+        paramwise_cfg: `layer_decay` (float, default 1: off).
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        paramwise_cfg = dict(paramwise_cfg or {})
+        unknown = paramwise_cfg.keys() - {"layer_decay"}
+        if unknown:
+            raise ValueError(f"paramwise_cfg has unknown keys {sorted(unknown)}; known is layer_decay")
+        # Not empty, for otherwise mmengine puts all parameters into one group.
+        paramwise_cfg.setdefault("layer_decay", 1.0)
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        if self.base_lr is None:
+            raise ValueError("optim_wrapper.optimizer needs an lr")
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
+        """Append the parameter groups of `module` to `params`: one for each learning rate and weight decay."""
+        decay = self.paramwise_cfg["layer_decay"]
+        scales = layer_scales(module, decay) if decay != 1 else {}
+        exempt = names_without_weight_decay(module)
+        groups: dict[tuple[float, float], dict] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            key = scales.get(name, 1.0), 0.0 if name in exempt else self.base_wd or 0.0
+            group = groups.setdefault(key, {"params": [], "lr": self.base_lr * key[0], "weight_decay": key[1]})
+            group["params"].append(parameter)
+        params.extend(groups.values())
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on a CPU: bfloat16 autocast in the forward pass; no loss scaling, which bfloat16 does not need.
+
+    It stands in for mmengine's `AmpOptimWrapper`, which needs a GPU.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast, and no gradient synchronisation on the way of gradient accumulation."""
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield

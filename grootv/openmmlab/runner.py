@@ -1,0 +1,113 @@
+"""mmengine's Runner with what long runs and machines without a GPU need. It serves every task."""
+
+import copy
+
+from mmengine.device import is_cuda_available
+from mmengine.dist import is_distributed
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner as MMEngineRunner
+from torch import nn
+
+from .checkpoint import find_intact_checkpoint, is_intact
+from .distributed import init_gloo
+
+
+class Runner(MMEngineRunner):
+    """mmengine's `Runner`, with these differences:
+
+    - Resuming takes the last checkpoint that is intact, and says which damaged ones it passes over.
+    - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
+    - The linear rule of `auto_scale_lr` counts gradient accumulation into the batch.
+    - Testing refuses a checkpoint that lacks parameters of the model or has others.
+    """
+
+    _strict_load = False
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up processes and their group."""
+        if self.launcher == "pytorch" and not is_cuda_available() and not is_distributed():
+            init_gloo()
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Move the model to its device and wrap it for distributed training."""
+        if self.distributed and not is_cuda_available():
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+                **(model_wrapper_cfg or {}),
+                "device_ids": None,
+            }
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
+        """Build the optimizer."""
+        if (
+            isinstance(optim_wrapper, dict)
+            and optim_wrapper.get("type") == "AmpOptimWrapper"
+            and (not is_cuda_available())
+        ):
+            optim_wrapper = copy.deepcopy(optim_wrapper)
+            optim_wrapper["type"] = "CPUAmpOptimWrapper"
+            for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
+                optim_wrapper.pop(gpu_only, None)
+            self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate with processes x batch x accumulation / `auto_scale_lr.base_batch_size`."""
+        if not (auto_scale_lr and auto_scale_lr.get("enable", False)):
+            return
+        accumulation = optim_wrapper._accumulative_counts
+        batch = self.world_size * self.train_dataloader.batch_size * accumulation
+        base_batch = auto_scale_lr["base_batch_size"]
+        self.logger.info(
+            f"The learning rate is for batches of {base_batch}; {self.world_size} processes x "
+            f"{self.train_dataloader.batch_size} images x {accumulation} accumulated make {batch}: "
+            f"scaled by {batch / base_batch:g}."
+        )
+        groups = list(optim_wrapper.optimizer.param_groups)
+        if optim_wrapper.base_param_settings is not None:
+            groups.append(optim_wrapper.base_param_settings)
+        for group in groups:
+            group["lr"] *= batch / base_batch
+
+    def load_or_resume(self) -> None:
+        """Load or resume what the config asks for."""
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from = find_intact_checkpoint(self.work_dir)
+            if self._load_from is None:
+                self.logger.info(f"No checkpoint to resume from in {self.work_dir}; starting from the beginning.")
+                self._resume = False
+        elif self._resume and not is_intact(self._load_from):
+            raise RuntimeError(
+                f"cannot resume from {self._load_from}: it does not exist or is damaged. "
+                f"--resume without a path takes the last good checkpoint."
+            )
+        super().load_or_resume()
+
+    def load_checkpoint(self, filename: str, *args, strict: bool = False, **kwargs) -> dict:
+        """Load weights; missing or unexpected ones are an error while testing."""
+        return super().load_checkpoint(filename, *args, strict=strict or self._strict_load, **kwargs)
+
+    def train(self) -> nn.Module:
+        """Train."""
+        loop = self._train_loop = self.build_train_loop(self._train_loop)
+        accumulation = (
+            self.optim_wrapper._accumulative_counts
+            if isinstance(self.optim_wrapper, OptimWrapper)
+            else self.optim_wrapper.get("accumulative_counts", 1)
+        )
+        if accumulation > 1 and len(loop.dataloader) % accumulation:
+            self.logger.warning(
+                f"An epoch has {len(loop.dataloader)} iterations, no multiple of "
+                f"accumulative_counts={accumulation}: gradients that are accumulated at its end are "
+                f"not in the checkpoint, so that a resumed run will differ slightly."
+            )
+        return super().train()
+
+    def test(self) -> dict:
+        """Evaluate."""
+        self._strict_load = True
+        return super().test()
