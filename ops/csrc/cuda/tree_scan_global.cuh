@@ -1,7 +1,8 @@
-// The scan of maps of any size: the three phases of tree_scan.cuh as kernels of their own over global memory. A warp takes one run
-// and 32 channels, a lane each, so that all its threads take the same path. Instead of writing to parents it keeps the sums that
-// wait on a stack: where a leaf begins a new path the running sum is pushed, and at a vertex with a larger sibling it is popped.
-// On the way down it is the reverse. The larger siblings at least double a subtree, so 32 entries are enough for 2^31 vertices.
+// The scan of maps of any size: the three phases of tree_scan.cuh as kernels of their own over global memory. A warp
+// takes one run and 32 channels, a lane each, so that all its threads take the same path. Instead of writing to parents
+// it keeps the sums that wait on a stack: where a leaf begins a new path the running sum is pushed, and at a vertex
+// with a larger sibling it is popped. On the way down it is the reverse. The larger siblings at least double a subtree,
+// so 32 entries are enough for 2^31 vertices.
 #pragma once
 
 #include "tree_scan.cuh"
@@ -65,8 +66,8 @@ __global__ void mark_runs(ScanData<T> data, Plan plan) {
   const int n = size[v];
   const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
   const bool light = v != p && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
-  plan.nodes[i] = v | (n == 1 ? kLeaf : 0) | (light ? kLight : 0) | (n >> plan.log2_run > 0 ? kChain : 0) |
-                  (v == p ? kRoot : 0);
+  plan.nodes[i] =
+      v | (n == 1 ? kLeaf : 0) | (light ? kLight : 0) | (n >> plan.log2_run > 0 ? kChain : 0) | (v == p ? kRoot : 0);
   plan.cuts[i] = ends_run(n, size[p], v == p, t == length - 1, plan.log2_run);
 }
 
@@ -110,8 +111,8 @@ struct RunItem {
 
 // Walks up a run. Calls visit(stream, vertex's row, node, is_last, decay, u, contribution) for each vertex.
 template <int kStreams, bool kGradUp, typename T, typename acc_t, typename Visit>
-__device__ void walk_up(const ScanData<T>& data, const Plan& plan, const RunItem& item, const acc_t (&entering)[kStreams],
-                        Visit visit) {
+__device__ void walk_up(const ScanData<T>& data, const Plan& plan, const RunItem& item,
+                        const acc_t (&entering)[kStreams], Visit visit) {
   const uint32_t* nodes = plan.nodes + item.rows;
   Stack<acc_t> stack[kStreams];
   acc_t sum[kStreams];
@@ -255,7 +256,8 @@ __global__ void join_runs(ScanData<T> data, Plan plan, RunData<acc_t> runs) {
   }
 }
 
-// (3) Each run again, now that it is known what enters it. `sums` holds each stream's values between the sweeps: (stream, B, L, D).
+// (3) Each run again, now that it is known what enters it. `sums` holds each stream's values between the sweeps:
+// (stream, B, L, D).
 template <typename T, typename acc_t, Pass pass>
 __global__ void finish_runs(ScanData<T> data, Plan plan, RunData<acc_t> runs, acc_t* sums, int64_t sums_stride) {
   constexpr int kStreams = is_backward(pass) ? 2 : 1;
@@ -265,14 +267,13 @@ __global__ void finish_runs(ScanData<T> data, Plan plan, RunData<acc_t> runs, ac
   const int64_t at_run = (item.run_rows + item.run) * data.channels + item.channel;
   acc_t entering[kStreams];
   for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stream_stride + at_run];
-  walk_up<kStreams, kGradUp>(data, plan, item, entering,
-                             [&](int s, int64_t at, uint32_t, bool, acc_t, acc_t u, acc_t) {
-                               if constexpr (pass == Pass::kUp) {
-                                 data.out[at] = static_cast<T>(u);
-                               } else {
-                                 sums[s * sums_stride + at] = u;
-                               }
-                             });
+  walk_up<kStreams, kGradUp>(data, plan, item, entering, [&](int s, int64_t at, uint32_t, bool, acc_t, acc_t u, acc_t) {
+    if constexpr (pass == Pass::kUp) {
+      data.out[at] = static_cast<T>(u);
+    } else {
+      sums[s * sums_stride + at] = u;
+    }
+  });
   if constexpr (pass == Pass::kUp) return;
 
   const uint32_t* nodes = plan.nodes + item.rows;

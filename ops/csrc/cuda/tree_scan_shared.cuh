@@ -1,5 +1,5 @@
-// The scan of maps that fit into shared memory: a block takes one tree and a few channels, loads them once, and does all phases
-// of tree_scan.cuh on the chip. Each thread walks one run for one channel.
+// The scan of maps that fit into shared memory: a block takes one tree and a few channels, loads them once, and does
+// all phases of tree_scan.cuh on the chip. Each thread walks one run for one channel.
 #pragma once
 
 #include "tree_scan.cuh"
@@ -28,7 +28,8 @@ struct SharedLayout {
   }
 };
 
-// Copies `kChannels` channels of every row between global memory (T) and shared memory (acc_t), in pieces of up to 16 bytes.
+// Copies `kChannels` channels of every row between global memory (T) and shared memory (acc_t), in pieces of up to 16
+// bytes.
 template <typename T, typename acc_t, int kChannels, bool kLoad>
 __device__ void copy_rows(std::conditional_t<kLoad, const T*, T*> global, acc_t* shared, int num_vertices, int channels,
                           int first_channel) {
@@ -92,17 +93,17 @@ __global__ void __launch_bounds__(kThreads) scan_in_shared(ScanData<T> data, int
   const Layout layout(num_vertices, log2_run);
   extern __shared__ __align__(16) unsigned char memory[];
   acc_t* decay = reinterpret_cast<acc_t*>(memory);
-  acc_t* value = decay + layout.data();                         // [stream][vertex][channel]: x, then u, then h
-  acc_t* beta = value + kStreams * layout.data();               // [run][channel]
-  acc_t* below = beta + layout.per_run();                       // [stream][run][channel]: E
-  acc_t* bottom_h = below + kStreams * layout.per_run();        // [stream][run][channel]: P, then h_bottom
+  acc_t* value = decay + layout.data();                   // [stream][vertex][channel]: x, then u, then h
+  acc_t* beta = value + kStreams * layout.data();         // [run][channel]
+  acc_t* below = beta + layout.per_run();                 // [stream][run][channel]: E
+  acc_t* bottom_h = below + kStreams * layout.per_run();  // [stream][run][channel]: P, then h_bottom
   uint32_t* chunk_cuts = reinterpret_cast<uint32_t*>(bottom_h + kStreams * layout.per_run());
-  uint32_t* chunk_first = chunk_cuts + layout.chunks();         // runs that end before this chunk of 32 vertices
+  uint32_t* chunk_first = chunk_cuts + layout.chunks();  // runs that end before this chunk of 32 vertices
   uint16_t* postorder = reinterpret_cast<uint16_t*>(chunk_first + layout.chunks() + 2);
-  uint16_t* parent = postorder + num_vertices;                  // by vertex, with kBig
-  uint16_t* run_end = parent + num_vertices;                    // one past its last vertex in the postorder
-  uint16_t* run_subtree = run_end + layout.runs;                // where the subtree of its last vertex begins
-  uint16_t* run_vertex = run_subtree + layout.runs;             // its last vertex
+  uint16_t* parent = postorder + num_vertices;       // by vertex, with kBig
+  uint16_t* run_end = parent + num_vertices;         // one past its last vertex in the postorder
+  uint16_t* run_subtree = run_end + layout.runs;     // where the subtree of its last vertex begins
+  uint16_t* run_vertex = run_subtree + layout.runs;  // its last vertex
   uint16_t* run_parent = run_vertex + layout.runs;
   uint16_t* run_bottom = run_parent + layout.runs;
 
@@ -185,7 +186,8 @@ __global__ void __launch_bounds__(kThreads) scan_in_shared(ScanData<T> data, int
     acc_t product = 1, carry[kStreams] = {}, chain[kStreams] = {}, bottom_sum[kStreams] = {}, current[kStreams];
     for (int s = 0; s < kStreams; ++s) current[s] = value[s * layout.data() + v * kChannels + c];
     for (; t < end; ++t) {
-      // The next vertex's value is read before this one's contribution is written: that goes to the next one in registers.
+      // The next vertex's value is read before this one's contribution is written: that goes to the next one in
+      // registers.
       const bool last = t + 1 == end;
       const int next = last ? kNone : postorder[t + 1];
       const int p = parent[v] & ~kBig;
