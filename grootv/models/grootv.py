@@ -442,9 +442,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: GrootV) -> dict[str,
         state_dict = {_official_to_timm(name): value for name, value in state_dict.items()}
 
     expected = model.state_dict()
-    if not any(name.startswith("head.") for name in state_dict):
+    own_head = {name: value for name, value in expected.items() if name.startswith("head.")}
+    if own_head and not any(name.startswith("head.") for name in state_dict):
         _logger.warning("The checkpoint has no head: the model keeps its own.")
-        state_dict |= {name: value for name, value in expected.items() if name.startswith("head.")}
+        state_dict |= own_head
     for name, value in state_dict.items():
         # The official code has an axis of length one for scan directions, and one for the state.
         if name in expected and value.ndim == expected[name].ndim + 1 and ".mixer." in name:

@@ -15,6 +15,9 @@ from grootvl_ops import Tree
 
 ROOTS = ("all", "first")
 
+# A traced call would keep the map size that it was traced with; scripted inside a trace, it takes any.
+_build_tree = torch.jit.script_if_tracing(grootvl_ops.build_tree)
+
 
 class PromotedLayerNorm(nn.LayerNorm):
     """LayerNorm in the dtype of its input, whatever the dtype of its parameters."""
@@ -101,7 +104,7 @@ class TreeSSM(nn.Module):
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.act(x)
         if tree is None:
-            tree = grootvl_ops.build_tree(x, self.metric)
+            tree = _build_tree(x, self.metric)
         x = x.reshape(B, H * W, -1)
         z = z.reshape(B, H * W, -1)
         y = self.selective_scan(x, z, self.x_proj(x), tree)
@@ -121,11 +124,11 @@ class TreeSSM(nn.Module):
         """
         if torch.jit.is_scripting():  # TorchScript cannot switch autocast off for a device it learns at run time
             y = self._scan_and_norm(x, projected, tree)
-        elif torch.amp.is_autocast_available(x.device.type):
+        elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            y = self._scan_and_norm(x, projected, tree)
+        else:
             with torch.autocast(x.device.type, enabled=False):
                 y = self._scan_and_norm(x, projected, tree)
-        else:
-            y = self._scan_and_norm(x, projected, tree)
         return y.to(z.dtype) * self.act(z)
 
     def _scan_and_norm(self, x: Tensor, projected: Tensor, tree: Tree) -> Tensor:
