@@ -10,13 +10,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <string>
+#include <type_traits>
 
-namespace grootvl_ops {
+#include "../checks.h"
+
+namespace grootvl {
 namespace {
-
-enum class Metric { cosine, euclidean, manhattan };
 
 constexpr int kTileHeight = 4;
 constexpr int kTileWidth = 2;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) edge_weights_kernel(const Scalar* __
       Accumulator values[kRows];
 #pragma unroll
       for (int row = 0; row < kRows; ++row) values[row] = static_cast<Accumulator>(loaded[row].values[i]);
-      if (kMetric == Metric::cosine) {
+      if (kMetric == Metric::kCosine) {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) sums[kTileEdges + row] += values[row] * values[row];
       }
@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(kThreads) edge_weights_kernel(const Scalar* __
         const int row = edge / 2 / kTileWidth * (kTileWidth + 1) + edge / 2 % kTileWidth;
         const Accumulator f = values[row];
         const Accumulator g = values[edge % 2 == 0 ? row + kTileWidth + 1 : row + 1];
-        if (kMetric == Metric::cosine) {
+        if (kMetric == Metric::kCosine) {
           sums[edge] += f * g;
-        } else if (kMetric == Metric::euclidean) {
+        } else if (kMetric == Metric::kEuclidean) {
           sums[edge] += (f - g) * (f - g);
         } else {
           sums[edge] += f < g ? g - f : f - g;  // passes NaN on
@@ -136,14 +136,14 @@ __global__ void __launch_bounds__(kThreads) edge_weights_kernel(const Scalar* __
     const int64_t x = left + edge / 2 % kTileWidth;
     if (y + vertical >= map.height || x + !vertical >= map.width) continue;
     Accumulator weight = totals[edge];
-    if (kMetric == Metric::cosine) {
+    if (kMetric == Metric::kCosine) {
       const Accumulator smallest = 1e-8;
       Accumulator f = root(totals[kTileEdges + row]);
       Accumulator g = root(totals[kTileEdges + (vertical ? row + kTileWidth + 1 : row + 1)]);
       f = f < smallest ? smallest : f;  // unlike fmax, passes NaN on
       g = g < smallest ? smallest : g;
       weight = exponential(-weight / (f * g));
-    } else if (kMetric == Metric::euclidean) {
+    } else if (kMetric == Metric::kEuclidean) {
       weight = root(weight);
     }
     output[vertical ? y * map.width + x : vertical_edges + y * (map.width - 1) + x] = weight;
@@ -191,33 +191,26 @@ void launch(const at::Tensor& features, at::Tensor& weights, const Map& map, Met
     constexpr Metric kMetric = decltype(metric_constant)::value;
     aligned ? launch<kMetric, kVector>(data, output, map) : launch<kMetric, 1>(data, output, map);
   };
-  if (metric == Metric::cosine) {
-    choose(std::integral_constant<Metric, Metric::cosine>());
-  } else if (metric == Metric::euclidean) {
-    choose(std::integral_constant<Metric, Metric::euclidean>());
+  if (metric == Metric::kCosine) {
+    choose(std::integral_constant<Metric, Metric::kCosine>());
+  } else if (metric == Metric::kEuclidean) {
+    choose(std::integral_constant<Metric, Metric::kEuclidean>());
   } else {
-    choose(std::integral_constant<Metric, Metric::manhattan>());
+    choose(std::integral_constant<Metric, Metric::kManhattan>());
   }
 }
 
 at::Tensor edge_weights(const at::Tensor& features, std::string metric_name) {
-  TORCH_CHECK_VALUE(features.dim() == 4, "features must be (B, H, W, C), got ", features.sizes());
-  TORCH_CHECK_VALUE(features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0,
-                    "features need at least one pixel and one channel, got ", features.sizes());
-  TORCH_CHECK_VALUE(metric_name == "cosine" || metric_name == "euclidean" || metric_name == "manhattan",
-                    "metric must be 'cosine', 'euclidean' or 'manhattan', got '", metric_name, "'");
+  check_features(features);
+  const Metric metric = parse_metric(metric_name);
   const c10::cuda::CUDAGuard guard(features.device());
   const at::Tensor input = features.stride(3) == 1 || features.size(3) == 1 ? features : features.contiguous();
   const Map map{input.size(0),   input.size(1),   input.size(2),  input.size(3),
                 input.stride(0), input.stride(1), input.stride(2)};
   const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor weights =
-      at::empty({map.batch, (map.height - 1) * map.width + map.height * (map.width - 1)}, input.options().dtype(dtype));
+  at::Tensor weights = at::empty({map.batch, num_grid_edges(map.height, map.width)}, input.options().dtype(dtype));
   if (weights.numel() == 0) return weights;
 
-  const Metric metric = metric_name == "cosine"      ? Metric::cosine
-                        : metric_name == "euclidean" ? Metric::euclidean
-                                                     : Metric::manhattan;
   switch (input.scalar_type()) {
     case at::kFloat:
       launch<float, float>(input, weights, map, metric);
@@ -241,4 +234,4 @@ at::Tensor edge_weights(const at::Tensor& features, std::string metric_name) {
 
 TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("edge_weights", &edge_weights); }
 
-}  // namespace grootvl_ops
+}  // namespace grootvl

@@ -16,7 +16,7 @@
 #include "tree_spanning.cuh"
 #include "tree_team.cuh"
 
-namespace grootvl_ops {
+namespace grootvl {
 
 // Two numbers in one word: an unsigned and a signed one.
 template <typename Word>
@@ -112,7 +112,7 @@ struct GridTour {
   __device__ int splitters() const { return bins() + 1; }
 
   __device__ __forceinline__ int head_of(int dart) const { return (dart >> 2) + grid_step(dart & 3, width); }
-  static __device__ __forceinline__ int twin(int dart, int head) { return head * 4 + ((dart & 3 ^ 2)); }
+  static __device__ __forceinline__ int twin(int dart, int head) { return head * 4 + ((dart & 3) ^ 2); }
 
   __device__ __forceinline__ int first_dart(int vertex) const {
     return vertex * 4 + __ffs(neighbour_mask(masks, vertex)) - 1;
@@ -129,7 +129,7 @@ struct GridTour {
 
   __device__ __forceinline__ int next(int dart) const {
     const int vertex = head_of(dart);
-    const int back = (dart & 3 ^ 2);
+    const int back = (dart & 3) ^ 2;
     const unsigned mask = neighbour_mask(masks, vertex);
     // Bit i of the turned mask is direction back + 1 + i.
     const unsigned turned = (mask | mask << 4) >> (back + 1);
@@ -137,11 +137,43 @@ struct GridTour {
   }
 
   __device__ __forceinline__ int splitter(int dart) const {
-    const int vertex = (dart >> 2);
+    const int vertex = dart >> 2;
     if (dart != first_dart(vertex)) return -1;
     if (vertex == root) return bins();
     const int bin = vertex >> shift;
     return chosen_member(bin, shift) == vertex ? bin : -1;
+  }
+};
+
+// The tour of a tree given by its edges. Edge e is the darts 2 e and 2 e + 1; the darts that leave a vertex are a list.
+struct EdgeTour {
+  const int* tails;       // the vertex that a dart leaves
+  const int* following;   // the next dart in the list of that vertex, -1 at its end
+  const int* first_dart;  // the start of a vertex's list
+  int num_darts;
+  int first;  // where the tour starts
+  int shift;  // a bin has 2^shift darts
+
+  __device__ int darts() const { return num_darts; }
+  __device__ int bins() const { return ((num_darts - 1) >> shift) + 1; }
+  __device__ int splitters() const { return bins() + 1; }
+
+  __device__ __forceinline__ int start(int splitter) const {
+    if (splitter == bins()) return first;
+    const int dart = chosen_member(splitter, shift);
+    return dart < num_darts && dart != first ? dart : -1;
+  }
+
+  __device__ __forceinline__ int next(int dart) const {
+    const int twin = dart ^ 1;
+    const int beside = following[twin];
+    return beside >= 0 ? beside : first_dart[tails[twin]];
+  }
+
+  __device__ __forceinline__ int splitter(int dart) const {
+    if (dart == first) return bins();
+    const int bin = dart >> shift;
+    return chosen_member(bin, shift) == dart ? bin : -1;
   }
 };
 
@@ -208,4 +240,4 @@ __device__ __forceinline__ void order_vertices(Team& team, const Word* steps, in
   if (team.rank() == 0) order[0] = root;
 }
 
-}  // namespace grootvl_ops
+}  // namespace grootvl

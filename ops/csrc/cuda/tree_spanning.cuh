@@ -6,7 +6,7 @@
 
 #pragma once
 
-namespace grootvl_ops {
+namespace grootvl {
 
 // An edge by its place in the total order: the order of its weight in the upper half, its number in the lower.
 using EdgeKey = unsigned long long;
@@ -202,4 +202,4 @@ struct EdgeList {
   __device__ __forceinline__ void join(int label, int edge, Ends) const { joined[label] = edge; }
 };
 
-}  // namespace grootvl_ops
+}  // namespace grootvl

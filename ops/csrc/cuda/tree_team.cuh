@@ -3,7 +3,7 @@
 
 #pragma once
 
-namespace grootvl_ops {
+namespace grootvl {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
@@ -139,4 +139,4 @@ class GridTeam {
   unsigned expected_ = 0;
 };
 
-}  // namespace grootvl_ops
+}  // namespace grootvl
