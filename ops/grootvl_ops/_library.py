@@ -30,8 +30,11 @@ PACKAGE = Path(__file__).parent
 
 def built() -> dict[str, str | None]:
     """What the compiled library was built with (torch, CUDA, architectures, compiler); empty where there is none."""
-    record = PACKAGE / "_build.json"
-    return json.loads(record.read_text()) if record.exists() and library_file() else {}
+    try:
+        record = json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):  # none, or a damaged one
+        return {}
+    return record if isinstance(record, dict) and library_file() else {}
 
 
 def library_file() -> Path | None:
@@ -154,6 +157,22 @@ def _no_double_backward(ctx, *grads):
 
 torch.library.register_autograd("grootvl_ops::tree_scan", _backward, setup_context=_setup_context)
 torch.library.register_autograd("grootvl_ops::tree_scan_backward", _no_double_backward)
-# A long product of decays needs float32; kernels called with float16 or bfloat16 data accumulate in float32 as well.
-for _device_type in ("cpu", "cuda"):
-    torch.library.register_autocast("grootvl_ops::tree_scan", _device_type, torch.float32)
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Under autocast, cast half-precision data to float32: results of a long product of decays need its range.
+
+    torch.library.register_autocast does the same for one type of device, but its second call takes over the first one's
+    kernel under torch.compile, which then leaves bfloat16 on CPUs as it is.
+    """
+
+    def kernel(x: Tensor, decay: Tensor, *tree_and_mode):
+        with torch.autocast(device_type, enabled=False):
+            x, decay = (data.to(torch.promote_types(data.dtype, torch.float32)) for data in (x, decay))
+            return torch.ops.grootvl_ops.tree_scan(x, decay, *tree_and_mode)
+
+    _library.impl("tree_scan", kernel, dispatch_key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

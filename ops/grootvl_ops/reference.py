@@ -144,10 +144,14 @@ def levels(parent: Tensor, order: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def up_sweep(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor) -> Tensor:
     """u_i = x_i + sum over the children c of i of a_c u_c (leaves to root)."""
-    u = x.clone()
+    u = x.clone(memory_format=torch.contiguous_format)
     for batch, vertex in reversed(levels(parent, order)[1:]):
-        target = (batch, parent[batch, vertex].long())
-        u.index_put_(target, decay[batch, vertex] * u[batch, vertex], accumulate=True)
+        above, values = parent[batch, vertex].long(), decay[batch, vertex] * u[batch, vertex]
+        # Siblings share a row. index_put_ on CUDA and index_add_ on CPUs add them in a fixed order, but not vice versa.
+        if u.is_cuda:
+            u.index_put_((batch, above), values, accumulate=True)
+        else:
+            u.flatten(0, 1).index_add_(0, batch * u.shape[1] + above, values)
     return u
 
 

@@ -143,3 +143,47 @@ def dense_gradients(
     x, decay = x.detach().double().requires_grad_(), decay.detach().double().requires_grad_()
     h = dense_scan(x, decay, tree, up_only)
     return (h.detach(), *torch.autograd.grad(h, (x, decay), grad.double()))
+
+
+def message_gradients(
+    x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, up_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result and gradients as `dense_gradients` gives them, in time that grows with L: by messages along the edges.
+
+    Each edge carries two sums, of what lies below it (`below`) and of all else, seen from its upper end (`beyond`).
+    The result at a vertex is what both bring, and an edge's decay weighs every pair of vertices on its two sides.
+    """
+    results = [torch.empty(x.shape, dtype=torch.float64) for _ in range(3)]
+    for b in range(len(x)):
+        x_b, decay_b, grad_b = (operand[b].detach().cpu().double().numpy() for operand in (x, decay, grad))
+        parent, order = tree.parent[b].tolist(), tree.order[b].tolist()
+
+        def messages(values: np.ndarray, a=decay_b, parent=parent, order=order) -> tuple[np.ndarray, np.ndarray]:
+            below, beyond = values.copy(), np.zeros_like(values)
+            for vertex in reversed(order):
+                if parent[vertex] != vertex:
+                    below[parent[vertex]] += a[vertex] * below[vertex]
+            for vertex in order:
+                above = parent[vertex]
+                if above != vertex:
+                    beyond[vertex] = below[above] - a[vertex] * below[vertex]
+                    if parent[above] != above:
+                        beyond[vertex] += a[above] * beyond[above]
+            return below, beyond
+
+        has_edge = (np.array(parent) != np.arange(len(parent)))[:, None]
+        a = np.where(has_edge, decay_b, 0)
+        below, beyond = messages(x_b)
+        if up_only:
+            h, dx = below, grad_b.copy()
+            for vertex in order:
+                if parent[vertex] != vertex:
+                    dx[vertex] += decay_b[vertex] * dx[parent[vertex]]
+            da = below * dx[parent]
+        else:
+            grad_below, grad_beyond = messages(grad_b)
+            h, dx = below + a * beyond, grad_below + a * grad_beyond
+            da = grad_below * beyond + below * grad_beyond
+        for result, value in zip(results, (h, dx, np.where(has_edge, da, 0)), strict=True):
+            result[b] = torch.from_numpy(value)
+    return tuple(result.to(x.device) for result in results)

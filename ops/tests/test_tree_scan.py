@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import Operations
 from tree_makers import SHAPES, make_tree, tree_of
 
 import grootvl_ops
@@ -36,13 +37,6 @@ def check(found, expected, rtol: float, atol: float) -> None:
         )
 
 
-def float64_gradients(x, decay, tree, grad, up_only: bool = False):
-    """By autograd through the plain sweeps in float64: for trees too large for the dense oracle."""
-    x, decay = x.detach().double().requires_grad_(), decay.detach().double().requires_grad_()
-    h = reference.tree_scan(x, decay, *tree, up_only)
-    return (h.detach(), *torch.autograd.grad(h, (x, decay), grad.double()))
-
-
 def test_a_tree_by_hand(ops, device):
     """Root 0 with the children 1 and 2; decays 0.5 and 0.25."""
     tree = tree_of([[0, 0, 0]], device)
@@ -55,7 +49,7 @@ def test_a_tree_by_hand(ops, device):
 
 @both_modes
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_vertices, channels", [(2, 3), (23, 5), (24, 17)])
+@pytest.mark.parametrize("num_vertices, channels", [(2, 3), (23, 9)])
 def test_definition(ops, device, shape, num_vertices, channels, up_only):
     if shape == "forest" and num_vertices < 6:
         pytest.skip("no vertices for three trees")
@@ -148,41 +142,30 @@ def test_large_trees(compiled_device, shape, dtype, up_only):
     device, num_vertices = compiled_device, 1500
     tree = make_tree(shape, 2, num_vertices, device)
     x, decay, grad = operands(2, num_vertices, 37, device, dtype)
-    found = grootvl_ops.tree_scan(x, decay, tree, up_only)
-    found = implementation_gradients(x, decay, tree, grad, up_only)
-    expected = float64_gradients(x, decay, tree, grad, up_only)
+    found = Operations.gradients(x, decay, tree, grad, up_only)
+    expected = oracles.message_gradients(x, decay, tree, grad, up_only)
     scale = max(result.abs().max().item() for result in expected)  # a star's root sums 1500 terms
     accumulation = (1e-13 if dtype == torch.float64 else 1e-6) * max(scale, 10)
     rounding = torch.finfo(dtype).eps if dtype in HALF else 1e-6
     check(found, expected, rtol=rounding, atol=accumulation)
 
 
-def implementation_gradients(x, decay, tree, grad, up_only):
-    x, decay = x.detach().requires_grad_(), decay.detach().requires_grad_()
-    h = grootvl_ops.tree_scan(x, decay, tree, up_only)
-    return (h.detach(), *torch.autograd.grad(h, (x, decay), grad))
-
-
 @pytest.mark.parametrize("kind", ["random", "smooth", "constant"])
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 33), (33, 1), (13, 17), (56, 56), (200, 336)])
 def test_feature_maps(compiled_device, kind, height, width):
     """From features to result, as a model uses it, with decays near 1 as the model has them."""
-    device, batch = compiled_device, 1 if height == 200 else 2
+    batch = 1 if height == 200 else 2
+    rows, columns = torch.linspace(0, 9, height)[:, None, None], torch.linspace(0, 7, width)[:, None]
     features = {
         "random": torch.randn(batch, height, width, 6),
-        "smooth": torch.stack(
-            [torch.linspace(0, k, height)[:, None] + torch.rand(width).cumsum(0) for k in range(6)], -1
-        )
-        .sin()
-        .expand(batch, -1, -1, -1),
+        "smooth": (rows * torch.rand(6) + columns * torch.rand(6)).sin().expand(batch, -1, -1, -1),
         "constant": torch.ones(batch, height, width, 6),
-    }[kind].to(device)
+    }[kind].to(compiled_device)
     tree = grootvl_ops.build_tree(features)
-    x, decay, grad = operands(batch, height * width, 6, device, torch.float32)
+    x, decay, grad = operands(batch, height * width, 6, compiled_device, torch.float32)
     decay = decay.sqrt().sqrt()
-    found = implementation_gradients(x, decay, tree, grad, False)
-    expected = float64_gradients(x, decay, tree, grad)
-    check(found, expected, rtol=1e-4, atol=1e-4)
+    found = Operations.gradients(x, decay, tree, grad)
+    check(found, oracles.message_gradients(x, decay, tree, grad), rtol=1e-4, atol=1e-4)
 
 
 def test_deep_and_wide_trees(compiled_device):
@@ -197,7 +180,7 @@ def test_deep_and_wide_trees(compiled_device):
     ones = torch.ones_like(x)
     for tree in (chain, wide):
         tree = Tree(*(field.to(compiled_device) for field in tree))
-        h, dx, _ = implementation_gradients(x, ones, tree, x, False)
+        h, dx, _ = Operations.gradients(x, ones, tree, x)
         total = x.sum(1, keepdim=True).expand_as(x)
         assert torch.equal(h, total)
         assert torch.equal(dx, total)
@@ -283,7 +266,7 @@ def test_one_vertex(ops, device, up_only):
 @both_modes
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (0, 1, 0)], ids=str)
 def test_empty(ops, device, shape, up_only):
-    tree = make_tree("path", shape[0], shape[1], device)
+    tree = Tree(*(field[: shape[0]] for field in make_tree("path", 2, shape[1], device)))
     x, decay, grad = operands(*shape, device)
     assert [result.shape for result in ops.gradients(x, decay, tree, grad, up_only)] == [shape] * 3
 
@@ -322,11 +305,11 @@ def test_not_finite_values_stay_in_their_channel(ops, device, value, up_only):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_deterministic(ops, device, shape, dtype, up_only, restore_threads):
     """Over runs and numbers of threads, at sizes where work is divided and many children meet in one parent."""
-    num_vertices = 60 if shape == "path" else 4000
+    num_vertices = 60 if shape == "path" else 1500
     tree = make_tree(shape, 2, num_vertices, device)
     x, decay, grad = operands(2, num_vertices, 45, device, dtype)
     runs = []
-    for threads in (1, 2, 3, 4, 2, 2):
+    for threads in (1, 2, 3, 2, 2):
         torch.set_num_threads(threads)
         runs.append(ops.gradients(x, decay, tree, grad, up_only))
     for run in runs[1:]:
@@ -349,11 +332,10 @@ def test_result_does_not_depend_on_the_batch_around_it(ops, device, up_only):
 def test_nothing_is_read_before_it_is_written(ops, device, poisoned_memory, up_only):
     for shape in SHAPES:
         tree = make_tree(shape, 2, 20, device)
-        for dtype in (torch.float64, torch.float16):
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float16, 2e-3)):
             x, decay, grad = operands(2, 20, 7, device, dtype)
             found = ops.gradients(x, decay, tree, grad, up_only)
-            tolerance = 1e-11 if dtype == torch.float64 else 2e-3
-            check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=tolerance, atol=tolerance)
+            check(found, oracles.message_gradients(x, decay, tree, grad, up_only), rtol=tolerance, atol=tolerance)
 
 
 def test_arguments_are_left_alone(ops, device):
@@ -383,12 +365,22 @@ def test_gradcheck(device, shape, up_only):
 
 
 @both_modes
-def test_reference_sweeps_differentiate_to_the_written_backward(device, up_only):
-    tree = make_tree("scattered", 2, 40, device)
+@pytest.mark.parametrize("shape", ["comb", "scattered", "forest"])
+def test_reference_sweeps_differentiate_to_the_written_backward(device, shape, up_only):
+    tree = make_tree(shape, 2, 40, device)
     x, decay, grad = operands(2, 40, 3, device)
     found = reference.tree_scan_backward(grad, x, decay, *tree, up_only)
-    for result, target in zip(found, float64_gradients(x, decay, tree, grad, up_only)[1:], strict=True):
+    h = reference.tree_scan(x.requires_grad_(), decay.requires_grad_(), *tree, up_only)
+    for result, target in zip(found, torch.autograd.grad(h, (x, decay), grad), strict=True):
         torch.testing.assert_close(result, target, rtol=1e-12, atol=1e-12)
+
+
+@both_modes
+def test_the_two_oracles_agree(up_only):
+    tree = make_tree("scattered", 2, 25)
+    x, decay, grad = operands(2, 25, 3, "cpu")
+    found = oracles.message_gradients(x, decay, tree, grad, up_only)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-12, atol=1e-12)
 
 
 def test_scan_over_all_roots_is_symmetric(ops, device):

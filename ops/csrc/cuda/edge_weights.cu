@@ -200,7 +200,7 @@ void launch(const at::Tensor& features, at::Tensor& weights, const Map& map, Met
   }
 }
 
-at::Tensor edge_weights(const at::Tensor& features, std::string metric_name) {
+at::Tensor edge_weights(const at::Tensor& features, const std::string& metric_name) {
   check_features(features);
   const Metric metric = parse_metric(metric_name);
   const c10::cuda::CUDAGuard guard(features.device());

@@ -41,7 +41,7 @@ __device__ __forceinline__ int chosen_member(int bin, int shift) {
 }
 
 // The ranks of all darts of a tour. Some darts, the splitters, cut the tour into pieces; each piece is walked by one thread,
-// and then only the splitters are ranked, by pointer doubling.
+// and then only the splitters are ranked, by pointer jumping.
 template <typename Word>
 struct Ranks {
   const Word* places;     // for each dart its piece and its distance from the start of the piece
@@ -85,11 +85,16 @@ __device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, 
 
   Word* source = pieces;
   Word* target = pieces + splitters + 1;
-  for (int reach = 1; reach < splitters; reach *= 2) {
+  constexpr int kHops = 3;  // more than one, as waiting for the team takes longer than a read
+  for (int64_t reach = 1; reach < splitters; reach *= kHops + 1) {
     for (int i = team.rank(); i <= splitters; i += team.size()) {
-      const Word piece = source[i];
-      const Word following = source[high_half(piece)];
-      target[i] = pack<Word>(high_half(following), low_half(piece) + low_half(following));
+      Word piece = source[i];
+#pragma unroll
+      for (int hop = 0; hop < kHops; ++hop) {
+        const Word following = source[high_half(piece)];
+        piece = pack<Word>(high_half(following), low_half(piece) + low_half(following));
+      }
+      target[i] = piece;
     }
     team.sync();
     Word* swapped = source;

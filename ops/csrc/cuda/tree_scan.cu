@@ -12,13 +12,13 @@ at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::T
                    order = order_.contiguous(), subtree_size = subtree_size_.contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan", [&] {
-    auto data = scan_data<scalar_t>(x, decay, parent, order, subtree_size);
-    data.out = out.mutable_data_ptr<scalar_t>();
     using acc_t = at::opmath_type<scalar_t>;
+    auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
+    data.out = out.mutable_data_ptr<scalar_t>();
     if (up_only) {
-      scan<scalar_t, acc_t, Pass::kUp>(data, x.options());
+      scan<Pass::kUp>(data, x.options());
     } else {
-      scan<scalar_t, acc_t, Pass::kFull>(data, x.options());
+      scan<Pass::kFull>(data, x.options());
     }
   });
   return out;

@@ -1,9 +1,15 @@
-// What both kinds of scan kernels share: the four passes, and how a tree is cut into runs.
+// How a scan is divided among threads.
 //
-// A scan follows the tree's order backwards: a postorder in which the largest subtree of a vertex comes first. One
-// thread can walk it with a running sum, but L steps are a long way. So the postorder is cut into *runs*, pieces of
-// consecutive vertices that can be walked side by side. With S the run length aimed at and n_v the subtree size of v, a
-// vertex ends a run if
+// A scan follows the tree's order backwards: a postorder in which the largest subtree of a vertex comes first. A warp
+// that walks along it for 32 channels, a lane each, needs no more than a running sum: at a vertex the sum over its
+// children is complete. Only where a leaf begins a new path is the sum put on a stack, and at a vertex with a larger
+// sibling it is taken back. Larger siblings at least double a subtree, so no more than log2(L) sums wait. On the way
+// down it is the reverse. All the rows of a walk are known ahead, so they can be on their way from memory long before
+// they are needed.
+//
+// One warp on each tree and 32 channels is enough for large batches. Otherwise the postorder is cut into *runs*, pieces
+// of consecutive vertices that can be walked side by side. With S the run length aimed at and n_v the subtree size of
+// v, a vertex ends a run if
 //
 //     n_v >= S  and  floor(n_v / S) != floor(n_parent / S).
 //
@@ -18,8 +24,8 @@
 //     excluded h_bottom = E + P + beta a_end m             m = h_parent(end) - a_end u_end: what comes down, the run's
 //     own share left out
 //
-// Three phases: (1) each run finds U, beta and P; (2) a walk over the runs alone finds E and h_bottom; (3) each run is
-// finished.
+// Three kernels: (1) summarise_runs finds U, beta and P of each run; (2) join_runs walks over the runs alone and finds
+// E and h_bottom; (3) finish_runs walks each run with these. A tree of one run needs the last one only.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
@@ -35,15 +41,19 @@ enum class Pass {
 };
 
 constexpr bool is_backward(Pass pass) { return pass == Pass::kUpBackward || pass == Pass::kFullBackward; }
+// What is swept: x, and in a backward pass the output's gradient; that of kUp is swept down only.
+constexpr int num_streams(Pass pass) { return is_backward(pass) ? 2 : 1; }
+constexpr bool sweeps_up(Pass pass, int stream) { return stream == 0 || pass == Pass::kFullBackward; }
 
 // The tensors of a pass, all (B, L, D) contiguous; unused ones are null.
-template <typename T>
+template <typename T, typename acc_t>
 struct ScanData {
   const T* x;
   const T* decay;
   const T* grad;
   T* out;  // h or u; in a backward pass dx
   T* ddecay;
+  acc_t* sums[2];  // each stream's values between the sweeps; may be the outputs' memory, row for row
   const int32_t* parent;
   const int32_t* order;
   const int32_t* subtree_size;
@@ -52,12 +62,75 @@ struct ScanData {
   int channels;
 };
 
-constexpr int max_runs(int num_vertices, int log2_run) { return 2 * (num_vertices >> log2_run) + 2; }
+// A vertex of the postorder with what a walk must know of it.
+constexpr int kVertexBits = 27;
+constexpr uint32_t kVertexMask = (1u << kVertexBits) - 1;
+constexpr uint32_t kLeaf = 1u << 27;   // has no children; as the end of a run: no run hangs below it
+constexpr uint32_t kLight = 1u << 28;  // has a sibling before it in the postorder
+constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run
+constexpr uint32_t kRoot = 1u << 30;
 
-// Whether a vertex ends a run; `is_last` marks the end of the postorder. Roots of small trees in a forest end none.
-__device__ inline bool ends_run(int size, int parent_size, bool is_root, bool is_last, int log2_run) {
-  const int runs = size >> log2_run;
-  return is_last || (runs > 0 && (is_root || runs != parent_size >> log2_run));
+// All arrays per image, over vertices in postorder or over runs (at most `runs`).
+struct Plan {
+  uint32_t* nodes;        // (B, L)
+  int32_t* cuts;          // (B, L): 1 where a run ends; null, as all that follows, if each tree is one run
+  const int32_t* run_id;  // (B, L): runs that end up to here, itself included
+  int32_t* run_end;       // (B, runs): one past its last vertex
+  uint32_t* run_nodes;    // (B, runs): its last vertex
+  int runs;
+  int log2_run;
+};
+
+constexpr int64_t max_runs(int64_t num_vertices, int log2_run) { return 2 * (num_vertices >> log2_run) + 2; }
+
+// What the phases hand to each other: (B, runs, D) each, and a stream's `stride` further for the second stream.
+template <typename acc_t>
+struct RunData {
+  acc_t* beta;
+  acc_t* decay;   // of the last vertex, 0 at a root
+  acc_t* end;     // U
+  acc_t* bottom;  // P; after join_runs h at the bottom of the run above
+  acc_t* below;   // E
+  int64_t stride;
+};
+
+template <typename T, typename acc_t>
+__global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int length = data.num_vertices;
+  if (i >= data.batch * length) return;
+  const int t = i % length, k = length - 1 - t;
+  const int64_t rows = i - t;
+  const int32_t* order = data.order + rows;
+  const int32_t* parent = data.parent + rows;
+  const int32_t* size = data.subtree_size + rows;
+  const unsigned limit = length - 1;  // a damaged tree must not lead outside of the arrays
+  const unsigned v = min(unsigned(order[k]), limit), p = min(unsigned(parent[v]), limit);
+  const int n = size[v];
+  const bool root = v == p;
+  const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
+  const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
+  const int size_in_runs = n >> plan.log2_run;
+  plan.nodes[i] =
+      v | (n == 1 ? kLeaf : 0) | (light ? kLight : 0) | (size_in_runs > 0 ? kChain : 0) | (root ? kRoot : 0);
+  if (plan.cuts == nullptr) return;
+  // Roots of small trees in a forest end no run, the end of the postorder does.
+  plan.cuts[i] = t == length - 1 || (size_in_runs > 0 && (root || size_in_runs != size[p] >> plan.log2_run));
+}
+
+template <typename T, typename acc_t>
+__global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int length = data.num_vertices;
+  if (i >= data.batch * length || !plan.cuts[i]) return;
+  const int64_t image = i / length, rows = image * length;
+  const int t = i % length, run = plan.run_id[i] - 1;
+  if (run >= plan.runs) return;
+  const uint32_t node = plan.nodes[i];
+  const int first = max(t + 1 - data.subtree_size[rows + (node & kVertexMask)], 0);  // of its subtree
+  const bool leaf = plan.run_id[rows + first] - plan.cuts[rows + first] == run;
+  plan.run_end[image * plan.runs + run] = t + 1;
+  plan.run_nodes[image * plan.runs + run] = (node & ~kLeaf) | (leaf ? kLeaf : 0);
 }
 
 }  // namespace grootvl

@@ -16,15 +16,15 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
                    subtree_size = subtree_size_.contiguous();
   at::Tensor dx = at::empty(x.sizes(), x.options()), ddecay = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan_backward", [&] {
-    auto data = scan_data<scalar_t>(x, decay, parent, order, subtree_size);
+    using acc_t = at::opmath_type<scalar_t>;
+    auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
     data.ddecay = ddecay.mutable_data_ptr<scalar_t>();
-    using acc_t = at::opmath_type<scalar_t>;
     if (up_only) {
-      scan<scalar_t, acc_t, Pass::kUpBackward>(data, x.options());
+      scan<Pass::kUpBackward>(data, x.options());
     } else {
-      scan<scalar_t, acc_t, Pass::kFullBackward>(data, x.options());
+      scan<Pass::kFullBackward>(data, x.options());
     }
   });
   return {dx, ddecay};

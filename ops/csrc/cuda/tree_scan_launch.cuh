@@ -1,5 +1,4 @@
-// Chooses and launches the kernels of a scan: maps whose rows fit on the chip are done by tree_scan_shared.cuh in one
-// kernel, larger ones by tree_scan_global.cuh.
+// Plans a scan and launches its kernels.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,109 +11,99 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "tree_scan_global.cuh"
-#include "tree_scan_shared.cuh"
+#include "tree_scan_walk.cuh"
 
 namespace grootvl {
 
-// Launches scan_in_shared if a block's share fits; returns whether it did.
-template <typename T, typename acc_t, Pass pass, int kChannels, int kThreads>
-bool try_shared(const ScanData<T>& data, int log2_run) {
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
-  const SharedLayout<acc_t, kChannels, pass> layout(data.num_vertices, log2_run);
-  const size_t bytes = layout.bytes();
-  if (data.num_vertices > kSharedMaxVertices || bytes > properties->sharedMemPerBlockOptin) return false;
-  const auto kernel = scan_in_shared<T, acc_t, kChannels, pass, kThreads>;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  const int64_t blocks = data.batch * ((data.channels + kChannels - 1) / kChannels);
-  TORCH_CHECK(blocks <= INT32_MAX, "too many images and channels for one scan: ", data.batch, " x ", data.channels);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, at::cuda::getCurrentCUDAStream()>>>(data, log2_run);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return true;
+// Run lengths, as log2, for a scan of this size; 31 for one run a tree.
+inline int choose_log2_run(int64_t batch, int64_t length, int64_t channels) {
+  const int64_t warps = batch * ((channels + 31) / 32);
+  const int64_t enough = 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  if (warps >= enough || length <= 256) return 31;
+  // Runs as long as there are runs: walking one then takes about as long as walking over all of them. Shorter ones
+  // where that would not yet keep every multiprocessor busy.
+  int log2_run = 5;
+  while ((int64_t{1} << (2 * log2_run)) < length / 4 && warps * (length >> log2_run) > 4 * enough) ++log2_run;
+  return log2_run;
 }
 
-template <typename T, typename acc_t, Pass pass>
-void scan_in_global(const ScanData<T>& data, const at::TensorOptions& options) {
-  constexpr int kStreams = is_backward(pass) ? 2 : 1, kThreads = 128;
+template <Pass pass, typename T, typename acc_t>
+void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
+  constexpr int kStreams = num_streams(pass);
   const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
+  if (batch * length * channels == 0) return;
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
-  // Runs grow with the square root of the tree: walking one run then takes about as long as walking over all runs.
-  int log2_run = 5;
-  while ((int64_t{1} << (2 * log2_run)) < length / 4) ++log2_run;
-  const int64_t runs = max_runs(length, log2_run);
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto blocks = [](int64_t threads) {
-    const int64_t count = (threads + kThreads - 1) / kThreads;
+    const int64_t count = (threads + kWalkThreads - 1) / kWalkThreads;
     TORCH_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
     return static_cast<unsigned>(count);
   };
-
   const auto ints = options.dtype(at::kInt);
   const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
-  const at::Tensor nodes = at::empty({batch, length}, ints), cuts = at::empty({batch, length}, ints);
-  const at::Tensor run_end = at::empty({batch, runs}, ints), run_nodes = at::empty({batch, runs}, ints);
-  Plan plan{};
-  plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
-  plan.cuts = cuts.mutable_data_ptr<int32_t>();
-  plan.run_end = run_end.mutable_data_ptr<int32_t>();
-  plan.run_nodes = reinterpret_cast<uint32_t*>(run_nodes.mutable_data_ptr<int32_t>());
-  plan.runs = static_cast<int>(runs);
-  plan.log2_run = log2_run;
-  mark_runs<<<blocks(batch * length), kThreads, 0, stream>>>(data, plan);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const at::Tensor run_id = at::cumsum(cuts, 1, at::kInt);
-  plan.run_id = run_id.const_data_ptr<int32_t>();
-  list_runs<<<blocks(batch * length), kThreads, 0, stream>>>(data, plan);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 
-  const at::Tensor storage = at::empty({2 + 3 * kStreams, batch, runs, channels}, accumulation);
-  auto* values = storage.mutable_data_ptr<acc_t>();
-  RunData<acc_t> run_data{};
-  run_data.stream_stride = batch * runs * channels;
-  run_data.beta = values;
-  run_data.decay = values + run_data.stream_stride;
-  run_data.end = values + 2 * run_data.stream_stride;
-  run_data.bottom = run_data.end + kStreams * run_data.stream_stride;
-  run_data.below = run_data.bottom + kStreams * run_data.stream_stride;
-  const unsigned run_blocks = blocks(batch * runs * ((channels + 31) / 32) * 32);
-  summarise_runs<T, acc_t, pass><<<run_blocks, kThreads, 0, stream>>>(data, plan, run_data);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  join_runs<T, acc_t, pass><<<blocks(kStreams * batch * channels), kThreads, 0, stream>>>(data, plan, run_data);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-
+  // Between the sweeps the sums wait in the outputs, if these are as precise.
   at::Tensor sums;
-  acc_t* sums_data = nullptr;
-  if constexpr (pass != Pass::kUp) {
-    sums = at::empty({kStreams, batch, length, channels}, accumulation);
-    sums_data = sums.mutable_data_ptr<acc_t>();
+  if constexpr (!std::is_same_v<T, acc_t>) {
+    if (pass != Pass::kUp) {
+      sums = at::empty({kStreams, batch, length, channels}, accumulation);
+      for (int s = 0; s < kStreams; ++s) data.sums[s] = sums.mutable_data_ptr<acc_t>() + s * batch * length * channels;
+    }
+  } else {
+    data.sums[0] = is_backward(pass) ? data.ddecay : data.out;
+    data.sums[1] = data.out;
   }
-  finish_runs<T, acc_t, pass>
-      <<<run_blocks, kThreads, 0, stream>>>(data, plan, run_data, sums_data, batch * length * channels);
+
+  Plan plan{};
+  plan.log2_run = choose_log2_run(batch, length, channels);
+  const bool several_runs = plan.log2_run < 31;
+  plan.runs = several_runs ? static_cast<int>(max_runs(length, plan.log2_run)) : 1;
+  const at::Tensor nodes = at::empty({batch, length}, ints);
+  plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
+  at::Tensor cuts, run_id, run_end, run_nodes, run_storage;
+  if (several_runs) {
+    cuts = at::empty({batch, length}, ints);
+    plan.cuts = cuts.mutable_data_ptr<int32_t>();
+  }
+  mark_nodes<<<blocks(batch * length), kWalkThreads, 0, stream>>>(data, plan);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+  const int capacity = stack_capacity(length);
+  const unsigned run_blocks = blocks(batch * plan.runs * ((channels + 31) / 32) * 32);
+  const size_t stack_bytes = sizeof(acc_t) * capacity * kWalkThreads;
+  RunData<acc_t> runs{};
+  if (several_runs) {
+    run_id = at::cumsum(cuts, 1, at::kInt);
+    run_end = at::empty({batch, plan.runs}, ints);
+    run_nodes = at::empty({batch, plan.runs}, ints);
+    plan.run_id = run_id.const_data_ptr<int32_t>();
+    plan.run_end = run_end.mutable_data_ptr<int32_t>();
+    plan.run_nodes = reinterpret_cast<uint32_t*>(run_nodes.mutable_data_ptr<int32_t>());
+    list_runs<<<blocks(batch * length), kWalkThreads, 0, stream>>>(data, plan);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+    run_storage = at::empty({2 + 3 * kStreams, batch, plan.runs, channels}, accumulation);
+    runs.stride = batch * plan.runs * channels;
+    runs.beta = run_storage.mutable_data_ptr<acc_t>();
+    runs.decay = runs.beta + runs.stride;
+    runs.end = runs.decay + runs.stride;
+    runs.bottom = runs.end + kStreams * runs.stride;
+    runs.below = runs.bottom + kStreams * runs.stride;
+    summarise_runs<pass><<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    join_runs<pass>
+        <<<blocks(kStreams * batch * channels), kWalkThreads, stack_bytes, stream>>>(data, plan, runs, capacity);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  finish_runs<pass><<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T, typename acc_t, Pass pass>
-void scan(const ScanData<T>& data, const at::TensorOptions& options) {
-  if (data.batch * data.num_vertices * data.channels == 0) return;
-  // Small maps take more channels a block: whole sectors of memory, and enough threads to a run.
-  const int length = data.num_vertices;
-  bool done = false;
-  if (length <= 64) {
-    done = try_shared<T, acc_t, pass, 32, 128>(data, 3);
-  } else if (length <= 256) {
-    done = try_shared<T, acc_t, pass, 16, 256>(data, 4);
-  } else if (length <= 1024) {
-    done = try_shared<T, acc_t, pass, 8, 256>(data, 5);
-  }
-  done = done || try_shared<T, acc_t, pass, 8, 512>(data, 6) || try_shared<T, acc_t, pass, 4, 512>(data, 6);
-  if (!done) scan_in_global<T, acc_t, pass>(data, options);
-}
-
-template <typename T>
-ScanData<T> scan_data(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
-                      const at::Tensor& subtree_size) {
+template <typename T, typename acc_t>
+ScanData<T, acc_t> scan_data(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent,
+                             const at::Tensor& order, const at::Tensor& subtree_size) {
   TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
-  ScanData<T> data{};
+  ScanData<T, acc_t> data{};
   data.x = x.const_data_ptr<T>();
   data.decay = decay.const_data_ptr<T>();
   data.parent = parent.const_data_ptr<int32_t>();

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "tree_team.cuh"
+
 namespace grootvl {
 
 // An edge by its place in the total order: the order of its weight in the upper half, its number in the lower.
@@ -37,6 +39,19 @@ __device__ __forceinline__ T load_volatile(const T* pointer) {
 
 __device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
   if (key < load_volatile(best)) atomicMin(best, key);
+}
+
+// The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many atomic
+// operations on one address of global memory would wait for each other. Every lane has to call.
+__device__ __forceinline__ void lower_by_runs(EdgeKey* best, int label, EdgeKey key) {
+  const int lane = threadIdx.x % kWarp;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int other_label = __shfl_down_sync(0xffffffffu, label, offset);
+    const EdgeKey other_key = __shfl_down_sync(0xffffffffu, key, offset);
+    if (lane + offset < kWarp && other_label == label && other_key < key) key = other_key;
+  }
+  const int label_before = __shfl_up_sync(0xffffffffu, label, 1);
+  if (key != kNoEdge && (lane == 0 || label_before != label)) lower(best + label, key);
 }
 
 // The data of a growing forest, for each vertex; Index holds a vertex number.
@@ -137,20 +152,29 @@ struct Grid {
   template <typename Team, typename Index>
   __device__ __forceinline__ void propose(Team& team, const Forest<Index>& forest) const {
     const int horizontal = vertical_edges();
-    for (int v = team.rank(); v < vertices(); v += team.size()) {
-      const int y = v / width;
-      const int x = v - y * width;
-      const Index label = forest.label[v];
+    for (int first = 0; first < vertices(); first += team.size()) {  // so that a warp stays together
+      const int v = first + team.rank();
+      int label = -1;
       EdgeKey lightest = kNoEdge;
-      const auto consider = [&](int edge) {
-        const EdgeKey key = edge_key(weights, edge);
-        lightest = key < lightest ? key : lightest;
-      };
-      if (y > 0 && forest.label[v - width] != label) consider(v - width);
-      if (y < height - 1 && forest.label[v + width] != label) consider(v);
-      if (x > 0 && forest.label[v - 1] != label) consider(horizontal + v - y - 1);
-      if (x < width - 1 && forest.label[v + 1] != label) consider(horizontal + v - y);
-      if (lightest != kNoEdge) lower(&forest.best[label], lightest);
+      if (v < vertices()) {
+        const int y = v / width;
+        const int x = v - y * width;
+        label = forest.label[v];
+        const auto consider = [&](int neighbour, int edge) {
+          if (forest.label[neighbour] == label) return;
+          const EdgeKey key = edge_key(weights, edge);
+          lightest = key < lightest ? key : lightest;
+        };
+        if (y > 0) consider(v - width, v - width);
+        if (y < height - 1) consider(v + width, v);
+        if (x > 0) consider(v - 1, horizontal + v - y - 1);
+        if (x < width - 1) consider(v + 1, horizontal + v - y);
+      }
+      if constexpr (Team::kInGlobalMemory) {
+        lower_by_runs(forest.best, label, lightest);
+      } else if (lightest != kNoEdge) {
+        lower(forest.best + label, lightest);
+      }
     }
   }
 
@@ -189,8 +213,8 @@ struct EdgeList {
       const Index label_v = forest.label[v];
       if (label_u == label_v) continue;
       const EdgeKey key = edge_key(weights, edge);
-      lower(&forest.best[label_u], key);
-      lower(&forest.best[label_v], key);
+      lower(forest.best + label_u, key);
+      lower(forest.best + label_v, key);
     }
   }
 

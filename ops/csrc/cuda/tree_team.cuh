@@ -22,6 +22,8 @@ struct BlockScratch {
 // All threads of one block, a whole number of warps. Every thread has to call each collective operation.
 class BlockTeam {
  public:
+  static constexpr bool kInGlobalMemory = false;
+
   __device__ explicit BlockTeam(BlockScratch* scratch) : scratch_(scratch) {
     if (threadIdx.x == 0) scratch_->sums[0] = 0;
     __syncthreads();
@@ -84,6 +86,8 @@ constexpr int kMaxTeamBlocks = 2044;
 // for each other).
 class GridTeam {
  public:
+  static constexpr bool kInGlobalMemory = true;
+
   __device__ GridTeam(BlockScratch* block_scratch, GridScratch* scratch, int block, int blocks)
       : block_team_(block_scratch), scratch_(scratch), block_(block), blocks_(blocks) {}
 

@@ -1,0 +1,336 @@
+// The walks along a run, and the kernels made of them; what they compute is explained in tree_scan.cuh.
+#pragma once
+
+#include "tree_scan.cuh"
+
+namespace grootvl {
+
+constexpr int kWalkThreads = 128;
+// Rows whose loads are in flight together, while as many are worked on.
+constexpr int kBatch = 16;
+
+// Sums that wait, one for each lane: the top in a register, the others in shared memory.
+template <typename acc_t>
+class Stack {
+ public:
+  Stack() = default;
+  // `column` is this lane's first entry, `stride` the distance to the next.
+  __device__ Stack(acc_t* column, int stride, int capacity) : column_(column), stride_(stride), capacity_(capacity) {}
+
+  __device__ void push(acc_t value) {
+    column_[size_ * stride_] = top_;
+    size_ = min(size_ + 1, capacity_ - 1);  // not reached by a valid tree
+    top_ = value;
+  }
+  __device__ acc_t pop() {
+    const acc_t value = top_;
+    size_ = max(size_ - 1, 0);  // at the end of a walk nothing waits
+    top_ = column_[size_ * stride_];
+    return value;
+  }
+  __device__ void clear() { size_ = 0; }
+
+ private:
+  acc_t* column_;
+  int stride_;
+  int capacity_;
+  int size_ = 0;
+  acc_t top_ = 0;
+};
+
+// Entries of a stack for trees of a size: the sums that wait, the one that an empty stack holds, and one to spare.
+inline int stack_capacity(int64_t num_vertices) {
+  int capacity = 3;
+  while ((int64_t{1} << (capacity - 3)) < num_vertices) ++capacity;
+  return capacity;
+}
+
+// The stacks of a block's threads in dynamic shared memory.
+template <typename acc_t>
+__device__ Stack<acc_t> thread_stack(int stream, int capacity) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  acc_t* column = reinterpret_cast<acc_t*>(memory) + stream * capacity * blockDim.x + threadIdx.x;
+  return Stack<acc_t>(column, blockDim.x, capacity);
+}
+
+// The run that a warp walks, and its lane's channel.
+struct RunItem {
+  int64_t rows;    // first row of the image in (B, L)
+  int64_t at_run;  // of run and channel in (B, runs, D)
+  int begin, end, channel;
+  bool valid;   // there is such a run
+  bool active;  // and such a channel
+
+  template <typename T, typename acc_t>
+  __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
+    const int groups = (data.channels + 31) / 32;
+    const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    const int64_t image = warp / groups / plan.runs;
+    const int run = warp / groups % plan.runs;
+    channel = warp % groups * 32 + threadIdx.x % 32;
+    active = channel < data.channels;
+    channel = min(channel, data.channels - 1);  // idle lanes read along, and write nothing
+    rows = image * data.num_vertices;
+    at_run = (image * plan.runs + run) * data.channels + channel;
+    valid = image < data.batch;
+    if (!valid) return;
+    begin = 0, end = data.num_vertices;
+    if (plan.cuts == nullptr) return;
+    valid = run < plan.run_id[rows + data.num_vertices - 1];
+    if (!valid) return;
+    if (run > 0) begin = plan.run_end[image * plan.runs + run - 1];
+    end = plan.run_end[image * plan.runs + run];
+  }
+};
+
+// A batch of rows on its way from memory.
+template <typename T, typename V, int kStreams>
+struct Rows {
+  T decay[kBatch];
+  V value[kStreams][kBatch];
+};
+
+// Goes over the rows of a run, forwards or backwards in the postorder. `load(at)` fills a row of a batch from the
+// offset `at` in (B, L, D), `visit(node, at, row)` is called for each row in turn. All lanes of a warp take the same
+// way.
+template <bool kForwards, typename Batch, typename Load, typename Visit>
+__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, int64_t channels, Load load, Visit visit) {
+  const int count = item.end - item.begin;
+  const uint32_t* nodes = plan.nodes + item.rows + (kForwards ? item.begin : item.end - 1);
+  const int lane = threadIdx.x % 32;
+  // The nodes of a batch, one in each of the first lanes; past the end the last one again.
+  const auto nodes_from = [&](int first) {
+    const int i = min(first + lane % kBatch, count - 1);
+    return nodes[kForwards ? i : -i];
+  };
+  const auto offset = [&](uint32_t node) { return (item.rows + (node & kVertexMask)) * channels + item.channel; };
+  const auto load_batch = [&](Batch& batch, uint32_t batch_nodes) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) load(batch, j, offset(__shfl_sync(0xffffffff, batch_nodes, j)));
+  };
+
+  Batch batch, next;
+  uint32_t batch_nodes = nodes_from(0), next_nodes = nodes_from(kBatch);
+  load_batch(batch, batch_nodes);
+  for (int first = 0; first < count; first += kBatch) {
+    load_batch(next, next_nodes);
+    const uint32_t later_nodes = nodes_from(first + 2 * kBatch);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j < count) {
+        const uint32_t node = __shfl_sync(0xffffffff, batch_nodes, j);
+        visit(node, offset(node), batch, j);
+      }
+    }
+    batch = next;
+    batch_nodes = next_nodes;
+    next_nodes = later_nodes;
+  }
+}
+
+// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, at, decay, u, contribution)`.
+template <Pass pass, typename T, typename acc_t, typename Visit>
+__device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
+                                        Stack<acc_t> (&stack)[num_streams(pass)],
+                                        const acc_t (&entering)[num_streams(pass)], Visit visit) {
+  constexpr int kStreams = num_streams(pass);
+  using Batch = Rows<T, T, kStreams>;
+  acc_t sum[kStreams];
+  for (int s = 0; s < kStreams; ++s) sum[s] = entering[s];
+  const auto load = [&](Batch& batch, int j, int64_t at) {
+    batch.decay[j] = data.decay[at];
+    batch.value[0][j] = data.x[at];
+    if constexpr (kStreams == 2) batch.value[1][j] = data.grad[at];
+  };
+  walk<true, Batch>(plan, item, data.channels, load, [&](uint32_t node, int64_t at, const Batch& batch, int j) {
+    const acc_t decay = static_cast<acc_t>(batch.decay[j]);
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) {
+      const acc_t x = static_cast<acc_t>(batch.value[s][j]);
+      if (!sweeps_up(pass, s)) {  // a vertex's own value is all there is
+        visit(s, node, at, decay, x, acc_t(0));
+        continue;
+      }
+      if (node & kLeaf) {
+        stack[s].push(sum[s]);
+        sum[s] = 0;
+      }
+      const acc_t u = x + sum[s];
+      sum[s] = decay * u;
+      visit(s, node, at, decay, u, sum[s]);
+      if (node & kLight) sum[s] += stack[s].pop();
+      if (node & kRoot) {
+        sum[s] = 0;
+        stack[s].clear();
+      }
+    }
+  });
+}
+
+// (1) Each run by itself.
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    summarise_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
+  constexpr int kStreams = num_streams(pass);
+  const RunItem item(data, plan);
+  if (!item.valid) return;
+  Stack<acc_t> stacks[kStreams];
+  for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
+  acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
+  const acc_t nothing[kStreams] = {};
+  walk_up<pass>(data, plan, item, stacks, nothing,
+                [&](int s, uint32_t node, int64_t, acc_t decay, acc_t u, acc_t contribution) {
+                  end[s] = u;
+                  if (node & kChain) {
+                    bottom[s] += product * (u - chain[s]);
+                    chain[s] = contribution;
+                    if (s == kStreams - 1) {
+                      before = product;
+                      product *= decay;
+                    }
+                  }
+                  if (s == 0) last_decay = node & kRoot ? acc_t(0) : decay;
+                });
+  if (!item.active) return;
+  runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
+  runs.decay[item.at_run] = last_decay;
+  for (int s = 0; s < kStreams; ++s) {
+    runs.end[s * runs.stride + item.at_run] = end[s];
+    runs.bottom[s * runs.stride + item.at_run] = bottom[s];
+  }
+}
+
+// (2) The runs among themselves: a thread for each stream, image and channel.
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    join_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int channel = thread % data.channels;
+  const int64_t image = thread / data.channels % data.batch;
+  const int stream = thread / data.channels / data.batch;
+  if (stream >= num_streams(pass)) return;
+  const bool up = sweeps_up(pass, stream);
+  const int count = plan.run_id[(image + 1) * data.num_vertices - 1];
+  const uint32_t* nodes = plan.run_nodes + image * plan.runs;
+  const int64_t offset = image * plan.runs * data.channels + channel;
+  const acc_t* beta = runs.beta + offset;
+  const acc_t* decay = runs.decay + offset;
+  const acc_t* end = runs.end + stream * runs.stride + offset;
+  acc_t* bottom = runs.bottom + stream * runs.stride + offset;
+  acc_t* below = runs.below + stream * runs.stride + offset;
+  Stack<acc_t> stack = thread_stack<acc_t>(0, capacity);
+
+  acc_t sum = 0;
+  for (int first = 0; first < count; first += kBatch) {
+    uint32_t node[kBatch];
+    acc_t u[kBatch], b[kBatch], a[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int run = min(first + j, count - 1);
+      const int64_t at = int64_t(run) * data.channels;
+      node[j] = nodes[run], u[j] = end[at], b[j] = beta[at], a[j] = decay[at];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j >= count) break;
+      if (node[j] & kLeaf) {
+        stack.push(sum);
+        sum = 0;
+      }
+      below[int64_t(first + j) * data.channels] = up ? sum : acc_t(0);
+      const acc_t contribution = a[j] * (u[j] + b[j] * sum);
+      sum = up ? contribution : acc_t(0);
+      if (node[j] & kLight) sum += stack.pop();
+      if (node[j] & kRoot || !up) {
+        sum = 0;
+        stack.clear();
+      }
+    }
+  }
+  if (pass == Pass::kUp) return;
+
+  stack.clear();
+  acc_t h = 0;  // at the bottom of the run above
+  for (int first = count - 1; first >= 0; first -= kBatch) {
+    uint32_t node[kBatch];
+    acc_t u[kBatch], b[kBatch], a[kBatch], e[kBatch], p[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int run = max(first - j, 0);
+      const int64_t at = int64_t(run) * data.channels;
+      node[j] = nodes[run], u[j] = end[at], b[j] = beta[at], a[j] = decay[at], e[j] = below[at], p[j] = bottom[at];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first - j < 0) break;
+      if (node[j] & kRoot) h = 0;
+      if (node[j] & kLight) stack.push(h);
+      bottom[int64_t(first - j) * data.channels] = h;
+      const acc_t from_above = up ? h - a[j] * (u[j] + b[j] * e[j]) : h;
+      h = e[j] + p[j] + b[j] * a[j] * from_above;
+      if (node[j] & kLeaf) h = stack.pop();
+    }
+  }
+}
+
+// (3) Each run, with what enters it: nothing, if it is the whole tree.
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
+  constexpr int kStreams = num_streams(pass);
+  const RunItem item(data, plan);
+  if (!item.valid) return;
+  Stack<acc_t> stacks[kStreams];
+  for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
+  acc_t entering[kStreams] = {};
+  if (plan.cuts != nullptr) {
+    for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
+  }
+  walk_up<pass>(data, plan, item, stacks, entering, [&](int s, uint32_t, int64_t at, acc_t, acc_t u, acc_t) {
+    if (!item.active) return;
+    if constexpr (pass == Pass::kUp) {
+      data.out[at] = static_cast<T>(u);
+    } else {
+      data.sums[s][at] = u;
+    }
+  });
+  if constexpr (pass != Pass::kUp) {
+    using Batch = Rows<T, acc_t, kStreams>;
+    acc_t h[kStreams] = {};
+    for (int s = 0; s < kStreams; ++s) {
+      if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
+      stacks[s].clear();
+    }
+    const auto load = [&](Batch& batch, int j, int64_t at) {
+      batch.decay[j] = data.decay[at];
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) batch.value[s][j] = data.sums[s][at];
+    };
+    walk<false, Batch>(plan, item, data.channels, load, [&](uint32_t node, int64_t at, const Batch& batch, int j) {
+      const acc_t decay = static_cast<acc_t>(batch.decay[j]);
+      const bool root = node & kRoot;
+      acc_t from_above[kStreams];
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        const acc_t u = batch.value[s][j];
+        if (node & kLight) stacks[s].push(h[s]);
+        from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
+        h[s] = root ? u : u + decay * from_above[s];
+      }
+      if (item.active) {
+        data.out[at] = static_cast<T>(h[kStreams - 1]);
+        if constexpr (kStreams == 2) {
+          acc_t gradient = batch.value[0][j] * from_above[1];
+          if constexpr (sweeps_up(pass, 1)) gradient += batch.value[1][j] * from_above[0];
+          data.ddecay[at] = static_cast<T>(root ? acc_t(0) : gradient);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        if (node & kLeaf) h[s] = stacks[s].pop();
+      }
+    });
+  }
+}
+
+}  // namespace grootvl

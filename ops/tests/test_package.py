@@ -1,0 +1,155 @@
+"""What the package says of itself, and how it behaves where its compiled library is missing or does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grootvl_ops
+
+PACKAGE = Path(grootvl_ops.__file__).parent
+MEND = "pip install --force-reinstall --no-deps --no-build-isolation ./ops"
+
+PROBE = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, grootvl_ops
+    results = []
+    for _ in range(2):
+        features = torch.arange(24.0).sin().view(1, 3, 4, 2).requires_grad_()
+        tree = grootvl_ops.build_tree(features)
+        h = grootvl_ops.tree_scan(features.flatten(1, 2), torch.full((1, 12, 2), 0.5), tree)
+        (gradient,) = torch.autograd.grad(h.square().sum(), features)
+        results.append([tree.parent.tolist(), h.flatten().tolist(), gradient.flatten().tolist()])
+said = [str(w.message) for w in caught if "grootvl_ops" in str(w.message)]
+print(json.dumps({"file": grootvl_ops.__file__, "backend": grootvl_ops.backend(), "said": said, "results": results}))
+"""
+
+
+def run_python(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=path, capture_output=True, text=True, timeout=120
+    )
+
+
+def probe(path: Path) -> dict:
+    done = run_python("-c", PROBE, path=path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The Python files of the package alone, in a directory that comes first on the path."""
+    (tmp_path / "grootvl_ops").mkdir()
+    for file in PACKAGE.glob("*.py"):
+        shutil.copy(file, tmp_path / "grootvl_ops")
+    return tmp_path / "grootvl_ops"
+
+
+@pytest.fixture(scope="module")
+def as_installed() -> dict:
+    return probe(PACKAGE.parent)
+
+
+def check_reference_serves(as_installed: dict, package: Path, *named: str) -> None:
+    found = probe(package.parent)
+    assert Path(found["file"]).parent == package
+    assert found["backend"] == "reference"
+    assert len(found["said"]) == 1, found["said"]
+    for part in (MEND, *named):
+        assert part in found["said"][0]
+    for result in found["results"]:
+        for name, value, target in zip(("parent", "h", "gradient"), result, as_installed["results"][0], strict=True):
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(target), msg=name)
+
+
+def test_no_compiled_library(as_installed, copied):
+    check_reference_serves(as_installed, copied, "without its compiled library")
+
+
+def test_library_of_another_torch(as_installed, copied):
+    compiled = next(PACKAGE.glob("_C*"), None)
+    record = json.loads((PACKAGE / "_build.json").read_text()) if compiled else {}
+    if compiled:
+        shutil.copy(compiled, copied)
+    else:
+        (copied / "_C.abi3.so").touch()
+    (copied / "_build.json").write_text(json.dumps({**record, "torch": "1.0.0"}))
+    check_reference_serves(
+        as_installed, copied, "_C", "built against torch 1.0.0", f"torch {torch.__version__} is installed"
+    )
+
+
+def test_library_without_its_record(as_installed, copied):
+    (copied / "_C.abi3.so").write_bytes(b"")
+    check_reference_serves(as_installed, copied, "_C.abi3.so", "an unknown version")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF and then nothing"], ids=["empty", "cut"])
+def test_damaged_library(as_installed, copied, content):
+    (copied / "_C.abi3.so").write_bytes(content)
+    (copied / "_build.json").write_text(json.dumps({"torch": torch.__version__}))
+    check_reference_serves(as_installed, copied, "_C.abi3.so", "could not be loaded")
+
+
+@pytest.mark.parametrize("content", ['{"torch": "2', "[]"], ids=["cut", "list"])
+def test_damaged_record(as_installed, copied, content):
+    (copied / "_C.abi3.so").write_bytes(b"")
+    (copied / "_build.json").write_text(content)
+    check_reference_serves(as_installed, copied, "_C.abi3.so", "an unknown version")
+
+
+def test_compiled_library_serves_without_a_word(as_installed):
+    if grootvl_ops.backend() != "compiled":
+        pytest.skip("no compiled kernels")
+    assert as_installed["backend"] == "compiled"
+    assert as_installed["said"] == []
+
+
+def test_report_of_what_is_in_use():
+    done = run_python("-m", "grootvl_ops", path=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert grootvl_ops.backend("cpu") in done.stdout
+
+
+def test_report_without_a_library(copied):
+    done = run_python("-m", "grootvl_ops", path=copied.parent)
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert "reference" in done.stdout
+    assert MEND in done.stdout + done.stderr
+
+
+def test_backend_names():
+    assert grootvl_ops.backend("cpu") in ("compiled", "reference")
+    assert grootvl_ops.backend(torch.device("cpu")) == grootvl_ops.backend()
+    assert grootvl_ops.backend("meta") == "reference"
+
+
+def test_public_names():
+    assert set(grootvl_ops.__all__) <= set(dir(grootvl_ops))
+    assert all(getattr(grootvl_ops, name).__doc__ for name in grootvl_ops.__all__ if name != "METRICS")
+
+
+def test_import_is_light():
+    """Nothing but torch and the standard library; warnings are for those who use the reference, not for importers."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import warnings; warnings.simplefilter('error')\n"
+        "import grootvl_ops\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
+    done = run_python("-c", code, path=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout) <= {"torch", "grootvl_ops"}
