@@ -1,4 +1,4 @@
-"""Edge weights and trees on CUDA, at the sizes that decide which kernels run: right, and without waiting for the GPU."""
+"""Edge weights and trees on CUDA, at sizes that decide which kernels run: right, and without waiting for the GPU."""
 
 from __future__ import annotations
 
