@@ -77,6 +77,7 @@ class GrootV(BaseModule):
             raise ValueError(f"frozen_stages must be from -1 (none) to {num_stages}, got {frozen_stages}")
         self.out_channels = tuple(self.model.feature_info[i]["num_chs"] for i in indices)
         self.model.prune_intermediate_layers(list(indices), prune_norm=False, prune_head=True)
+        del self.model.num_classes  # mmdet's NumClassCheckHook compares every module's with the data
         self.model.set_grad_checkpointing(with_cp)
         for module in self._frozen_modules():
             module.requires_grad_(False)
