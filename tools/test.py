@@ -18,6 +18,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="path of the checkpoint")
     parser.add_argument("--work-dir", help="where logs go; default: work_dirs/<name of the config>")
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions there")
+    parser.add_argument("--show-dir", metavar="FOLDER", help="draw predictions beside the ground truth, to files there")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: the config's tta_model, tta_pipeline")
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="replace entries of the config"
     )
@@ -46,7 +48,26 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    if args.show_dir:
+        _draw_predictions(cfg, Path(args.show_dir).absolute())
+    if args.tta:
+        if "tta_model" not in cfg or "tta_pipeline" not in cfg:
+            raise SystemExit(f"--tta: {args.config} has no tta_model and tta_pipeline")
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     return cfg
+
+
+def _draw_predictions(cfg: Config, folder: Path) -> None:
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None:
+        raise SystemExit("--show-dir: the config has no default_hooks.visualization")
+    hook.draw = True
+    if cfg.default_scope == "mmdet":
+        hook.test_out_dir = str(folder)
+    else:  # mmseg draws every 50th image unless told otherwise, to the folder of its visualizer
+        hook.interval = 1
+        cfg.visualizer.save_dir = str(folder)
 
 
 def main() -> None:

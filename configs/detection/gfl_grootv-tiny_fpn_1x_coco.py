@@ -1,0 +1,25 @@
+"""Another detector: the one-stage GFL, on its own config of mmdet and the schedule of the Mask R-CNN here."""
+
+_base_ = [
+    *__import__("grootv.openmmlab", fromlist=["base_configs"]).base_configs("mmdet", "gfl/gfl_r50_fpn_1x_coco.py"),
+    "_base_/grootv_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="GrootV",
+        arch="tiny",
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/grootv_tiny.pth"),
+    ),
+    neck=dict(in_channels=[160, 320, 640], start_level=0),
+)
+
+optim_wrapper = dict(
+    constructor="TimmOptimWrapperConstructor",
+    paramwise_cfg=dict(layer_decay=1.0),
+    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+)
+default_hooks = dict(checkpoint=dict(type="AtomicCheckpointHook", max_keep_ckpts=3))

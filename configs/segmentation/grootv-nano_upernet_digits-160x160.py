@@ -1,0 +1,53 @@
+"""UperNet on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
+
+Of the ADE20K config differ the data, the sizes and the schedule. Images are not mirrored, because digits do not stay
+digits.
+"""
+
+_base_ = "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"
+
+crop_size = (160, 160)
+data_preprocessor = dict(size=crop_size)
+model = dict(
+    data_preprocessor=data_preprocessor,
+    backbone=dict(arch="nano", drop_path_rate=0.0),
+    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11),
+)
+
+data_root = "data/sample/ade"
+metainfo = dict(
+    classes=("photograph", *"0123456789"),
+    palette=[
+        [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
+        [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 190],
+    ],
+)  # fmt: skip
+scale = (208, 160)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=1.0),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+dataset = dict(type="BaseSegDataset", reduce_zero_label=True, data_root=data_root, metainfo=metainfo)
+train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(**dataset, pipeline=train_pipeline))
+val_dataloader = dict(num_workers=1, dataset=dict(**dataset, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+train_cfg = dict(max_iters=800, val_interval=200)
+optimizer = dict(lr=1e-3)
+optim_wrapper = dict(optimizer=optimizer)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=800),
+]
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200))

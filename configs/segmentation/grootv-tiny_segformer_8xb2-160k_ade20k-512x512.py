@@ -1,0 +1,19 @@
+"""Another segmentor: SegFormer's all-MLP head on the same backbone, data and schedule."""
+
+_base_ = "grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py"
+
+model = dict(
+    decode_head=dict(
+        _delete_=True,
+        type="SegformerHead",
+        in_channels=[80, 160, 320, 640],
+        in_index=[0, 1, 2, 3],
+        channels=256,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=dict(type="SyncBN", requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=None,
+)
