@@ -123,7 +123,9 @@ def test_golden_gradients(device, operations, golden):
     parameters = dict(model.named_parameters())
     assert len(golden["grad_norms"]) == len(parameters)
     for name, norm in golden["grad_norms"].items():
-        assert parameters[_official_to_timm(name)].grad.double().norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), name
+        grad = parameters[_official_to_timm(name)].grad
+        # The bound from below is for the bias before BatchNorm, whose gradient is nothing but rounding.
+        assert grad.double().norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), name
     mixer = model.stages[0].blocks[0].mixer
     assert relative_error(mixer.x_proj.weight.grad, golden["grad_x_proj_weight"][0]) < 1e-4
     assert relative_error(mixer.A_log.grad, golden["grad_A_logs"][:, 0]) < 1e-4

@@ -269,10 +269,9 @@ class GrootV(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise all parameters and buffers anew, such as after `to_empty` on a model made on the meta device."""
-        for module in self.modules():
+        for module in reversed(list(self.modules())):  # parents after their children, whose defaults they replace
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # Parents after their children, whose defaults they replace.
         self.apply(self._init_weights)
 
     @torch.jit.ignore
