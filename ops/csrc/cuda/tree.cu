@@ -426,8 +426,8 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
 
   const at::Tensor keys = comparable(weights);
   // Clamped so that no 64-bit number out of range becomes a vertex in 32 bits.
-  const at::Tensor ends =
-      (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
+  at::Tensor ends = (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
+  if (reinterpret_cast<uintptr_t>(ends.const_data_ptr()) % sizeof(int2) != 0) ends = ends.clone();  // pairs are read whole
   const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
   const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);
 

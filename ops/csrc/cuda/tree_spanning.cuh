@@ -32,13 +32,9 @@ struct Ends {
   int second;
 };
 
-template <typename T>
-__device__ __forceinline__ T load_volatile(const T* pointer) {
-  return *const_cast<const volatile T*>(pointer);
-}
-
+// Most keys lose; a read tells sooner than an atomic operation. That it may come too late for a lower key does no harm.
 __device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
-  if (key < load_volatile(best)) atomicMin(best, key);
+  if (key < *const_cast<volatile EdgeKey*>(best)) atomicMin(best, key);
 }
 
 // The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many atomic
@@ -103,27 +99,25 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
     if (left == 1 || left == parts) return left;
     parts = left;
 
-    // Follow the hooks to the parts that stay. Everyone shortens the chains for the others meanwhile, so that each sweep
-    // multiplies the distance covered; a limit to the jumps keeps early vertices from walking long chains (monotone
-    // weights make them) alone.
-    int unfinished;
-    do {
-      unfinished = 0;
+    // Follow the hooks to the parts that stay. If that takes many jumps (monotone weights make long chains), then in
+    // sweeps, between which all hooks are replaced by the ways that were found, which multiplies the distance of a jump.
+    for (;;) {
+      int unfinished = 0;
       for (int v = team.rank(); v < vertices; v += team.size()) {
-        const Index start = forest.label[v];
-        Index part = load_volatile(&forest.hook[start]);
-        int jumps = 0;
-        for (; jumps < kJumps; ++jumps) {
-          const Index next = load_volatile(&forest.hook[part]);
-          if (next == part) break;
+        Index part = forest.hook[forest.label[v]];
+        Index next = forest.hook[part];
+        for (int jumps = 0; jumps < kJumps && next != part; ++jumps) {
           part = next;
+          next = forest.hook[part];
         }
-        if (jumps > 0) *const_cast<volatile Index*>(&forest.hook[start]) = part;
-        if (jumps == kJumps) unfinished = 1;
+        if (next != part) unfinished = 1;
         forest.label[v] = part;
         forest.best[v] = kNoEdge;
       }
-    } while (team.sync_sum(unfinished) != 0);
+      if (team.sync_sum(unfinished) == 0) break;
+      for (int v = team.rank(); v < vertices; v += team.size()) forest.hook[v] = forest.label[v];
+      team.sync();
+    }
   }
 }
 
