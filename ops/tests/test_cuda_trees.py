@@ -184,6 +184,14 @@ def test_long_path():
     check_graph(edges, weights, 100_000, int(vertices[30_000]))
 
 
+def test_edges_at_any_address():
+    edges = random_graph(50, 50).int()
+    weights = torch.rand(1, len(edges))
+    shifted = torch.cat((torch.zeros(1, dtype=torch.int32), edges.flatten())).cuda()[1:].view(-1, 2)
+    tree = grootvl_ops.build_tree_from_edges(shifted, weights.cuda(), 50)
+    assert_same(tree, grootvl_ops.build_tree_from_edges(edges, weights, 50))
+
+
 def test_more_graphs_than_blocks():
     edges = torch.stack([random_graph(40, 30) for _ in range(500)])
     check_graph(edges, torch.rand(edges.shape[:2]), 40, 7)
