@@ -1,6 +1,5 @@
 """GrootV against outputs of the published implementation, and against a plain recomputation for other inputs."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
+from model_helpers import OFFICIAL_NAMES, official_state, shrink
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
@@ -19,37 +19,10 @@ from grootv.models.grootv import _official_to_timm
 from grootvl_ops import reference
 
 GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL_NAMES = json.loads((GOLDEN / "official_names.json").read_text())
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
-
-
-def official_state(names: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Parameters by official names, with the values that depend on their names alone."""
-    state = {
-        name: torch.zeros(shape, dtype=torch.long if name.endswith("num_batches_tracked") else torch.float32)
-        for name, shape in names.items()
-    }
-    return fill.fill(state)
-
-
-def shrink(names: dict[str, list[int]], dims: tuple[int, ...], depths: tuple[int, ...], num_classes: int):
-    """Official names and shapes of a smaller model, made from those of GrootV-Tiny."""
-    smaller = {}
-    for name, shape in names.items():
-        part = name.split(".")
-        if part[0] == "levels" and part[2] == "blocks" and int(part[3]) >= depths[int(part[1])]:
-            continue
-        stage = int(part[1]) if part[0] == "levels" else {"patch_embed": 0}.get(part[0], 3)
-        old, new = 80 * 2**stage, dims[stage]
-        rank = {-(-old // 16): -(-new // 16), -(-old // 16) + 2: -(-new // 16) + 2}
-        sizes = {old * k // 2: new * k // 2 for k in (1, 2, 3, 4, 8)} | {1000: num_classes}
-        if "x_proj" in name or "dt_projs" in name:
-            sizes |= rank
-        smaller[name] = [sizes.get(size, size) for size in shape]
-    return smaller
 
 
 class ReferenceScan(torch.autograd.Function):

@@ -453,6 +453,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: GrootV) -> dict[str,
     return state_dict
 
 
+def _enumerate(names: list[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def _check_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise unless only the classifier and the number of input channels differ: even where timm loads leniently."""
     adapted = ("stem.conv1.weight", "head.fc.weight", "head.fc.bias")
@@ -465,7 +469,7 @@ def _check_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     ]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
     if any(names for _, names in problems):
-        found = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems if names)
+        found = "; ".join(f"{len(names)} {kind}: {_enumerate(names)}" for kind, names in problems if names)
         raise RuntimeError(f"the checkpoint does not fit the model: {found}")
 
 

@@ -4,6 +4,7 @@ Paper: GrootVL / MambaTree, arXiv 2406.02395, section 3.2.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +125,9 @@ class TreeSSM(nn.Module):
         """
         if torch.jit.is_scripting():  # TorchScript cannot switch autocast off for a device it learns at run time
             y = self._scan_and_norm(x, projected, tree)
-        elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            y = self._scan_and_norm(x, projected, tree)
         else:
-            with torch.autocast(x.device.type, enabled=False):
+            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+            with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
                 y = self._scan_and_norm(x, projected, tree)
         return y.to(z.dtype) * self.act(z)
 
