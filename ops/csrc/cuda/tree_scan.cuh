@@ -65,7 +65,8 @@ struct ScanData {
 // A vertex of the postorder with what a walk must know of it.
 constexpr int kVertexBits = 27;
 constexpr uint32_t kVertexMask = (1u << kVertexBits) - 1;
-constexpr uint32_t kLeaf = 1u << 27;   // has no children; as the end of a run: no run hangs below it
+constexpr uint32_t kPush =
+    1u << 27;  // begins a path that ends at a light vertex; as the end of a run: no run hangs below it
 constexpr uint32_t kLight = 1u << 28;  // has a sibling before it in the postorder
 constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run
 constexpr uint32_t kRoot = 1u << 30;
@@ -110,9 +111,11 @@ __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
   const bool root = v == p;
   const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
   const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
+  // A leaf, but the last one of its tree, whose path ends at the root.
+  const unsigned next = k + 1 < length ? min(unsigned(order[k + 1]), limit) : 0;
+  const bool push = n == 1 && k + 1 < length && unsigned(parent[next]) != next;
   const int size_in_runs = n >> plan.log2_run;
-  plan.nodes[i] =
-      v | (n == 1 ? kLeaf : 0) | (light ? kLight : 0) | (size_in_runs > 0 ? kChain : 0) | (root ? kRoot : 0);
+  plan.nodes[i] = v | (push ? kPush : 0) | (light ? kLight : 0) | (size_in_runs > 0 ? kChain : 0) | (root ? kRoot : 0);
   if (plan.cuts == nullptr) return;
   // Roots of small trees in a forest end no run, the end of the postorder does.
   plan.cuts[i] = t == length - 1 || (size_in_runs > 0 && (root || size_in_runs != size[p] >> plan.log2_run));
@@ -130,7 +133,7 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   const int first = max(t + 1 - data.subtree_size[rows + (node & kVertexMask)], 0);  // of its subtree
   const bool leaf = plan.run_id[rows + first] - plan.cuts[rows + first] == run;
   plan.run_end[image * plan.runs + run] = t + 1;
-  plan.run_nodes[image * plan.runs + run] = (node & ~kLeaf) | (leaf ? kLeaf : 0);
+  plan.run_nodes[image * plan.runs + run] = (node & ~kPush) | (leaf ? kPush : 0);
 }
 
 }  // namespace grootvl

@@ -15,15 +15,14 @@
 
 namespace grootvl {
 
-// Run lengths, as log2, for a scan of this size; 31 for one run a tree.
+// log2 of the run length for a scan of this size; 31 for one run a tree.
 inline int choose_log2_run(int64_t batch, int64_t length, int64_t channels) {
   const int64_t warps = batch * ((channels + 31) / 32);
-  const int64_t enough = 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-  if (warps >= enough || length <= 256) return 31;
-  // Runs as long as there are runs: walking one then takes about as long as walking over all of them. Shorter ones
-  // where that would not yet keep every multiprocessor busy.
+  // Eight warps a multiprocessor keep the memory busy.
+  if (warps >= 8 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount || length <= 256) return 31;
+  // About the square root of the length: walking one run then takes about as long as walking over all runs.
   int log2_run = 5;
-  while ((int64_t{1} << (2 * log2_run)) < length / 4 && warps * (length >> log2_run) > 4 * enough) ++log2_run;
+  while ((int64_t{1} << (2 * log2_run + 1)) < length) ++log2_run;
   return log2_run;
 }
 
@@ -33,10 +32,12 @@ void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
   const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
   if (batch * length * channels == 0) return;
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
+  TORCH_CHECK_VALUE(length * channels <= UINT32_MAX, "an image may have up to 2^32 values on CUDA, got ", length, " x ",
+                    channels);
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto blocks = [](int64_t threads) {
     const int64_t count = (threads + kWalkThreads - 1) / kWalkThreads;
-    TORCH_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
+    TORCH_CHECK(count <= INT32_MAX / 4, "the tensors are too large for one scan");  // warps are counted in 32 bits
     return static_cast<unsigned>(count);
   };
   const auto ints = options.dtype(at::kInt);

@@ -7,9 +7,10 @@ namespace grootvl {
 
 constexpr int kWalkThreads = 128;
 // Rows whose loads are in flight together, while as many are worked on.
-constexpr int kBatch = 16;
+constexpr int kBatch = 8;
 
-// Sums that wait, one for each lane: the top in a register, the others in shared memory.
+// Sums that wait, one for each lane: the top in a register, the others in shared memory. Without branches, since a walk
+// decides at every row whether to push or to pop.
 template <typename acc_t>
 class Stack {
  public:
@@ -17,15 +18,16 @@ class Stack {
   // `column` is this lane's first entry, `stride` the distance to the next.
   __device__ Stack(acc_t* column, int stride, int capacity) : column_(column), stride_(stride), capacity_(capacity) {}
 
-  __device__ void push(acc_t value) {
-    column_[size_ * stride_] = top_;
-    size_ = min(size_ + 1, capacity_ - 1);  // not reached by a valid tree
-    top_ = value;
+  __device__ __forceinline__ void push_if(bool condition, acc_t value) {
+    if (condition) column_[size_ * stride_] = top_;
+    size_ = min(size_ + condition, capacity_ - 1);  // a valid tree does not fill it
+    top_ = condition ? value : top_;
   }
-  __device__ acc_t pop() {
+  // The top, which is taken off if the condition holds.
+  __device__ __forceinline__ acc_t pop_if(bool condition) {
     const acc_t value = top_;
-    size_ = max(size_ - 1, 0);  // at the end of a walk nothing waits
-    top_ = column_[size_ * stride_];
+    size_ = max(size_ - condition, 0);  // the last vertex of a run may find nothing waiting
+    if (condition) top_ = column_[size_ * stride_];
     return value;
   }
   __device__ void clear() { size_ = 0; }
@@ -56,6 +58,7 @@ __device__ Stack<acc_t> thread_stack(int stream, int capacity) {
 // The run that a warp walks, and its lane's channel.
 struct RunItem {
   int64_t rows;    // first row of the image in (B, L)
+  int64_t column;  // the channel in that row of (B, L, D)
   int64_t at_run;  // of run and channel in (B, runs, D)
   int begin, end, channel;
   bool valid;   // there is such a run
@@ -63,87 +66,98 @@ struct RunItem {
 
   template <typename T, typename acc_t>
   __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
-    const int groups = (data.channels + 31) / 32;
-    const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    const int64_t image = warp / groups / plan.runs;
-    const int run = warp / groups % plan.runs;
+    const unsigned groups = (data.channels + 31) / 32;
+    const unsigned warp = blockIdx.x * (kWalkThreads / 32) + threadIdx.x / 32;
+    const unsigned image = warp / groups / plan.runs, run = warp / groups % plan.runs;
     channel = warp % groups * 32 + threadIdx.x % 32;
     active = channel < data.channels;
     channel = min(channel, data.channels - 1);  // idle lanes read along, and write nothing
-    rows = image * data.num_vertices;
-    at_run = (image * plan.runs + run) * data.channels + channel;
+    rows = int64_t(image) * data.num_vertices;
+    const int64_t run_rows = int64_t(image) * plan.runs;
+    column = rows * data.channels + channel;
+    at_run = (run_rows + run) * data.channels + channel;
     valid = image < data.batch;
     if (!valid) return;
     begin = 0, end = data.num_vertices;
     if (plan.cuts == nullptr) return;
     valid = run < plan.run_id[rows + data.num_vertices - 1];
     if (!valid) return;
-    if (run > 0) begin = plan.run_end[image * plan.runs + run - 1];
-    end = plan.run_end[image * plan.runs + run];
+    if (run > 0) begin = plan.run_end[run_rows + run - 1];
+    end = plan.run_end[run_rows + run];
   }
 };
 
 // A batch of rows on its way from memory.
 template <typename T, typename V, int kStreams>
 struct Rows {
+  uint32_t node[kBatch];
   T decay[kBatch];
   V value[kStreams][kBatch];
 };
 
-// Goes over the rows of a run, forwards or backwards in the postorder. `load(at)` fills a row of a batch from the
-// offset `at` in (B, L, D), `visit(node, at, row)` is called for each row in turn. All lanes of a warp take the same
-// way.
+// Goes over the rows of a run, forwards or backwards in the postorder. `load(batch, j, at)` fills row j of a batch from
+// the offset `at` in the image's data, `visit(batch, j, at)` is called for each row in turn. All lanes of a warp take
+// the same way.
 template <bool kForwards, typename Batch, typename Load, typename Visit>
-__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, int64_t channels, Load load, Visit visit) {
+__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, uint32_t channels, Load load, Visit visit) {
   const int count = item.end - item.begin;
   const uint32_t* nodes = plan.nodes + item.rows + (kForwards ? item.begin : item.end - 1);
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kBatch;
   // The nodes of a batch, one in each of the first lanes; past the end the last one again.
   const auto nodes_from = [&](int first) {
-    const int i = min(first + lane % kBatch, count - 1);
+    const int i = min(first + lane, count - 1);
     return nodes[kForwards ? i : -i];
   };
-  const auto offset = [&](uint32_t node) { return (item.rows + (node & kVertexMask)) * channels + item.channel; };
   const auto load_batch = [&](Batch& batch, uint32_t batch_nodes) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) load(batch, j, offset(__shfl_sync(0xffffffff, batch_nodes, j)));
+    for (int j = 0; j < kBatch; ++j) {
+      batch.node[j] = __shfl_sync(0xffffffff, batch_nodes, j);
+      load(batch, j, (batch.node[j] & kVertexMask) * channels);
+    }
   };
 
-  Batch batch, next;
-  uint32_t batch_nodes = nodes_from(0), next_nodes = nodes_from(kBatch);
-  load_batch(batch, batch_nodes);
-  for (int first = 0; first < count; first += kBatch) {
-    load_batch(next, next_nodes);
-    const uint32_t later_nodes = nodes_from(first + 2 * kBatch);
+  // One batch is on its way while the other is worked on; false at the end of the run.
+  const auto visit_batch = [&](const Batch& batch, int first) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j < count) {
-        const uint32_t node = __shfl_sync(0xffffffff, batch_nodes, j);
-        visit(node, offset(node), batch, j);
-      }
+      if (first + j >= count) return false;
+      visit(batch, j, (batch.node[j] & kVertexMask) * channels);
     }
-    batch = next;
-    batch_nodes = next_nodes;
-    next_nodes = later_nodes;
+    return true;
+  };
+  Batch even, odd;
+  load_batch(even, nodes_from(0));
+  uint32_t nodes_ahead = nodes_from(kBatch);
+  for (int first = 0;; first += 2 * kBatch) {
+    load_batch(odd, nodes_ahead);
+    nodes_ahead = nodes_from(first + 2 * kBatch);
+    if (!visit_batch(even, first)) return;
+    load_batch(even, nodes_ahead);
+    nodes_ahead = nodes_from(first + 3 * kBatch);
+    if (!visit_batch(odd, first + kBatch)) return;
   }
 }
 
 // The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, at, decay, u, contribution)`.
 template <Pass pass, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
-                                        Stack<acc_t> (&stack)[num_streams(pass)],
+                                        Stack<acc_t> (&stacks)[num_streams(pass)],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
   using Batch = Rows<T, T, kStreams>;
+  const T* decays = data.decay + item.column;
+  const T* values[2] = {data.x + item.column, is_backward(pass) ? data.grad + item.column : nullptr};
   acc_t sum[kStreams];
   for (int s = 0; s < kStreams; ++s) sum[s] = entering[s];
-  const auto load = [&](Batch& batch, int j, int64_t at) {
-    batch.decay[j] = data.decay[at];
-    batch.value[0][j] = data.x[at];
-    if constexpr (kStreams == 2) batch.value[1][j] = data.grad[at];
+  const auto load = [&](Batch& batch, int j, uint32_t at) {
+    batch.decay[j] = decays[at];
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) batch.value[s][j] = values[s][at];
   };
-  walk<true, Batch>(plan, item, data.channels, load, [&](uint32_t node, int64_t at, const Batch& batch, int j) {
-    const acc_t decay = static_cast<acc_t>(batch.decay[j]);
+  walk<true, Batch>(plan, item, data.channels, load, [&](const Batch& batch, int j, uint32_t at) {
+    const uint32_t node = batch.node[j];
+    const bool push = node & kPush, light = node & kLight;
+    const acc_t decay = node & kRoot ? acc_t(0) : static_cast<acc_t>(batch.decay[j]);
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
       const acc_t x = static_cast<acc_t>(batch.value[s][j]);
@@ -151,18 +165,12 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
         visit(s, node, at, decay, x, acc_t(0));
         continue;
       }
-      if (node & kLeaf) {
-        stack[s].push(sum[s]);
-        sum[s] = 0;
-      }
-      const acc_t u = x + sum[s];
-      sum[s] = decay * u;
-      visit(s, node, at, decay, u, sum[s]);
-      if (node & kLight) sum[s] += stack[s].pop();
-      if (node & kRoot) {
-        sum[s] = 0;
-        stack[s].clear();
-      }
+      stacks[s].push_if(push, sum[s]);
+      const acc_t u = push ? x : x + sum[s];
+      const acc_t contribution = decay * u;
+      visit(s, node, at, decay, u, contribution);
+      const acc_t waiting = stacks[s].pop_if(light);
+      sum[s] = light ? contribution + waiting : contribution;
     }
   });
 }
@@ -179,7 +187,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   walk_up<pass>(data, plan, item, stacks, nothing,
-                [&](int s, uint32_t node, int64_t, acc_t decay, acc_t u, acc_t contribution) {
+                [&](int s, uint32_t node, uint32_t, acc_t decay, acc_t u, acc_t contribution) {
                   end[s] = u;
                   if (node & kChain) {
                     bottom[s] += product * (u - chain[s]);
@@ -189,7 +197,7 @@ __global__ void __launch_bounds__(kWalkThreads)
                       product *= decay;
                     }
                   }
-                  if (s == 0) last_decay = node & kRoot ? acc_t(0) : decay;
+                  if (s == 0) last_decay = decay;
                 });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
@@ -233,18 +241,12 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (first + j >= count) break;
-      if (node[j] & kLeaf) {
-        stack.push(sum);
-        sum = 0;
-      }
+      stack.push_if(node[j] & kPush, sum);
+      if (node[j] & kPush) sum = 0;
       below[int64_t(first + j) * data.channels] = up ? sum : acc_t(0);
-      const acc_t contribution = a[j] * (u[j] + b[j] * sum);
-      sum = up ? contribution : acc_t(0);
-      if (node[j] & kLight) sum += stack.pop();
-      if (node[j] & kRoot || !up) {
-        sum = 0;
-        stack.clear();
-      }
+      const acc_t contribution = a[j] * (u[j] + b[j] * sum), waiting = stack.pop_if(node[j] & kLight);
+      sum = node[j] & kLight ? contribution + waiting : contribution;
+      if (node[j] & kRoot) stack.clear();
     }
   }
   if (pass == Pass::kUp) return;
@@ -264,11 +266,12 @@ __global__ void __launch_bounds__(kWalkThreads)
     for (int j = 0; j < kBatch; ++j) {
       if (first - j < 0) break;
       if (node[j] & kRoot) h = 0;
-      if (node[j] & kLight) stack.push(h);
+      stack.push_if(node[j] & kLight, h);
       bottom[int64_t(first - j) * data.channels] = h;
       const acc_t from_above = up ? h - a[j] * (u[j] + b[j] * e[j]) : h;
       h = e[j] + p[j] + b[j] * a[j] * from_above;
-      if (node[j] & kLeaf) h = stack.pop();
+      const acc_t waiting = stack.pop_if(node[j] & kPush);
+      if (node[j] & kPush) h = waiting;
     }
   }
 }
@@ -286,48 +289,54 @@ __global__ void __launch_bounds__(kWalkThreads)
   if (plan.cuts != nullptr) {
     for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
   }
-  walk_up<pass>(data, plan, item, stacks, entering, [&](int s, uint32_t, int64_t at, acc_t, acc_t u, acc_t) {
+  T* out = data.out + item.column;
+  walk_up<pass>(data, plan, item, stacks, entering, [&](int s, uint32_t, uint32_t at, acc_t, acc_t u, acc_t) {
     if (!item.active) return;
     if constexpr (pass == Pass::kUp) {
-      data.out[at] = static_cast<T>(u);
+      out[at] = static_cast<T>(u);
     } else {
-      data.sums[s][at] = u;
+      data.sums[s][item.column + at] = u;
     }
   });
   if constexpr (pass != Pass::kUp) {
     using Batch = Rows<T, acc_t, kStreams>;
+    const T* decays = data.decay + item.column;
+    const acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
+    T* ddecay = is_backward(pass) ? data.ddecay + item.column : nullptr;
     acc_t h[kStreams] = {};
     for (int s = 0; s < kStreams; ++s) {
       if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
       stacks[s].clear();
     }
-    const auto load = [&](Batch& batch, int j, int64_t at) {
-      batch.decay[j] = data.decay[at];
+    const auto load = [&](Batch& batch, int j, uint32_t at) {
+      batch.decay[j] = decays[at];
 #pragma unroll
-      for (int s = 0; s < kStreams; ++s) batch.value[s][j] = data.sums[s][at];
+      for (int s = 0; s < kStreams; ++s) batch.value[s][j] = sums[s][at];
     };
-    walk<false, Batch>(plan, item, data.channels, load, [&](uint32_t node, int64_t at, const Batch& batch, int j) {
+    walk<false, Batch>(plan, item, data.channels, load, [&](const Batch& batch, int j, uint32_t at) {
+      const uint32_t node = batch.node[j];
+      const bool push = node & kPush, light = node & kLight, root = node & kRoot;
       const acc_t decay = static_cast<acc_t>(batch.decay[j]);
-      const bool root = node & kRoot;
       acc_t from_above[kStreams];
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
         const acc_t u = batch.value[s][j];
-        if (node & kLight) stacks[s].push(h[s]);
+        stacks[s].push_if(light, h[s]);
         from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
         h[s] = root ? u : u + decay * from_above[s];
       }
       if (item.active) {
-        data.out[at] = static_cast<T>(h[kStreams - 1]);
+        out[at] = static_cast<T>(h[kStreams - 1]);
         if constexpr (kStreams == 2) {
           acc_t gradient = batch.value[0][j] * from_above[1];
           if constexpr (sweeps_up(pass, 1)) gradient += batch.value[1][j] * from_above[0];
-          data.ddecay[at] = static_cast<T>(root ? acc_t(0) : gradient);
+          ddecay[at] = static_cast<T>(root ? acc_t(0) : gradient);
         }
       }
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
-        if (node & kLeaf) h[s] = stacks[s].pop();
+        const acc_t waiting = stacks[s].pop_if(push);
+        h[s] = push ? waiting : h[s];
       }
     });
   }

@@ -1,0 +1,36 @@
+"""`python -m grootvl_ops`: what is built, for what, and what is in use."""
+
+import platform
+
+import torch
+
+from . import __version__, _library, backend
+
+
+def report() -> str:
+    """The report that `python -m grootvl_ops` prints, a fact a line."""
+    built = _library.built()
+    file = _library.library_file()
+    lines = [
+        ("grootvl_ops", __version__),
+        ("Python", platform.python_version()),
+        ("torch", f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"),
+        ("compiled library", file or "none"),
+    ]
+    if file is not None:
+        lines += [
+            ("  built against", f"torch {built.get('torch', 'unknown')}"),
+            ("  compiler", built.get("compiler", "unknown")),
+            ("  CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
+        ]
+    if _library.problem is not None:
+        lines.append(("not in use", _library.problem))
+    lines.append(("CPU tensors", backend("cpu")))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "no GPU visible"
+    lines.append(("CUDA tensors", f"{backend('cuda')} ({names})"))
+    return "\n".join(f"{name + ':':18} {value}" for name, value in lines)
+
+
+if __name__ == "__main__":
+    print(report())
