@@ -1,8 +1,8 @@
 // Weights of the edges between neighbouring pixels of channels-last feature maps.
 //
-// A group of 4 to 32 lanes takes a tile of 4 x 2 pixels. It goes through the channels once, 16 bytes a lane and row, and
-// keeps the sums of all edges of the tile (and the norms of the pixels they touch) in registers, so that the rows of a tile
-// are used several times for one load. The rows that neighbouring tiles share come from the caches.
+// A group of 4 to 32 lanes takes a tile of 4 x 2 pixels. It goes through the channels once, 16 bytes a lane and row,
+// and keeps the sums of all edges of the tile (and the norms of the pixels they touch) in registers, so that the rows
+// of a tile are used several times for one load. The rows that neighbouring tiles share come from the caches.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -38,8 +38,8 @@ struct Map {
   int64_t batch_stride, row_stride, column_stride;
 };
 
-// Sums each of the first kCount values over a group of kGroup lanes; lane i of the group ends with the totals i * kCount /
-// kGroup to (i + 1) * kCount / kGroup - 1 in values[0], values[1], ...
+// Sums each of the first kCount values over a group of kGroup lanes; lane i of the group ends with the totals i *
+// kCount / kGroup to (i + 1) * kCount / kGroup - 1 in values[0], values[1], ...
 template <int kGroup, int kCount, typename Accumulator>
 __device__ __forceinline__ void reduce_scatter(Accumulator (&values)[kSums]) {
   if constexpr (kGroup > 1) {
@@ -61,8 +61,8 @@ __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
 
 template <Metric kMetric, int kGroup, int kVector, typename Scalar, typename Accumulator>
-__global__ void __launch_bounds__(kThreads) edge_weights_kernel(const Scalar* __restrict__ features,
-                                                                Accumulator* __restrict__ weights, Map map) {
+__global__ void __launch_bounds__(kThreads)
+    edge_weights_kernel(const Scalar* __restrict__ features, Accumulator* __restrict__ weights, Map map) {
   __shared__ Accumulator shared_sums[kThreads / kGroup][kSums];
 
   const int lane = threadIdx.x % kGroup;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) edge_weights_kernel(const Scalar* __
   const int64_t top = tile / tiles_x % tiles_y * kTileHeight;
   const int64_t batch = tile / tiles_x / tiles_y;
 
-  // Row r of the tile is pixel (r / (kTileWidth + 1), r % (kTileWidth + 1)). Pixels beyond the map repeat its last ones.
+  // Row r of the tile is pixel (r / (kTileWidth + 1), r % (kTileWidth + 1)). Those beyond the map repeat its last.
   const Scalar* rows[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
