@@ -117,8 +117,8 @@ def graph_tree(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> 
         for graph_edges, graph_weights in zip(edges.tolist(), weights.detach().cpu(), strict=True)
     ]
     table = torch.tensor(trees, dtype=torch.int32, device=weights.device).view(-1, 3, num_vertices)
-    parent, order, subtree_size = table.unbind(1)
-    return parent.contiguous(), order.contiguous(), subtree_size.contiguous()
+    parent, order, subtree_size = table.permute(1, 0, 2).contiguous()
+    return parent.clone(), order.clone(), subtree_size.clone()  # results of an operation must not share memory
 
 
 def grid_tree(weights: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor, Tensor]:

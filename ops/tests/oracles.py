@@ -96,6 +96,7 @@ def check_tree(tree: Tree, edges: np.ndarray | list, weights: Tensor, root: int 
         assert field.dtype == torch.int32
         assert field.shape == (len(weights), num_vertices)
         assert field.is_contiguous()
+    assert len({field.untyped_storage().data_ptr() for field in tree}) == 3
     parents, orders, sizes = (field.cpu().numpy() for field in tree)
     for b in range(len(weights)):
         graph_edges = edges[b] if edges.ndim == 3 else edges

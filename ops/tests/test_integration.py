@@ -62,6 +62,7 @@ def test_opcheck_trees(device):
     edges = torch.tensor(oracles.pixel_pairs(3, 4), device=device).expand(2, -1, -1)
     torch.library.opcheck(library.grid_tree.default, (weights, 3, 4, 5))
     torch.library.opcheck(library.grid_tree.default, (weights[:0].double(), 3, 4, 0))
+    torch.library.opcheck(library.grid_tree.default, (weights[:1], 3, 4, 0))
     torch.library.opcheck(library.graph_tree.default, (edges, weights, 12, 5))
     torch.library.opcheck(library.graph_tree.default, (edges.int().contiguous(), weights.double(), 12, 0))
 
