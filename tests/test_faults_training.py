@@ -118,13 +118,7 @@ def test_a_checkpoint_of_another_model_is_not_evaluated(small: Path, tmp_path: P
 
 def test_an_invalid_loss_stops_with_the_iteration(small: Path, tmp_path: Path) -> None:
     options = ("optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None")
-    extra = (
-        'model = dict(_delete_=True, type="TimmClassifier", backbone=dict(model_name="test_resnet", num_classes=3))\n'
-    )
-    config = tmp_path / "invalid.py"
-    config.write_text(f'_base_ = "{small / "small.py"}"\n{extra}')
-    shutil.copy(small / "killer.py", tmp_path)
-    result = train(config, tmp_path / "work", "--cfg-options", *options)
+    result = train(small / "small.py", tmp_path / "work", "--cfg-options", *options)
     assert result.returncode == 1
     assert "FloatingPointError: invalid loss at iteration 2 (epoch 1, batch 2, process 0): loss=" in result.stdout
     assert not list((tmp_path / "work").glob("*.pth"))

@@ -5,11 +5,11 @@ registers its parts in mmengine's registries. `import grootv` alone imports noth
 """
 
 try:
-    import mmengine  # noqa: F401
+    import mmengine.hooks  # noqa: F401  its first part that needs OpenCV, which it does not declare
 except ImportError as error:
     raise ImportError(
-        "grootv.openmmlab needs mmengine, which is not installed: pip install 'grootv[train]' "
-        "(or: pip install onedl-mmengine)"
+        f"grootv.openmmlab needs mmengine and OpenCV ({error}): pip install 'grootv[train]' "
+        "(or: pip install onedl-mmengine opencv-python-headless)"
     ) from error
 
 import grootv  # noqa: F401  registers the models in timm

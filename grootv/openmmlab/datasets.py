@@ -71,8 +71,8 @@ class ImageClassificationDataset(Dataset):
         is_training: whether `transform` is random and damaged images are replaced.
         transform: arguments of `timm.data.create_transform`; normalising and random erasing are left to
             :class:`ImagePreprocessor`.
-        max_damaged: how many different images may be damaged before :class:`DamagedDataError` is raised; counted by
-            each process of a distributed run for itself.
+        max_damaged: how many different images may be damaged before :class:`DamagedDataError` is raised. Each process
+            of a distributed run counts its own; `DamagedImagesHook` counts them together after each epoch.
         reader: further arguments of `timm.data.create_dataset`, such as `class_map` or `input_key`.
 
     Raises:
@@ -103,7 +103,7 @@ class ImageClassificationDataset(Dataset):
         self.metainfo = {"classes": tuple(sorted(reader_classes, key=reader_classes.get))} if reader_classes else {}
         # In shared memory, so that loader processes that outlive an epoch see the changes, and each other's.
         self._seed = torch.full((2,), -1, dtype=torch.int64).share_memory_()
-        self._damaged = torch.zeros(len(self.source), dtype=torch.bool).share_memory_()
+        self.damaged = torch.zeros(len(self.source), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -137,14 +137,14 @@ class ImageClassificationDataset(Dataset):
         raise DamagedDataError(f"none of the {len(self)} images could be read")
 
     def _report(self, index: int, error: Exception) -> None:
-        if self._damaged[index]:
+        if self.damaged[index]:
             return
-        self._damaged[index] = True
+        self.damaged[index] = True
         try:
             path = self.source.filename(index, absolute=True)
         except (AttributeError, AssertionError):
             path = f"image {index}"
-        count = int(self._damaged.sum())
+        count = int(self.damaged.sum())
         if count > self.max_damaged:
             raise DamagedDataError(
                 f"{path} is damaged ({error}); that makes {count} damaged images, "

@@ -5,11 +5,13 @@ import json
 import math
 import random
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.device import is_cuda_available
+from mmengine.dist import all_reduce
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -17,6 +19,19 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import weights_to_cpu
 
 from .checkpoint import AtomicLocalBackend
+from .datasets import DamagedDataError
+
+
+def seed_generators(*key: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators from the numbers in `key`."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _seed_worker(key: tuple[int, ...], worker: int) -> None:
+    seed_generators(*key, worker)
 
 
 @HOOKS.register_module()
@@ -24,28 +39,26 @@ class IterationSeedHook(Hook):
     """Make the random numbers of each iteration a function of the run's seed, the iteration and the process.
 
     So a run that resumes from a checkpoint draws the numbers that an unbroken one would have drawn, in every process,
-    without any generator's state in the checkpoint. Data sets with `set_epoch(seed, epoch)` are told the epoch.
+    without any generator's state in the checkpoint. Data sets with `set_epoch(seed, epoch)` are told the epoch; for
+    others the processes of the loader are seeded when they start, which makes epochs repeatable unless
+    `persistent_workers` lets them go on.
     """
 
     priority = "VERY_HIGH"
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed what the data loader draws, and the data set's transforms."""
-        self._seed(runner)
-        dataset = runner.train_dataloader.dataset
-        if isinstance(runner.train_loop, EpochBasedTrainLoop) and hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(runner.seed, runner.epoch)
+        loader = runner.train_dataloader
+        key = runner.seed, runner.iter, runner.rank
+        seed_generators(*key)
+        if loader.num_workers > 0:
+            loader.worker_init_fn = partial(_seed_worker, key)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and hasattr(loader.dataset, "set_epoch"):
+            loader.dataset.set_epoch(runner.seed, runner.epoch)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Seed what the model draws."""
-        self._seed(runner)
-
-    @staticmethod
-    def _seed(runner: Runner) -> None:
-        seed = int(np.random.SeedSequence((runner.seed, runner.iter, runner.rank)).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_generators(runner.seed, runner.iter, runner.rank)
 
 
 @HOOKS.register_module()
@@ -115,6 +128,39 @@ class ClassCountHook(Hook):
                 f"but the model has num_classes={num_classes}"
             )
         return classes
+
+
+@HOOKS.register_module()
+class DamagedImagesHook(Hook):
+    """Hold the limit of damaged images for all processes of a distributed run together, at the end of each epoch.
+
+    For data sets with `damaged`, a mask over their images, and `max_damaged`.
+    """
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Count over the training data."""
+        self._count(runner, runner.train_dataloader.dataset)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Count over the validation data."""
+        self._count(runner, runner.val_dataloader.dataset)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Count over the test data."""
+        self._count(runner, runner.test_dataloader.dataset)
+
+    @staticmethod
+    def _count(runner: Runner, dataset: object) -> None:
+        if not hasattr(dataset, "damaged"):
+            return
+        damaged = dataset.damaged.int()
+        all_reduce(damaged, "max")
+        count = int(damaged.sum())
+        if count > dataset.max_damaged:
+            raise DamagedDataError(
+                f"the processes of this run met {count} different damaged images, which the log names, "
+                f"and max_damaged={dataset.max_damaged} allows no more"
+            )
 
 
 @HOOKS.register_module()

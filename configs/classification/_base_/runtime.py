@@ -16,6 +16,7 @@ custom_hooks = [
     dict(type="IterationSeedHook"),
     dict(type="InvalidLossHook"),
     dict(type="ClassCountHook"),
+    dict(type="DamagedImagesHook"),
     dict(type="ThroughputHook"),
     dict(type="TimmCheckpointHook"),
     dict(type="LearningCurveHook", metrics=["accuracy/top1", "accuracy/top5"]),
