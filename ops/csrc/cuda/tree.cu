@@ -1,8 +1,9 @@
 // Rooted minimum spanning trees of grids and of graphs.
 //
-// A grid that fits the shared memory of a block is built by one block, in one kernel. A larger one, and any graph, is built by
-// a team of blocks for each tree, with the same algorithms in global memory: one cooperative launch, in which the blocks wait
-// for each other. Nothing waits for the GPU, and the launches depend on sizes only, so that CUDA graphs can capture them.
+// A grid that fits the shared memory of a block is built by one block, in one kernel. A larger one, and any graph, is
+// built by a team of blocks for each tree, with the same algorithms in global memory: one cooperative launch, in which
+// the blocks wait for each other. Nothing waits for the GPU, and the launches depend on sizes only, so that CUDA graphs
+// can capture them.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -50,7 +51,7 @@ int bin_shift(int64_t members, int64_t threads) {
   return shift;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- Grids
+// --------------------------------------------------------------------------------------------------------------- Grids
 
 struct GridShape {
   int height;
@@ -92,8 +93,9 @@ struct GridMemory {
 };
 
 template <typename Index, typename Word, typename Team>
-__device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Index, Word>& memory, const GridShape& shape,
-                                                const float* weights, int* parent, int* order, int* subtree_size) {
+__device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Index, Word>& memory,
+                                                const GridShape& shape, const float* weights, int* parent, int* order,
+                                                int* subtree_size) {
   const int vertices = static_cast<int>(shape.vertices());
   for (int i = team.rank(); i < (vertices + 7) / 8; i += team.size()) memory.masks[i] = 0;
   const Grid grid{weights, memory.masks, shape.height, shape.width};
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------- Graphs
+// -------------------------------------------------------------------------------------------------------------- Graphs
 //
 // To make one tree of the parts of an unconnected graph, their roots become children of an additional vertex, number
 // num_vertices. That tree has as many edges as the graph has vertices, and its tour takes in all of them.
@@ -173,12 +175,13 @@ struct GraphMemory {
   }
 };
 
-// Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings sort
-// into one run each, in the order of their visit (for equal keys: by vertex). Cooperative, as large_grid_tree_kernel.
+// Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings
+// sort into one run each, in the order of their visit (for equal keys: by vertex). Cooperative, as
+// large_grid_tree_kernel.
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root, int shift,
-                      int team_blocks, GridScratch* scratch, unsigned char* workspace, int* parent, int* subtree_size,
-                      int* down_ranks, int64_t* sibling_keys) {
+    graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root,
+                      int shift, int team_blocks, GridScratch* scratch, unsigned char* workspace, int* parent,
+                      int* subtree_size, int* down_ranks, int64_t* sibling_keys) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int team_number = blockIdx.x / team_blocks;
   const int teams = gridDim.x / team_blocks;
@@ -195,15 +198,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       memory.joined[v] = -1;
       memory.lowest[v] = vertices;
     }
-    const EdgeList list{edges + static_cast<int64_t>(graph) * num_edges, weights + static_cast<int64_t>(graph) * num_edges,
-                        memory.joined, num_edges, vertices};
+    const EdgeList list{edges + static_cast<int64_t>(graph) * num_edges,
+                        weights + static_cast<int64_t>(graph) * num_edges, memory.joined, num_edges, vertices};
     const bool connected = grow_forest(team, list, memory.forest, vertices) == 1;
     if (!connected) {
       for (int v = team.rank(); v < vertices; v += team.size()) atomicMin(&memory.lowest[memory.forest.label[v]], v);
       team.sync();
     }
 
-    // Every label but the last of each part joined another one by an edge; the last stands for the edge above the part's root.
+    // Every label but the last of each part joined another one by an edge; the last stands for the edge above the
+    // part's root.
     for (int label = team.rank(); label < vertices; label += team.size()) {
       Ends ends;
       if (memory.joined[label] >= 0) {
@@ -255,8 +259,8 @@ __global__ void sibling_starts_kernel(const int64_t* keys, const int64_t* childr
 
 // The steps of order_vertices along each graph's tour.
 __global__ void sibling_steps_kernel(const int64_t* keys, const int64_t* children, const int64_t* cumulative_sizes,
-                                     const int* subtree_size, const int* down_ranks, const int64_t* starts, int64_t batch,
-                                     int64_t vertices, int* steps) {
+                                     const int* subtree_size, const int* down_ranks, const int64_t* starts,
+                                     int64_t batch, int64_t vertices, int* steps) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= batch * vertices) return;
   const int64_t graph = i / vertices;
@@ -277,9 +281,9 @@ __global__ void order_kernel(const int* places, const int* down_ranks, int64_t b
   order[graph * vertices + place] = static_cast<int>(i % vertices);
 }
 
-// ----------------------------------------------------------------------------------------------------------------- Host
+// ---------------------------------------------------------------------------------------------------------------- Host
 
-// Integers in the order of the weights, stored as float32 whose bits are in the same order: the kernels compare bits.
+// Integers in the order of the weights. -0 equals 0, all NaN are equal and come last.
 __global__ void sort_keys_kernel(const double* weights, int64_t count, int64_t* keys) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= count) return;
@@ -312,10 +316,11 @@ at::Tensor comparable(const at::Tensor& weights) {
   const int64_t count = values.numel();
   if (count > 0) {
     const auto stream = at::cuda::getCurrentCUDAStream();
-    sort_keys_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
-        values.const_data_ptr<double>(), count, keys.mutable_data_ptr<int64_t>());
+    sort_keys_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(values.const_data_ptr<double>(), count,
+                                                                            keys.mutable_data_ptr<int64_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    const at::Tensor sorted = std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/1, /*descending=*/false)).contiguous();
+    const at::Tensor sorted =
+        std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/1, /*descending=*/false)).contiguous();
     scatter_ranks_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
         sorted.const_data_ptr<int64_t>(), count, values.size(1), ranks.mutable_data_ptr<int>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -384,8 +389,9 @@ TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, 
   const int64_t threads = ((vertices + turns - 1) / turns + kWarp - 1) / kWarp * kWarp;
   GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
   shape.shift = bin_shift(vertices, threads);
-  const int64_t shared_bytes =
-      Arena(nullptr).used() + (sizeof(BlockScratch) + 15) / 16 * 16 + GridMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
+  Arena shared(nullptr);
+  shared.take<BlockScratch>(1);
+  const int64_t shared_bytes = shared.used() + GridMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
   constexpr int64_t kLargest16Bit = 16384;  // darts are counted in the lower half of a 32-bit word
   if (vertices <= kLargest16Bit &&
       shared_bytes <= static_cast<int64_t>(at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin)) {
@@ -406,7 +412,7 @@ TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, 
   int team_blocks = teams.blocks;
   auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.data_ptr());
   auto* memory_data = reinterpret_cast<unsigned char*>(memory.data_ptr());
-  void* arguments[] = {&key_data,     &shape,       &batch_argument, &team_blocks, &scratch_data,
+  void* arguments[] = {&key_data,    &shape,       &batch_argument, &team_blocks, &scratch_data,
                        &memory_data, &parent_data, &order_data,     &size_data};
   launch_teams(large_grid_tree_kernel, teams, arguments);
   return {parent, order, subtree_size};
@@ -426,8 +432,10 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
 
   const at::Tensor keys = comparable(weights);
   // Clamped so that no 64-bit number out of range becomes a vertex in 32 bits.
-  at::Tensor ends = (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
-  if (reinterpret_cast<uintptr_t>(ends.const_data_ptr()) % sizeof(int2) != 0) ends = ends.clone();  // pairs are read whole
+  at::Tensor ends =
+      (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
+  // Pairs are read whole.
+  if (reinterpret_cast<uintptr_t>(ends.const_data_ptr()) % sizeof(int2) != 0) ends = ends.clone();
   const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
   const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);
 
@@ -449,8 +457,9 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
   int* size_data = subtree_size.mutable_data_ptr<int>();
   int* rank_data = down_ranks.mutable_data_ptr<int>();
   int64_t* sibling_data = sibling_keys.mutable_data_ptr<int64_t>();
-  void* arguments[] = {&edge_data,    &key_data,    &batch_argument, &num_edges, &vertices,  &root_argument, &shift,
-                       &team_blocks, &scratch_data, &memory_data,    &parent_data, &size_data, &rank_data,    &sibling_data};
+  void* arguments[] = {&edge_data,     &key_data,  &batch_argument, &num_edges,    &vertices,
+                       &root_argument, &shift,     &team_blocks,    &scratch_data, &memory_data,
+                       &parent_data,   &size_data, &rank_data,      &sibling_data};
   launch_teams(graph_tree_kernel, teams, arguments);
 
   const auto [sorted_keys, children] = at::sort(sibling_keys, /*stable=*/true, /*dim=*/1, /*descending=*/false);
@@ -460,12 +469,13 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
   const int64_t count = batch * num_vertices;
   const auto stream = at::cuda::getCurrentCUDAStream();
   sibling_starts_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
-      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(), cumulative_sizes.const_data_ptr<int64_t>(),
-      size_data, batch, num_vertices, starts.mutable_data_ptr<int64_t>());
+      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
+      cumulative_sizes.const_data_ptr<int64_t>(), size_data, batch, num_vertices, starts.mutable_data_ptr<int64_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   sibling_steps_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
-      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(), cumulative_sizes.const_data_ptr<int64_t>(),
-      size_data, rank_data, starts.const_data_ptr<int64_t>(), batch, num_vertices, steps.mutable_data_ptr<int>());
+      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
+      cumulative_sizes.const_data_ptr<int64_t>(), size_data, rank_data, starts.const_data_ptr<int64_t>(), batch,
+      num_vertices, steps.mutable_data_ptr<int>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   const at::Tensor places = steps.cumsum(1, at::kInt);
   order_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(places.const_data_ptr<int>(), rank_data, batch,

@@ -1,13 +1,13 @@
 // Rooting a tree by its Euler tour.
 //
-// Each tree edge is two darts, one for each direction. The Euler tour follows a dart (u, v) by the next dart around v after
-// (v, u); it starts and ends at the root and runs along each edge down and, when the subtree below is done, up. So the places
-// of an edge's darts in the tour (their ranks) tell which end is the parent, and how large the subtree below is. The tour may
-// turn around a vertex in any sense: neither depends on it.
+// Each tree edge is two darts, one for each direction. The Euler tour follows a dart (u, v) by the next dart around v
+// after (v, u); it starts and ends at the root and runs along each edge down and, when the subtree below is done, up.
+// So the places of an edge's darts in the tour (their ranks) tell which end is the parent, and how large the subtree
+// below is. The tour may turn around a vertex in any sense: neither depends on it.
 //
-// The preorder that a Tree asks for follows from the ranks too. If each vertex is given the distance from its parent in that
-// order (one more than the sizes of the siblings before it), its place is the sum of these distances over its ancestors and
-// itself, which is the sum along the tour of +distance at darts down and -distance at darts up.
+// The preorder that a Tree asks for follows from the ranks too. If each vertex is given the distance from its parent in
+// that order (one more than the sizes of the siblings before it), its place is the sum of these distances over its
+// ancestors and itself, which is the sum along the tour of +distance at darts down and -distance at darts up.
 
 #pragma once
 
@@ -34,14 +34,14 @@ __device__ __forceinline__ int high_half(uint64_t word) { return static_cast<int
 __device__ __forceinline__ int low_half(uint32_t word) { return static_cast<int16_t>(word & 0xffffu); }
 __device__ __forceinline__ int low_half(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
-// Which of the 2^shift members of a bin stands for it: a different one from bin to bin, so that regular trees, too, are cut
-// into pieces of similar length.
+// Which of the 2^shift members of a bin stands for it: a different one from bin to bin, so that regular trees, too, are
+// cut into pieces of similar length.
 __device__ __forceinline__ int chosen_member(int bin, int shift) {
   return (bin << shift) + static_cast<int>((static_cast<unsigned>(bin) * 0x9e3779b9u >> 16) & ((1u << shift) - 1));
 }
 
-// The ranks of all darts of a tour. Some darts, the splitters, cut the tour into pieces; each piece is walked by one thread,
-// and then only the splitters are ranked, by pointer jumping.
+// The ranks of all darts of a tour. Some darts, the splitters, cut the tour into pieces; each piece is walked by one
+// thread, and then only the splitters are ranked, by pointer jumping.
 template <typename Word>
 struct Ranks {
   const Word* places;     // for each dart its piece and its distance from the start of the piece

@@ -1,8 +1,8 @@
-// Minimum spanning trees by Boruvka's algorithm: each part of the growing forest chooses the lightest edge that leaves it,
-// and the parts that these edges join become one, until one part is left.
+// Minimum spanning trees by Boruvka's algorithm: each part of the growing forest chooses the lightest edge that leaves
+// it, and the parts that these edges join become one, until one part is left.
 //
-// The edges' total order (weight, then number) makes the tree unique, so the result does not depend on the order in which
-// threads come. Parts are named by one of their vertices, their label.
+// The edges' total order (weight, then number) makes the tree unique, so the result does not depend on the order in
+// which threads come. Parts are named by one of their vertices, their label.
 
 #pragma once
 
@@ -37,8 +37,8 @@ __device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
   if (key < *const_cast<volatile EdgeKey*>(best)) atomicMin(best, key);
 }
 
-// The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many atomic
-// operations on one address of global memory would wait for each other. Every lane has to call.
+// The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many
+// atomic operations on one address of global memory would wait for each other. Every lane has to call.
 __device__ __forceinline__ void lower_by_runs(EdgeKey* best, int label, EdgeKey key) {
   const int lane = threadIdx.x % kWarp;
   for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -58,8 +58,8 @@ struct Forest {
   Index* hook;    // the part that a part joins, at its label
 };
 
-// Grows the forest and returns the number of trees, 1 on a connected graph. Only if there are several are the final labels
-// filled in. `Graph` tells the rest:
+// Grows the forest and returns the number of trees, 1 on a connected graph. Only if there are several are the final
+// labels filled in. `Graph` tells the rest:
 //   propose(team, forest)     lowers best[label] to the key of the lightest edge that leaves the part
 //   ends(edge)                the two vertices of an edge
 //   join(label, edge, ends)   takes note of a tree edge; called once for each label that stops being one
@@ -100,7 +100,7 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
     parts = left;
 
     // Follow the hooks to the parts that stay. If that takes many jumps (monotone weights make long chains), then in
-    // sweeps, between which all hooks are replaced by the ways that were found, which multiplies the distance of a jump.
+    // sweeps, between which all hooks are replaced by the ways that were found, so that jumps go further.
     for (;;) {
       int unfinished = 0;
       for (int v = team.rank(); v < vertices; v += team.size()) {

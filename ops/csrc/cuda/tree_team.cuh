@@ -1,5 +1,5 @@
-// The threads that build one tree together: a block, with its data in shared memory, or several blocks, with their data in
-// global memory. Both offer the same few collective operations, so that the tree algorithms are written once.
+// The threads that build one tree together: a block, with its data in shared memory, or several blocks, with their data
+// in global memory. Both offer the same few collective operations, so that the tree algorithms are written once.
 
 #pragma once
 
@@ -82,8 +82,8 @@ struct alignas(128) GridScratch {
 };
 constexpr int kMaxTeamBlocks = 2044;
 
-// `blocks` consecutive blocks of a cooperative launch (only there do all of them run at the same time, so that they can wait
-// for each other).
+// `blocks` consecutive blocks of a cooperative launch (only there do all of them run at the same time, so that they can
+// wait for each other).
 class GridTeam {
  public:
   static constexpr bool kInGlobalMemory = true;
