@@ -1,0 +1,92 @@
+"""What the benchmarks share: timing on the GPU, and results that say where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """The GPU, or without one the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {len(names) or 'unknown'} cores"
+
+
+def commit() -> str:
+    """The checked out commit, marked if files differ from it."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * len(head))
+    return "\n".join(lines)
+
+
+def publish(title: str, name: str, sections: Sequence[str], command: str, commit_name: str | None = None) -> Path:
+    """Print a report and write it to benchmarks/results/NAME.md, with hardware, versions, commit and date."""
+    facts = (
+        f"Measured on {hardware()}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda or 'none'}; commit {commit_name or commit()}; {datetime.date.today()}.\n\n"
+        f"    {command}"
+    )
+    text = "\n\n".join([f"# {title}", facts, *sections]) + "\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    path.write_text(text)
+    return path
+
+
+def graph_milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """Median milliseconds of one call, from replays of a CUDA graph of all `calls` (best on different data)."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    graph.replay()
+    return event_milliseconds(graph.replay, repeats) / len(calls)
+
+
+def event_milliseconds(call: Callable[[], object], repeats: int, warmup: int = 1) -> float:
+    """Median milliseconds of a call on the GPU, by events."""
+    for _ in range(warmup):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy on the GPU reads and writes."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-3 * event_milliseconds(lambda: target.copy_(source), 9))
