@@ -19,7 +19,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", help="where logs go; default: work_dirs/<name of the config>")
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions there")
     parser.add_argument("--show-dir", metavar="FOLDER", help="draw predictions beside the ground truth, to files there")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation: the config's tta_model, tta_pipeline")
+    parser.add_argument(
+        "--tta", action="store_true", help="augment at test time, by the config's tta_model and tta_pipeline"
+    )
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="replace entries of the config"
     )

@@ -33,7 +33,7 @@ PHOTOGRAPHS = {
 
 @dataclass
 class Instance:
-    """One digit, or a crowd of tiny ones: its class, the pixels (H, W) of it that can be seen, whether it is a crowd."""
+    """One digit, or a crowd of tiny ones: its class, those of its pixels (H, W) that can be seen, and which it is."""
 
     label: int
     mask: np.ndarray

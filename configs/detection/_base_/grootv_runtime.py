@@ -23,7 +23,15 @@ tta_pipeline = [
             [
                 dict(
                     type="PackDetInputs",
-                    meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction"),
+                    meta_keys=(
+                        "img_id",
+                        "img_path",
+                        "ori_shape",
+                        "img_shape",
+                        "scale_factor",
+                        "flip",
+                        "flip_direction",
+                    ),
                 )
             ],
         ],

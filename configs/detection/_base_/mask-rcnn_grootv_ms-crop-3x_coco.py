@@ -2,9 +2,7 @@
 
 _base_ = "mask-rcnn_grootv_1x_coco.py"
 
-resize = dict(
-    type="RandomChoiceResize", scales=[(size, 1333) for size in range(480, 801, 32)], keep_ratio=True
-)
+resize = dict(type="RandomChoiceResize", scales=[(size, 1333) for size in range(480, 801, 32)], keep_ratio=True)
 train_pipeline = [
     dict(type="LoadImageFromFile", backend_args=None),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -14,9 +12,7 @@ train_pipeline = [
         transforms=[
             [resize],
             [
-                dict(
-                    type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True
-                ),
+                dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
                 dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
                 resize,
             ],

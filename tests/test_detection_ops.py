@@ -1,0 +1,158 @@
+"""The stand-in for mmcv's compiled operations, and what is said where packages are missing or broken."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmengine")
+
+import torch
+from training_helpers import ROOT, environment
+
+from grootv.openmmlab import mmcv_ops
+from grootv.openmmlab.requirements import base_configs, require
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> object:
+    """`mmcv.ops` over the stand-in; skips where mmcv has its compiled operations."""
+    pytest.importorskip("mmcv")
+    if not mmcv_ops.install_mmcv_ops():
+        pytest.skip("mmcv has its compiled operations here")
+    import mmcv.ops
+
+    return mmcv.ops
+
+
+def overlap(first: list[float], second: list[float], offset: int) -> float:
+    width = min(first[2], second[2]) - max(first[0], second[0]) + offset
+    height = min(first[3], second[3]) - max(first[1], second[1]) + offset
+    both = max(width, 0) * max(height, 0)
+    areas = [(box[2] - box[0] + offset) * (box[3] - box[1] + offset) for box in (first, second)]
+    return both / (sum(areas) - both)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_nms_is_greedy_suppression(stand_in, offset: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Numbers that all of the formats hold exactly.
+    corners = torch.randint(0, 40, (60, 2), generator=generator)
+    boxes = torch.cat([corners, corners + torch.randint(4, 24, (60, 2), generator=generator)], 1).to(dtype)
+    scores = (torch.randperm(60, generator=generator) / 64).to(dtype)
+    expected: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(overlap(boxes[i].tolist(), boxes[j].tolist(), offset) <= 0.303 for j in expected):
+            expected.append(i)
+    assert 5 < len(expected) < 55
+    kept_boxes, kept = stand_in.nms(boxes, scores, 0.303, offset=offset)
+    assert kept.tolist() == expected
+    assert torch.equal(kept_boxes, torch.cat([boxes, scores[:, None]], 1)[expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_roi_align_averages_a_linear_map_to_its_value_at_the_middle(stand_in, dtype: torch.dtype) -> None:
+    """Bilinear interpolation is exact on a linear map, and an average of symmetric samples is the value between."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
+    maps = torch.stack([x, y, 2 * x - y]).expand(2, -1, -1, -1).to(dtype)
+    rois = torch.tensor([[0, 8.0, 12.0, 64.0, 44.0], [1, 20.0, 4.0, 60.0, 36.0]], dtype=dtype)
+    output = stand_in.RoIAlign((4, 8), spatial_scale=0.5, sampling_ratio=0, aligned=True)(maps, rois)
+    assert output.dtype == dtype
+    for roi, pooled in zip(rois.double() * 0.5, output.double(), strict=True):
+        _, left, top, right, bottom = roi.tolist()
+        columns = left - 0.5 + (torch.arange(8, dtype=torch.float64) + 0.5) * (right - left) / 8
+        rows = top - 0.5 + (torch.arange(4, dtype=torch.float64) + 0.5) * (bottom - top) / 4
+        expected = torch.stack([columns.expand(4, 8), rows[:, None].expand(4, 8), 2 * columns - rows[:, None]])
+        torch.testing.assert_close(pooled, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_roi_align_gradient(stand_in) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 7, 9, dtype=torch.float64, generator=generator, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 2.0, 13.0, 9.0], [1, 0.0, 0.0, 5.5, 12.0], [0, 4.0, 4.0, 6.0, 7.0]]).double()
+    layer = stand_in.RoIAlign((3, 2), spatial_scale=0.5, sampling_ratio=2)
+    assert torch.autograd.gradcheck(lambda m: layer(m, rois), (maps,))
+
+
+def test_what_torchvision_has_not_says_what_it_needs(stand_in) -> None:
+    maps, rois = torch.randn(1, 1, 8, 8), torch.tensor([[0, 0.0, 0.0, 4.0, 4.0]])
+    with pytest.raises(RuntimeError, match="max-pooling needs mmcv's compiled operations.*pip install"):
+        stand_in.RoIAlign(2, pool_mode="max")(maps, rois)
+    with pytest.raises(RuntimeError, match="softnms is one that torchvision cannot stand in for.*pip install"):
+        stand_in.soft_nms(torch.tensor([[0.0, 0, 4, 4]]), torch.ones(1))
+
+
+def test_it_is_said_once(stand_in) -> None:
+    code = """
+import torch, grootv.openmmlab
+from mmcv.ops import RoIAlign, nms
+for _ in range(3):
+    nms(torch.tensor([[0.0, 0, 4, 4]]), torch.ones(1), 0.5)
+    RoIAlign(2)(torch.randn(1, 1, 8, 8), torch.tensor([[0, 0.0, 0.0, 4.0, 4.0]]))
+"""
+    result = run_python(code)
+    assert (result.stdout + result.stderr).count("torchvision's nms and roi_align serve instead") == 1
+
+
+def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=environment(*paths), capture_output=True, text=True)
+
+
+def fake_package(folder: Path, name: str, **files: str) -> None:
+    (folder / name).mkdir(parents=True)
+    for file, content in {"__init__": "", **files}.items():
+        (folder / name / f"{file}.py").write_text(content)
+
+
+def test_compiled_operations_are_left_alone(tmp_path: Path) -> None:
+    fake_package(tmp_path, "mmcv", _ext="nms = 'compiled'")
+    code = "import grootv.openmmlab, mmcv._ext; print(mmcv._ext.nms, grootv.openmmlab.install_mmcv_ops())"
+    assert run_python(code, tmp_path).stdout.split() == ["compiled", "False"]
+
+
+def test_operations_that_do_not_load_are_named(tmp_path: Path) -> None:
+    fake_package(tmp_path, "mmcv", _ext="raise ImportError('undefined symbol: _ZN3c10')")
+    fake_package(tmp_path, "mmdet")
+    result = run_python("from grootv.openmmlab import base_configs; base_configs('mmdet', 'a.py')", tmp_path)
+    assert "mmcv's compiled operations do not load (undefined symbol: _ZN3c10)" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+def test_versions_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    fake_package(tmp_path, "mmcv")
+    (tmp_path / "mmdet").mkdir()
+    (tmp_path / "mmdet" / "__init__.py").write_text("assert False, 'MMCV==2.2.0 is used but incompatible'")
+    result = run_python("from grootv.openmmlab import base_configs; base_configs('mmdet', 'a.py')", tmp_path)
+    assert "mmdet is installed but does not import (MMCV==2.2.0 is used but incompatible)" in result.stderr
+    assert 'pip install "grootv[openmmlab]"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "task"), [("mmdet", "detection"), ("mmseg", "segmentation"), ("mmcv", "detection")]
+)
+def test_a_config_names_the_package_that_is_missing(missing: str, task: str) -> None:
+    config = next((ROOT / "configs" / task).glob("*digits*.py"))
+    code = f"""
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "{missing}" else find_spec(name, *args)
+from mmengine.config import Config
+Config.fromfile({str(config)!r})
+"""
+    result = run_python(code)
+    assert f"ImportError: {missing} is not installed (onedl-{missing}" in result.stderr
+    assert 'pip install "grootv[openmmlab]"' in result.stderr
+
+
+def test_missing_mmengine_is_named() -> None:
+    result = run_python("import sys; sys.modules['mmengine'] = None; import grootv.openmmlab")
+    assert "needs mmengine" in result.stderr and "pip install" in result.stderr
+
+
+def test_a_base_config_that_is_not_there() -> None:
+    pytest.importorskip("mmdet")
+    with pytest.raises(FileNotFoundError, match=r"onedl-mmdetection comes without the config .*no_such\.py"):
+        base_configs("mmdet", "_base_/no_such.py")
+    require("mmdet")

@@ -1,0 +1,112 @@
+"""Count parameters and FLOPs of a timm model, or of the detector, segmentor or classifier that a config describes.
+
+    python tools/get_flops.py grootv_tiny                                                 at 224 x 224
+    python tools/get_flops.py configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py --shape 800 1280
+    python tools/get_flops.py configs/segmentation/grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py --shape 512 2048
+
+As in papers, a multiplication with its addition is one FLOP, and elementwise operations are not counted, but norms
+(five a value). Tree and scan have their own lines. A segmentor's auxiliary head, which serves training only, has
+parameters but no FLOPs; a detector's second stage is counted for 1000 boxes and the masks of 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from math import prod
+
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import grootv  # noqa: F401  registers the models in timm
+
+
+def tree_scan_flops(x_shape: list[int], *args: object, out_shape: object = None) -> int:
+    """Of the scan of (B, L, D): one for the up sweep, and a^2, (1 - a^2) u and + a h for the down sweep."""
+    up_only = bool(args) and args[-1] is True
+    return prod(x_shape) * (1 if up_only else 4)
+
+
+def edge_weights_flops(features_shape: list[int], *args: object, out_shape: object = None) -> int:
+    """Of the edge weights of (B, H, W, C) maps: a product of C channels for each edge, one for each pixel's norm."""
+    batch, height, width, channels = features_shape
+    edges = (height - 1) * width + height * (width - 1)
+    return batch * channels * (edges + height * width)
+
+
+def norm_flops(input_shape: list[int], *args: object, out_shape: object = None) -> int:
+    """Of a norm: five for each value."""
+    return 5 * prod(input_shape)
+
+
+# By the parts of the table: PyTorch counts multiplications and additions, so these are doubled like its own.
+_COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
+    "tree": {torch.ops.grootvl_ops.edge_weights: edge_weights_flops},
+    "scan": {torch.ops.grootvl_ops.tree_scan: tree_scan_flops},
+    "norms": {
+        torch.ops.aten.native_layer_norm: norm_flops,
+        torch.ops.aten.native_batch_norm: norm_flops,
+        torch.ops.aten.cudnn_batch_norm: norm_flops,
+    },
+}
+
+
+def count_flops(run: Callable[[], object]) -> dict[str, int]:
+    """FLOPs of what `run` does, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
+
+    def doubled(formula: Callable[..., int]) -> Callable[..., int]:
+        return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
+
+    part_of = {operation: part for part, operations in _COUNTED.items() for operation in operations}
+    mapping = {op: doubled(formula) for operations in _COUNTED.values() for op, formula in operations.items()}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        run()
+    flops = dict.fromkeys((*_COUNTED, "convolutions", "products"), 0)
+    for operation, number in counter.get_flop_counts()["Global"].items():
+        part = part_of.get(operation, "convolutions" if "conv" in str(operation) else "products")
+        flops[part] += number // 2
+    return flops
+
+
+def build(model: str, shape: tuple[int, int]) -> tuple[nn.Module, Callable[[], object]]:
+    """The model, with random weights, and a function that runs it on one image of `shape` (height, width)."""
+    image = torch.randn(1, 3, *shape)
+    if not model.endswith(".py"):
+        network = timm.create_model(model).eval()
+        return network, lambda: network(image)
+    config = Config.fromfile(model)
+    if "init_cfg" in config.model.get("backbone", {}):
+        config.model.backbone.init_cfg = None
+    init_default_scope(config.get("default_scope", "mmengine"))
+    network = MODELS.build(config.model).eval()
+    if config.get("default_scope") != "mmdet":
+        return network, lambda: network(image, mode="tensor")
+    from mmdet.structures import DetDataSample
+
+    metainfo = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "scale_factor": (1.0, 1.0)}
+    sample = DetDataSample(metainfo={**metainfo, "batch_input_shape": shape})
+    return network, lambda: network(image, [sample], mode="tensor")
+
+
+def main() -> None:
+    """Parse the arguments, count and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="name of a timm model, or path of a config")
+    parser.add_argument("--shape", type=int, nargs=2, default=(224, 224), metavar=("HEIGHT", "WIDTH"))
+    args = parser.parse_args()
+    network, run = build(args.model, tuple(args.shape))
+    flops = count_flops(run)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{args.model} at {args.shape[0]} x {args.shape[1]}")
+    print(f"parameters    {parameters / 1e6:9.2f} M")
+    for part, number in flops.items():
+        print(f"{part:13s} {number / 1e9:9.3f} G")
+    print(f"FLOPs         {sum(flops.values()) / 1e9:9.2f} G")
+
+
+if __name__ == "__main__":
+    main()
