@@ -149,3 +149,35 @@ def test_two_processes_equal_one_with_twice_the_batch(
     monkeypatch.setenv("PORT", free_port())
     tested = run_tool("dist_test.sh", config, tmp_path / "one/epoch_2.pth", 2, "--work-dir", tmp_path / "test")
     assert accuracy(tested.stdout) == accuracy(single.stdout)[-1:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_mixed_precision_on_a_gpu_trains_resumes_and_evaluates(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    arguments = (config, "--work-dir", tmp_path / "work", "--amp")
+    log = run_tool("train.py", *arguments, gpu=True).stdout
+    line = next(line for line in log.splitlines() if "Epoch(train)" in line)
+    assert "memory:" in line and "images_per_second:" in line
+    (tmp_path / "work/epoch_3.pth").unlink()
+    resumed = run_tool("train.py", *arguments, "--resume", gpu=True).stdout
+    assert "resumed epoch: 2" in resumed
+    checkpoint = tmp_path / "work/epoch_3.pth"
+    assert "loss_scaler" in torch.load(checkpoint, weights_only=False)["optimizer"]
+    tested = run_tool("test.py", config, checkpoint, "--work-dir", tmp_path, gpu=True).stdout
+    assert accuracy(tested) == accuracy(resumed)[-1:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one_with_twice_the_batch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", free_port())
+    config = write_config(tmp_path, data, DETERMINISTIC)
+    run_tool("train.py", config, "--work-dir", tmp_path / "one", gpu=True)
+    options = ("--cfg-options", "train_dataloader.batch_size=4")
+    run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options, gpu=True)
+    one, two = (
+        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=False)["state_dict"] for kind in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )

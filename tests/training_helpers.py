@@ -88,29 +88,29 @@ def write_config(folder: Path, data: Path, extra: str = "") -> Path:
     return path
 
 
-def environment(*extra_paths: Path) -> dict[str, str]:
-    """Environment of a tool: this source tree, one thread, no GPU."""
+def environment(*extra_paths: Path, gpu: bool = False) -> dict[str, str]:
+    """Environment of a tool: this source tree, one thread, and no GPU unless `gpu`."""
     paths = [str(path) for path in (*extra_paths, ROOT)]
     # The operations from the source tree too, where they are not installed.
     paths += [path for path in sys.path if path.endswith("ops")] + [os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
         "PYTHON": sys.executable,
     }
 
 
 def run_tool(
-    *arguments: object, paths: tuple[Path, ...] = (), code: int | None = 0, cwd: Path | None = None
+    *arguments: object, paths: tuple[Path, ...] = (), code: int | None = 0, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run `tools/<first argument>` and check its exit code (None: any failure); output and errors are in `stdout`."""
     command = [str(ROOT / "tools" / str(arguments[0])), *map(str, arguments[1:])]
     if command[0].endswith(".py"):
         command.insert(0, sys.executable)
     result = subprocess.run(
-        command, env=environment(*paths), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(*paths, gpu=gpu), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     good = result.returncode != 0 if code is None else result.returncode == code
     assert good, f"exit code {result.returncode}\n{result.stdout[-6000:]}"
