@@ -2,8 +2,8 @@
 
     python benchmarks/operations.py
 
-The scan is set against its floor: the time in which each of its tensors (three forward: x, decay, h; six backward: grad, x,
-decay, h, dx, ddecay) would pass through memory once, at the copy bandwidth measured in the same run.
+The scan is set against its floor: the time in which each of its tensors (three forward: x, decay, h; six backward:
+grad, x, decay, h, dx, ddecay) would pass through memory once, at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations

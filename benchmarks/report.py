@@ -40,7 +40,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def publish(title: str, name: str, sections: Sequence[str], command: str, commit_name: str | None = None) -> Path:
-    """Print a report and write it to benchmarks/results/NAME.md, with hardware, versions, commit and date."""
+    """Print a report and write it to benchmarks/results/NAME-MACHINE.md, with hardware, versions, commit and date."""
     facts = (
         f"Measured on {hardware()}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"CUDA {torch.version.cuda or 'none'}; commit {commit_name or commit()}; {datetime.date.today()}.\n\n"
@@ -49,7 +49,8 @@ def publish(title: str, name: str, sections: Sequence[str], command: str, commit
     text = "\n\n".join([f"# {title}", facts, *sections]) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.md"
+    machine = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-") if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"{name}-{machine}.md"
     path.write_text(text)
     return path
 
