@@ -62,15 +62,17 @@ class GlooSyncBatchNorm2d(nn.BatchNorm2d):
         return output.to(input.dtype)
 
     @classmethod
-    def convert(cls, module: nn.Module) -> nn.Module:
-        """Replace each `BatchNorm2d` and timm `BatchNormAct2d` in `module`, keeping parameters, buffers and names."""
-        if type(module) in (nn.BatchNorm2d, BatchNormAct2d):
+    def convert(
+        cls, module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, BatchNormAct2d)
+    ) -> nn.Module:
+        """Replace each normalisation of one of `kinds` in `module`, keeping parameters, buffers and names."""
+        if type(module) in kinds:
             converted = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
             converted._parameters, converted._buffers = module._parameters, module._buffers
             converted.drop, converted.act = getattr(module, "drop", None), getattr(module, "act", None)
             return converted.train(module.training)
         for name, child in module.named_children():
-            module.add_module(name, cls.convert(child))
+            module.add_module(name, cls.convert(child, kinds))
         return module
 
 

@@ -9,7 +9,7 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 
 from .checkpoint import find_intact_checkpoint, is_intact
-from .distributed import init_gloo
+from .distributed import GlooSyncBatchNorm2d, init_gloo
 
 
 class Runner(MMEngineRunner):
@@ -39,6 +39,9 @@ class Runner(MMEngineRunner):
                 **(model_wrapper_cfg or {}),
                 "device_ids": None,
             }
+            # What configs ask for by norm_cfg=dict(type="SyncBN"), and PyTorch has for GPUs alone.
+            kinds = {type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
+            model = GlooSyncBatchNorm2d.convert(model, tuple(kinds))
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
