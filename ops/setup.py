@@ -1,12 +1,12 @@
 """Builds the compiled library of grootvl_ops. Run as `pip install --no-build-isolation ./ops`, with torch installed.
 
-The CPU part needs a C++17 compiler; the CUDA part is built whenever nvcc and a CUDA build of torch are there, whether or not
-a GPU is. Without a compiler the package is installed all the same, and its plain PyTorch reference serves.
+The CPU part needs a C++17 compiler; the CUDA part is built whenever nvcc and a CUDA build of torch are there, whether
+or not a GPU is. Without a compiler the package is installed all the same, and its plain PyTorch reference serves.
 
 Environment:
     FORCE_CUDA=1 / 0         stop if the CUDA part cannot be built / leave it out
-    TORCH_CUDA_ARCH_LIST     architectures to build for, such as "8.0;9.0+PTX" (default: those of the visible GPUs, else a
-                             list that covers every GPU since 2020)
+    TORCH_CUDA_ARCH_LIST     architectures to build for, such as "8.0;9.0+PTX" (default: those of the visible GPUs, else
+                             a list that covers every GPU since 2020)
     MAX_JOBS                 compilers to run at a time
     CXX, CUDA_HOME           which compiler and which toolkit
 """
@@ -38,7 +38,7 @@ def cuda_wanted() -> bool:
     possible = bool(nvcc) and torch.version.cuda is not None
     if force == "1" and not possible:
         found = f"nvcc: {nvcc or 'not found'}, torch {torch.__version__} built with CUDA: {torch.version.cuda}"
-        raise SystemExit(f"FORCE_CUDA=1, but the CUDA part cannot be built ({found}); set CUDA_HOME, or unset FORCE_CUDA")
+        raise SystemExit(f"FORCE_CUDA=1, but the CUDA part cannot be built ({found}): set CUDA_HOME")
     return possible and force != "0"
 
 
@@ -51,9 +51,10 @@ def pip_cuda_headers() -> list[str]:
 
 def compiler_version(command: list[str]) -> str:
     try:
-        return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        output = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
         return command[0]
+    return output.partition("\n")[0]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -94,22 +95,31 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
     """Builds the library, or, where none was demanded, lets an install without it succeed."""
 
     def run(self) -> None:
+        cuda = self.has_cuda()
+        compiler = self.compiler  # the option, which a run replaces by an object
         try:
             super().run()
         except Exception as error:
             if os.environ.get("FORCE_CUDA") == "1":
                 raise
-            print(
-                f"\ngrootvl_ops: the compiled library could not be built ({type(error).__name__}: {error}).\n"
-                "grootvl_ops: installing without it; the slow plain PyTorch reference will serve.\n",
-                file=sys.stderr,
-            )
-            self.extensions = []
-            self.distribution.ext_modules = []
+            self.say(f"building {'the CUDA part' if cuda else 'the compiled library'} failed: {error}")
+            if cuda:
+                self.say("building for the CPU alone; FORCE_CUDA=1 makes this an error.")
+                self.extensions = self.distribution.ext_modules = [extension(cuda=False)]
+                self.compiler = compiler
+                return self.run()
+            self.say("installing without the compiled library; the slow plain PyTorch reference will serve.")
+            self.extensions = self.distribution.ext_modules = []
             return
-        cuda = any(source.endswith(".cu") for source in self.extensions[0].sources)
         record = Path(self.get_ext_fullpath("grootvl_ops._C")).with_name("_build.json")
         record.write_text(json.dumps(build_record(cuda), indent=2) + "\n")
+
+    def has_cuda(self) -> bool:
+        return any(source.endswith(".cu") for source in self.extensions[0].sources)
+
+    @staticmethod
+    def say(message: str) -> None:
+        print(f"grootvl_ops: {message}", file=sys.stderr)
 
 
 if torch is None:

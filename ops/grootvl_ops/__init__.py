@@ -37,8 +37,8 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 class Tree(NamedTuple):
     """B rooted trees over L vertices each, every field (B, L) int32.
 
-    Made by `build_tree`, `build_tree_from_grid` and `build_tree_from_edges`. The scan relies on the properties named here
-    and does not check them.
+    Made by `build_tree`, `build_tree_from_grid` and `build_tree_from_edges`. The scan relies on the properties named
+    here and does not check them.
     """
 
     parent: Tensor
@@ -59,7 +59,7 @@ def edge_weights(features: Tensor, metric: str = "cosine") -> Tensor:
         metric: "cosine": exp(-cos(f_i, f_j)); "euclidean" and "manhattan": the distance of f_i and f_j.
 
     Returns:
-        (B, E) with E = (H - 1) W + H (W - 1), in the order of `grid_edges`: all vertical edges, then all horizontal ones.
+        (B, E) with E = (H - 1) W + H (W - 1), in the order of `grid_edges`: all vertical edges, then all horizontal.
         float64 for float64 features, else float32. Not differentiable: no gradient passes through the choice of a tree.
 
     Raises:
@@ -128,9 +128,9 @@ def build_tree_from_edges(edges: Tensor, weights: Tensor, num_vertices: int, roo
         `Tree` over L vertices.
 
     Raises:
-        ValueError: sizes that do not fit, a root out of range; on the CPU also edges out of range or a graph that is not
-            connected. On CUDA, where looking would mean waiting for the GPU, edges out of range are left out, and the
-            parts of an unconnected graph become trees of their own, each rooted at its lowest vertex.
+        ValueError: sizes that do not fit, a root out of range; on the CPU also edges out of range or a graph that is
+            not connected. On CUDA, where looking would mean waiting for the GPU, edges out of range are left out, and
+            the parts of an unconnected graph become trees of their own, each rooted at its lowest vertex.
         TypeError: edges that are not int32 or int64, weights that are not floating point.
     """
     if edges.dtype != torch.int32 and edges.dtype != torch.int64:
@@ -168,8 +168,8 @@ def _plain(weights: Tensor) -> Tensor:
 def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Tensor:
     """Aggregate features along a tree (paper, Algorithm 1): h_i = sum_j (product of decays from j to i) x_j.
 
-    The decay of a vertex belongs to the edge to its parent and is applied in both directions; a root's is not used. The sum
-    runs over all vertices j of the tree, in two sweeps; with `up_only` over the subtree below i, in one.
+    The decay of a vertex belongs to the edge to its parent and is applied in both directions; a root's is not used. The
+    sum runs over all vertices j of the tree, in two sweeps; with `up_only` over the subtree below i, in one.
 
     Args:
         x: (B, L, D), floating point: what is aggregated.
@@ -178,8 +178,8 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Te
         up_only: only the sweep from the leaves to the root.
 
     Returns:
-        (B, L, D) of x's dtype. Accumulated in float32 (float64 for float64). Bitwise the same in every run. Differentiable
-        once for x and decay. Under autocast it runs in float32.
+        (B, L, D) of x's dtype. Accumulated in float32 (float64 for float64). Bitwise the same in every run.
+        Differentiable once for x and decay. Under autocast it runs in float32.
 
     Raises:
         ValueError: sizes or devices that do not fit.

@@ -1,8 +1,8 @@
 """Registration of the operations with torch.library: the compiled library, or the reference where there is none.
 
 The compiled library defines the operations and their CPU (and CUDA) kernels. Everything that does not depend on the
-device stands here: shapes for tracing, gradients, autocast, and the reference as the kernel of last resort, for a device
-that the library has no kernels for.
+device stands here: shapes for tracing, gradients, autocast, and the reference as the kernel of last resort, for a
+device that the library has no kernels for.
 """
 
 from __future__ import annotations

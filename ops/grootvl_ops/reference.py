@@ -1,8 +1,8 @@
 """The tree operations in plain PyTorch: short, obvious, for any device.
 
 This file is the definition that the compiled kernels are tested against, and what runs where there are no compiled
-kernels. Symbols are those of the GrootVL paper (arXiv 2406.02395): an input ``x`` (the paper's discretised input, xi), a
-decay ``a`` for each vertex, which belongs to the edge between that vertex and its parent, and the tree itself.
+kernels. Symbols are those of the GrootVL paper (arXiv 2406.02395): an input ``x`` (the paper's discretised input, xi),
+a decay ``a`` for each vertex, which belongs to the edge between that vertex and its parent, and the tree itself.
 
 Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D.
 """
@@ -30,8 +30,8 @@ def grid_edges(height: int, width: int) -> Tensor:
 def edge_weights(features: Tensor, metric: str) -> Tensor:
     """Dissimilarity of neighbouring pixels of (B, H, W, C) features: (B, E) weights in the order of `grid_edges`.
 
-    Computed in float32 (float64 for float64 features). Cosine: exp(-cos(f_i, f_j)) (paper, section 3.2), with norms of at
-    least 1e-8. Euclidean and Manhattan: the distance of the two feature vectors.
+    Computed in float32 (float64 for float64 features). Cosine: exp(-cos(f_i, f_j)) (paper, section 3.2), with norms of
+    at least 1e-8. Euclidean and Manhattan: the distance of the two feature vectors.
     """
     features = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
 
@@ -107,7 +107,7 @@ def root_tree(neighbours: list[list[int]], root: int) -> tuple[list[int], list[i
 
 
 def graph_tree(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rooted minimum spanning trees of B graphs: edges (B, E, 2), weights (B, E); see `grootvl_ops.build_tree_from_edges`."""
+    """Rooted minimum spanning trees of B graphs from edges (B, E, 2) and weights (B, E), as `build_tree_from_edges`."""
     if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= num_vertices):
         raise ValueError(
             f"edges must name vertices from 0 to {num_vertices - 1}, got {int(edges.min())} to {int(edges.max())}"
@@ -187,8 +187,8 @@ def tree_scan_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `tree_scan` for x and decay, (B, L, D) each.
 
-    The scan over all roots is symmetric in its end points, so the gradient for x is the same scan of `grad`. With G_u and
-    G_h its sweeps and p the parent of i, the edge's gradient is
+    The scan over all roots is symmetric in its end points, so the gradient for x is the same scan of `grad`. With G_u
+    and G_h its sweeps and p the parent of i, the edge's gradient is
     da_i = G_u,i (h_p - a_i u_i) + u_i (G_h,p - a_i G_u,i), and 0 at a root, which has no edge.
     With `up_only` the gradient flows from the root down: g_i = grad_i + a_i g_p and da_i = u_i g_p.
     """
