@@ -21,7 +21,6 @@ class DataFilesHook(Hook):
         """Check the training and the validation data.
 
         Raises:
-            ValueError: a data set without any image.
             FileNotFoundError: files are missing or empty; the message names the first of them.
         """
         if runner.rank != 0:
@@ -34,12 +33,6 @@ class DataFilesHook(Hook):
 def _check(dataset: object, loader: str) -> None:
     if not hasattr(dataset, "get_data_info"):
         return
-    if len(dataset) == 0:
-        classes = getattr(dataset, "metainfo", {}).get("classes") or ()
-        raise ValueError(
-            f"{loader} has no image left: none has an annotation of the data set's {len(classes)} classes "
-            f"({', '.join(map(str, classes[:5]))}, ...). Does metainfo name the classes as the annotations do?"
-        )
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
     paths = (info.get(key) for info in infos for key in ("img_path", "seg_map_path"))
     bad = [path for path in paths if path and "://" not in path and not _has_content(path)]
