@@ -15,7 +15,8 @@ model = dict(
 
 train_dataloader = dict(
     batch_size=batch_size,
-    num_workers=0,
+    num_workers=1,
+    persistent_workers=True,
     drop_last=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
     collate_fn=dict(type="default_collate"),
