@@ -105,7 +105,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
             self.say(f"building {'the CUDA part' if cuda else 'the compiled library'} failed: {error}")
             if cuda:
                 self.say("building for the CPU alone; FORCE_CUDA=1 makes this an error.")
-                self.extensions = self.distribution.ext_modules = [extension(cuda=False)]
+                vars(self.extensions[0]).update(vars(extension(cuda=False)))
                 self.compiler = compiler
                 return self.run()
             self.say("installing without the compiled library; the slow plain PyTorch reference will serve.")
