@@ -264,9 +264,11 @@ def draw_learning_curve(
         for number, name in enumerate(names):
             points = [(step, entry[name]) for step, entry in sorted(validation.items()) if name in entry]
             if points:
-                best = max(value for _, value in points)
                 lines += metric_axes.plot(
-                    *zip(*points, strict=True), color=f"C{number}", marker=".", label=f"{name} (best {best:.4g})"
+                    *zip(*points, strict=True),
+                    color=f"C{number}",
+                    marker=".",
+                    label=f"{name} (last {points[-1][1]:.4g})",
                 )
     loss_axes.legend(handles=lines, loc="center right")
     path = Path(work_dir, "learning_curve.png")
