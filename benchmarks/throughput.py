@@ -10,6 +10,7 @@ use TF32, float16 is autocast.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import timm
 import torch
@@ -25,9 +26,10 @@ PEER = "swin_tiny_patch4_window7_224"
 class Run:
     """One model with a batch of images, on the GPU."""
 
-    def __init__(self, name: str, batch: int, size: int) -> None:
+    def __init__(self, name: str, batch: int, size: int, compiled: bool) -> None:
         peer_size = {"img_size": size} if name == PEER and size != 224 else {}
-        self.model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
+        model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
+        self.model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         self.images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(1000, (batch,), device="cuda")
 
@@ -51,6 +53,15 @@ class Run:
         return 1e3 * len(self.images) / milliseconds, torch.cuda.max_memory_allocated() / 2**30
 
 
+def shown_arguments() -> list[str]:
+    """The arguments of this run, but for the name of the commit."""
+    arguments = sys.argv[1:]
+    if "--commit" in arguments:
+        at = arguments.index("--commit")
+        del arguments[at : at + 2]
+    return arguments
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["grootv_tiny", "grootv_small", "grootv_base"])
@@ -58,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=224, help="side of the square images, in pixels")
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
 
@@ -68,7 +80,7 @@ def main() -> None:
     rows = []
     peer: list[float] = []
     for name in [args.peer, *args.models]:
-        run = Run(name, args.batch, args.size)
+        run = Run(name, args.batch, args.size, args.compile)
         cells = [name]
         for i, (training, half) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
             images, memory = run.throughput(training, half, args.repeats)
@@ -91,8 +103,12 @@ def main() -> None:
         f"Images a second, batch {args.batch}, {args.size} × {args.size}, in brackets the ratio to {args.peer} in the "
         "same run. Training is forward, loss and backward. float32 with TF32 matrix products, float16 by autocast."
     )
-    name = "throughput" if (args.batch, args.size) == (128, 224) else f"throughput-{args.batch}x{args.size}"
-    publish("Throughput on a GPU", name, [text, table(head, rows)], "python benchmarks/throughput.py", args.commit)
+    name = "throughput" + ("-compiled" if args.compile else "")
+    if (args.batch, args.size) != (128, 224):
+        name += f"-{args.batch}x{args.size}"
+    title = "Throughput on a GPU" + (" with torch.compile" if args.compile else "")
+    command = " ".join(["python benchmarks/throughput.py", *shown_arguments()])
+    publish(title, name, [text, table(head, rows)], command, args.commit)
 
 
 if __name__ == "__main__":
