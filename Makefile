@@ -1,0 +1,67 @@
+# make demo    train a small model on real digits, evaluate it, draw pictures
+# make test    the whole test suite
+# Both set up .venv first, from pinned versions; that is quick the second time.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
+
+# Without a GPU to build for, one architecture is enough to see that the CUDA sources compile.
+ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+endif
+
+.PHONY: demo demo-detection demo-segmentation test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/train
+	$(VENV)/bin/python tools/demo.py
+
+demo-detection: $(VENV)/openmmlab
+	$(VENV)/bin/python tools/demo_dense.py detection
+
+demo-segmentation: $(VENV)/openmmlab
+	$(VENV)/bin/python tools/demo_dense.py segmentation
+
+test: $(VENV)/test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find ops/csrc -type f)
+
+format: $(VENV)/test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(shell find ops/csrc -type f)
+
+bench: $(VENV)/train
+	$(VENV)/bin/python benchmarks/cpu_latency.py
+	$(VENV)/bin/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" || exit 0; \
+	$(VENV)/bin/python benchmarks/operations.py && $(VENV)/bin/python benchmarks/throughput.py
+
+clean:
+	rm -rf $(VENV) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
+
+# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, tests.
+$(VENV)/torch: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch torchvision setuptools wheel ninja
+	touch $@
+
+$(VENV)/ops: $(VENV)/torch $(OPS_SOURCES)
+	$(PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	touch $@
+
+$(VENV)/train: $(VENV)/ops pyproject.toml
+	$(PIP) --editable ".[train]"
+	touch $@
+
+$(VENV)/openmmlab: $(VENV)/train
+	$(PIP) --editable ".[openmmlab]"
+	touch $@
+
+$(VENV)/test: $(VENV)/openmmlab
+	$(PIP) --editable ".[test]"
+	$(VENV)/bin/python tests/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
+	touch $@
