@@ -25,6 +25,13 @@ DEVICES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Convolutions on a GPU in float32, as the golden outputs were made, not in TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 class ReferenceScan(torch.autograd.Function):
     """The reference's scan and its gradient, in place of the registered operation."""
 
