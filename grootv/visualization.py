@@ -1,0 +1,293 @@
+"""Pictures of what GrootV does: spanning trees over photographs, affinities of scans, and predictions.
+
+Every `plot_*` function returns a `matplotlib.figure.Figure` that belongs to no window, so that no display is needed:
+`figure.savefig(path)` writes it. Trees and scans are those of `grootvl_ops`. `import grootv` leaves this module out:
+it needs matplotlib, and scikit-image for `lab_features`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from grootvl_ops import Tree, build_tree, build_tree_from_edges, tree_scan
+
+SCANS = ("tree", "raster")
+# Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
+LINE_COLOURS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.88, 256)), name="plasma_without_yellow")
+MAP_COLOURS = "magma"
+WRONG, RIGHT = "#c1272d", "#333333"
+
+
+def lab_features(image: np.ndarray, height: int, width: int) -> Tensor:
+    """Colours of a photograph on a coarser grid of pixels: means over its cells, in CIE Lab.
+
+    In Lab the Euclidean distance of two colours is about how different they look.
+
+    Args:
+        image: (H, W, 3) uint8, sRGB.
+        height, width: of the grid, at most H and W.
+
+    Returns:
+        (1, height, width, 3) float32: features as `grootvl_ops.build_tree` takes them.
+
+    Raises:
+        ValueError: an image of another shape, or a grid that is empty or finer than the image.
+        TypeError: an image that is not uint8.
+    """
+    from skimage.color import rgb2lab
+
+    _check_image(image)
+    if not (1 <= height <= image.shape[0] and 1 <= width <= image.shape[1]):
+        raise ValueError(
+            f"the grid must be from 1 x 1 to the image's {image.shape[0]} x {image.shape[1]}, got {height} x {width}"
+        )
+    channels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
+    cells = torch.nn.functional.adaptive_avg_pool2d(channels, (height, width))
+    return torch.from_numpy(rgb2lab(cells[0].permute(1, 2, 0).numpy()).astype(np.float32))[None]
+
+
+def raster_tree(num_vertices: int) -> Tree:
+    """The path 0, 1, ..., L - 1 as a `Tree` rooted at 0: the order in which a raster scan walks over the pixels.
+
+    Args:
+        num_vertices: L, at least 1.
+
+    Returns:
+        `Tree` with fields (1, L) int32. Scanned with `grootvl_ops.tree_scan`, it is a raster scan in both directions.
+
+    Raises:
+        ValueError: L less than 1.
+    """
+    vertices = torch.arange(max(num_vertices, 0))
+    edges = torch.stack([vertices[:-1], vertices[1:]], 1)
+    return build_tree_from_edges(edges, torch.zeros(1, len(edges)), num_vertices)
+
+
+def tree_depths(tree: Tree) -> Tensor:
+    """Number of edges from each vertex to its root: (B, L) int64."""
+    ancestor = tree.parent.long()
+    depths = (ancestor != torch.arange(ancestor.shape[1], device=ancestor.device)).long()
+    for _ in range(ancestor.shape[1].bit_length()):  # the distance to `ancestor` doubles until that is the root
+        depths = depths + depths.gather(1, ancestor)
+        ancestor = ancestor.gather(1, ancestor)
+    return depths
+
+
+def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, scan: str = "tree") -> Tensor:
+    """How strongly a scan lets each pixel feel a chosen one: the scan's answer to a unit impulse there.
+
+    That is the kernel of the scan (arXiv 2406.02395, Algorithm 1 with every vertex as root): the product of the decays
+    along the path between the two pixels, 1 at the chosen pixel itself. In a trained GrootV the decays are made from
+    the input, one for each pixel and channel. Here, for illustration, an edge between i and j has the decay
+    exp(-||f_i - f_j|| / temperature), by the same rule in both scans, so that the paths alone make the difference.
+
+    Args:
+        features: (1, H, W, C), floating point.
+        pixel: row and column of the impulse.
+        temperature: the feature distance over which a response falls to 1/e, positive.
+        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "raster", along the rows,
+            one after another, in both directions.
+
+    Returns:
+        (H, W) on the CPU, of the dtype of `features`, values in [0, 1], without gradient.
+
+    Raises:
+        ValueError: another shape, a pixel outside the map, a temperature that is not positive, an unknown scan.
+    """
+    if features.dim() != 4 or features.shape[0] != 1:
+        raise ValueError(f"features must be (1, H, W, C), got {list(features.shape)}")
+    _, height, width, channels = features.shape
+    row, column = pixel
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"pixel must lie on the {height} x {width} map, got {tuple(pixel)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if scan not in SCANS:
+        raise ValueError(f"scan must be one of {', '.join(map(repr, SCANS))}, got {scan!r}")
+    features = features.detach().cpu()
+    tree = build_tree(features, "euclidean") if scan == "tree" else raster_tree(height * width)
+    flat = features.reshape(height * width, channels)
+    distances = (flat - flat[tree.parent[0].long()]).norm(dim=1)
+    impulse = torch.zeros_like(distances)
+    impulse[row * width + column] = 1
+    response = tree_scan(impulse[None, :, None], torch.exp(-distances / temperature)[None, :, None], tree)
+    return response.view(height, width)
+
+
+def draw_tree(
+    axes: Axes, image: np.ndarray, tree: Tree, height: int, width: int, color_by: str = "depth"
+) -> LineCollection:
+    """Draw a tree over the pixels of a map onto the photograph that it was built from.
+
+    The photograph is paled, and the line from a vertex to its parent is the wider the more vertices hang below it.
+
+    Args:
+        axes: to draw into.
+        image: (H, W, 3) uint8, sRGB.
+        tree: one tree (B = 1) over height * width vertices, as of `grootvl_ops.build_tree(features)`.
+        height, width: of the map.
+        color_by: "depth", the number of edges to the root, or "subtree", the number of vertices below an edge.
+
+    Returns:
+        The lines, which a colour bar can be made of.
+
+    Raises:
+        ValueError: sizes that do not fit, or an unknown `color_by`.
+        TypeError: an image that is not uint8.
+    """
+    _check_image(image)
+    if tuple(tree.parent.shape) != (1, height * width):
+        raise ValueError(
+            f"tree must be one tree over {height} x {width} = {height * width} vertices, "
+            f"got fields of {list(tree.parent.shape)}"
+        )
+    if color_by not in ("depth", "subtree"):
+        raise ValueError(f"color_by must be 'depth' or 'subtree', got {color_by!r}")
+    parent, size = tree.parent[0].cpu().numpy(), tree.subtree_size[0].cpu().numpy()
+    rows, columns = np.divmod(np.arange(height * width), width)
+    centres = np.stack([(columns + 0.5) * image.shape[1] / width, (rows + 0.5) * image.shape[0] / height], 1)
+    shown = np.argsort(size, kind="stable")[:-1]  # the widest lines on top; the largest subtree is the root's
+    values = (tree_depths(tree)[0].cpu().numpy() if color_by == "depth" else size)[shown]
+    lines = LineCollection(
+        np.stack([centres[shown], centres[parent[shown]]], 1),
+        array=values,
+        norm=LogNorm() if color_by == "subtree" else None,
+        cmap=LINE_COLOURS,
+        linewidths=0.8 + 2.4 * np.log(size[shown]) / np.log(max(2, len(size))),
+        capstyle="round",
+    )
+    grey = image.mean(2, keepdims=True)
+    axes.imshow((255 - 0.35 * (255 - 0.3 * image - 0.7 * grey)).astype(np.uint8))
+    axes.add_collection(lines, autolim=False)
+    root = centres[parent == np.arange(len(parent))]
+    axes.plot(*root.T, marker="s", markersize=7, color=WRONG, markeredgecolor="white", clip_on=False)
+    axes.set(xticks=[], yticks=[])
+    return lines
+
+
+def plot_tree_and_affinity(
+    image: np.ndarray,
+    pixel: tuple[int, int],
+    height: int = 64,
+    width: int = 96,
+    temperature: float = 30.0,
+    credit: str = "",
+) -> Figure:
+    """A photograph, its minimum spanning tree, and the affinities of tree scan and raster scan from one pixel.
+
+    The tree (arXiv 2406.02395, section 3.2) is that of the colours of the photograph, see :func:`lab_features`;
+    GrootV builds its trees in the same way from the features of each block. For the affinities see
+    :func:`scan_affinity`: their decays are made from colour differences for illustration, by one rule for both scans.
+
+    Args:
+        image: (H, W, 3) uint8, sRGB.
+        pixel: row and column, on the grid, of the pixel whose affinities are shown.
+        height, width: of the grid of pixels.
+        temperature: the colour difference in CIE Lab over which an affinity falls to 1/e.
+        credit: whom the photograph is by, for the caption.
+
+    Raises:
+        ValueError, TypeError: as :func:`lab_features` and :func:`scan_affinity`.
+    """
+    features = lab_features(image, height, width)
+    affinities = {scan: scan_affinity(features, pixel, temperature, scan) for scan in SCANS}
+    tree = build_tree(features, "euclidean")
+
+    panel_width = 6.5
+    panel_height = panel_width * image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(2 * panel_width + 1.2, 2 * panel_height + 1.05), layout="constrained")
+    (photo_axes, tree_axes), affinity_axes = figure.subplots(2, 2)
+    marker = {"marker": "+", "markersize": 16, "markeredgewidth": 2.2, "linestyle": "none"}
+
+    photo_axes.imshow(image)
+    scale = image.shape[0] / height, image.shape[1] / width
+    photo_axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color=WRONG, **marker)
+    photo_axes.set_title("Photograph and chosen pixel")
+    lines = draw_tree(tree_axes, image, tree, height, width)
+    tree_axes.set_title(f"Minimum spanning tree of its {height} × {width} grid (square: root)")
+    figure.colorbar(lines, ax=tree_axes, label="depth (edges to the root)", pad=0.02)
+    for axes, (scan, affinity) in zip(affinity_axes, affinities.items(), strict=True):
+        # The extent puts the grid into the place of the photograph, whose aspect the cells may not divide into squares.
+        drawn = axes.imshow(affinity, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0))
+        axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color="#2ec4ff", **marker)
+        axes.set_title(f"Affinity to the chosen pixel: {scan} scan")
+    figure.colorbar(drawn, ax=affinity_axes[1], label="product of decays along the path", pad=0.02)
+    for axes in (photo_axes, *affinity_axes):
+        axes.set(xticks=[], yticks=[])
+    caption = (
+        f"Decays for illustration: exp(−ΔE / {temperature:g}) between pixels of CIE Lab colour difference ΔE, the same "
+        f"rule in both scans."
+    )
+    figure.supxlabel(" ".join(filter(None, (caption, credit))), fontsize=9, color="#555555")
+    return figure
+
+
+def plot_predictions(
+    images: np.ndarray,
+    scores: np.ndarray,
+    targets: np.ndarray,
+    classes: Sequence[str],
+    columns: int = 10,
+    title: str = "",
+) -> Figure:
+    """A grid of images, each under its predicted class and the score of it; wrong ones framed, with their true class.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3) uint8, grey or sRGB.
+        scores: (N, C) floating point, the probabilities of the classes.
+        targets: (N,) integers, the true classes.
+        classes: the C names.
+        columns: images side by side.
+        title: above the grid.
+
+    Raises:
+        ValueError: sizes that do not fit each other, targets that are no classes, columns less than 1.
+        TypeError: images that are not uint8.
+    """
+    images, scores, targets = (np.asarray(value) for value in (images, scores, targets))
+    count = len(images) if images.ndim else 0
+    if images.ndim not in (3, 4) or count == 0 or (images.ndim == 4 and images.shape[3] != 3):
+        raise ValueError(f"images must be (N, H, W) or (N, H, W, 3) with N at least 1, got {list(images.shape)}")
+    if images.dtype != np.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if scores.shape != (count, len(classes)):
+        raise ValueError(
+            f"scores must be (N, C) = {[count, len(classes)]} for {count} images and {len(classes)} classes, "
+            f"got {list(scores.shape)}"
+        )
+    if targets.shape != (count,) or not np.isin(targets, np.arange(len(classes))).all():
+        raise ValueError(f"targets must be {count} class numbers from 0 to {len(classes) - 1}, got {targets.tolist()}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.15 * columns, 1.45 * rows + 0.5), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat[count:]:
+        axes.set_axis_off()
+    for axes, image, score, target in zip(figure.axes, images, scores, targets, strict=False):
+        predicted = int(score.argmax())
+        wrong = predicted != target
+        color = WRONG if wrong else RIGHT
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{classes[predicted]} ({score[predicted]:.0%})", color=color, fontsize=10, pad=3)
+        if wrong:
+            axes.set_xlabel(f"is {classes[target]}", color=color, fontsize=10, labelpad=2)
+        axes.spines[:].set(color=color, linewidth=3 if wrong else 0.5)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image must be (H, W, 3), got {list(image.shape)}")
+    if image.dtype != np.uint8:
+        raise TypeError(f"image must be uint8, got {image.dtype}")
