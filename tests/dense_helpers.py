@@ -28,7 +28,7 @@ train_cfg = dict(max_epochs=2, val_interval=2)
 default_hooks = dict(logger=dict(interval=1))
 """
 SEGMENTATION = """
-_base_ = "{root}/configs/segmentation/grootv-nano_upernet_digits-160x160.py"
+_base_ = "{root}/configs/segmentation/grootv-nano_upernet_digits-128x128.py"
 model = dict(
     backbone=dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     decode_head=dict(in_channels=[8, 16, 24, 32], channels=16),

@@ -84,7 +84,7 @@ def test_evaluation_with_augmentation_and_pictures(run: SimpleNamespace) -> None
     pictures = sorted(folder.rglob("*.png" if run.task == "segmentation" else "*.jpg"))
     assert len(pictures) == 4
     width, height = Image.open(pictures[0]).size
-    assert width == 2 * {160: 208, 208: 160}[height]  # ground truth and prediction side by side
+    assert width == 2 * {128: 160, 160: 128}[height]  # ground truth and prediction side by side
 
 
 def test_the_tools_of_the_package_run_the_config(run: SimpleNamespace) -> None:

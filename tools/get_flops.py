@@ -49,8 +49,9 @@ _COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
     "scan": {torch.ops.grootvl_ops.tree_scan: tree_scan_flops},
     "norms": {
         torch.ops.aten.native_layer_norm: norm_flops,
-        torch.ops.aten.native_batch_norm: norm_flops,
-        torch.ops.aten.cudnn_batch_norm: norm_flops,
+        # What the counter takes batch normalisation apart into.
+        torch.ops.aten._native_batch_norm_legit: norm_flops,
+        torch.ops.aten._native_batch_norm_legit_no_training: norm_flops,
     },
 }
 
@@ -73,22 +74,29 @@ def count_flops(run: Callable[[], object]) -> dict[str, int]:
 
 
 def build(model: str, shape: tuple[int, int]) -> tuple[nn.Module, Callable[[], object]]:
-    """The model, with random weights, and a function that runs it on one image of `shape` (height, width)."""
-    image = torch.randn(1, 3, *shape)
+    """The model, with random weights, and a function that runs it on one image of `shape` (height, width).
+
+    On the meta device nothing is computed; detectors are made on the CPU, because they select boxes by their values.
+    """
     if not model.endswith(".py"):
-        network = timm.create_model(model).eval()
+        image = torch.empty(1, 3, *shape, device="meta")
+        network = timm.create_model(model, device="meta").eval()
         return network, lambda: network(image)
     config = Config.fromfile(model)
     if "init_cfg" in config.model.get("backbone", {}):
         config.model.backbone.init_cfg = None
-    init_default_scope(config.get("default_scope", "mmengine"))
-    network = MODELS.build(config.model).eval()
-    if config.get("default_scope") != "mmdet":
+    scope = config.get("default_scope") or "mmengine"
+    init_default_scope(scope)
+    device = "cpu" if scope == "mmdet" else "meta"
+    with torch.device(device):
+        network = MODELS.build(config.model).eval()
+    image = torch.zeros(1, 3, *shape, device=device)
+    if scope != "mmdet":
         return network, lambda: network(image, mode="tensor")
     from mmdet.structures import DetDataSample
 
-    metainfo = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "scale_factor": (1.0, 1.0)}
-    sample = DetDataSample(metainfo={**metainfo, "batch_input_shape": shape})
+    metainfo = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), shape)
+    sample = DetDataSample(metainfo={**metainfo, "scale_factor": (1.0, 1.0)})
     return network, lambda: network(image, [sample], mode="tensor")
 
 

@@ -22,7 +22,7 @@ model = dict(
 
 data_root = "data/sample/coco/"
 metainfo = dict(classes=tuple("0123456789"))
-scale = (208, 160)
+scale = (160, 128)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -49,10 +49,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=12, val_interval=3)
+train_cfg = dict(max_epochs=8, val_interval=4)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=12, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=8, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 auto_scale_lr = dict(base_batch_size=8)

@@ -24,7 +24,11 @@ PHOTOGRAPHS = {
         ("skimage", "coffee.png"),
         ("skimage", "grass.png"),
         ("skimage", "gravel.png"),
+        ("skimage", "hubble_deep_field.jpg"),
+        ("skimage", "ihc.png"),
+        ("skimage", "moon.png"),
         ("skimage", "motorcycle_left.png"),
+        ("skimage", "retina.jpg"),
         ("skimage", "rocket.jpg"),
     ),
     "val": (("sklearn", "china.jpg"), ("sklearn", "flower.jpg")),
@@ -49,7 +53,7 @@ class Scene:
 
 
 class SceneMaker:
-    """Draws scenes of one split: up to six digits on a part of a photograph.
+    """Draws scenes of one split: up to six digits on a part of a photograph, with its colours changed.
 
     Digits (scikit-learn's, 8x8 pixels) are enlarged to between an eighth and 0.6 of the shorter side, rotated by up to
     25 degrees, coloured, and pasted one over another. Some are tiny, every eighth image has a crowd, every tenth none.
@@ -60,7 +64,7 @@ class SceneMaker:
         size: shorter and longer side of an image in pixels, at most 300 and 400; which one is the height is random.
     """
 
-    def __init__(self, split: str, seed: int = 0, size: tuple[int, int] = (160, 208)) -> None:
+    def __init__(self, split: str, seed: int = 0, size: tuple[int, int] = (128, 160)) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -105,8 +109,10 @@ class SceneMaker:
         left = rng.integers(photograph.width - part_width + 1)
         top = rng.integers(photograph.height - part_height + 1)
         part = photograph.crop((left, top, left + part_width, top + part_height)).resize((int(width), int(height)))
-        image = np.array(part)
-        return image[:, ::-1].copy() if rng.random() < 0.5 else image
+        # Few photographs become many by exchanging their colours and changing contrast and brightness.
+        image = np.asarray(part, np.float32)[:, :: rng.choice([1, -1]), rng.permutation(3)]
+        image = (image - image.mean()) * rng.uniform(0.6, 1.2) + rng.uniform(50, 200)
+        return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
     def _glyph(self, rng: np.random.Generator, side: int) -> tuple[np.ndarray, int]:
         """Opacity in [0, 1] of a digit of about `side` pixels, cut to what is to be seen of it, and its class."""

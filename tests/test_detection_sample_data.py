@@ -1,0 +1,114 @@
+"""Scenes of digits: true masks, splits that share nothing, and files that COCO's and ADE20K's readers take."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+from PIL import Image
+
+from grootv.data.scenes import SceneMaker, export_ade20k, export_coco
+
+
+def decode(segmentation: dict) -> np.ndarray:
+    """COCO's run lengths, by columns, as (H, W) bool."""
+    height, width = segmentation["size"]
+    values = np.concatenate([np.full(run, i % 2, bool) for i, run in enumerate(segmentation["counts"])])
+    return values.reshape(width, height).T
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_coco(tmp_path_factory.mktemp("coco") / "data", num_train=20, num_val=10)
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_ade20k(tmp_path_factory.mktemp("ade") / "data", num_train=20, num_val=10)
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 20), ("val", 10)])
+def test_annotations_of_coco(coco: Path, split: str, number: int) -> None:
+    content = json.loads((coco / "annotations" / f"instances_{split}2017.json").read_text())
+    assert len(content["images"]) == number
+    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
+    for entry in content["images"]:
+        assert Image.open(coco / f"{split}2017" / entry["file_name"]).size == sizes[entry["id"]]
+    seen = {image: np.zeros(size[::-1], bool) for image, size in sizes.items()}
+    for entry in content["annotations"]:
+        mask = decode(entry["segmentation"])
+        x, y, width, height = entry["bbox"]
+        inside = np.zeros_like(mask)
+        inside[y : y + height, x : x + width] = True
+        assert mask.sum() == entry["area"] >= 12
+        assert not (mask & ~inside).any()
+        assert mask[y : y + height, x].any() and mask[y, x : x + width].any()
+        assert mask[y : y + height, x + width - 1].any() and mask[y + height - 1, x : x + width].any()
+        assert not (mask & seen[entry["image_id"]]).any(), "masks are of what can be seen, so they do not overlap"
+        seen[entry["image_id"]] |= mask
+        assert 1 <= entry["category_id"] <= 10
+    crowds = [entry for entry in content["annotations"] if entry["iscrowd"]]
+    areas = [entry["area"] for entry in content["annotations"] if not entry["iscrowd"]]
+    assert crowds and min(areas) < 100 and max(areas) > 1000
+    assert [image for image, mask in seen.items() if not mask.any()], "some image has no object"
+
+
+def test_pycocotools_reads_the_masks(coco: Path) -> None:
+    reader = pytest.importorskip("pycocotools.coco").COCO(coco / "annotations" / "instances_val2017.json")
+    for annotation in reader.loadAnns(reader.getAnnIds()):
+        assert np.array_equal(reader.annToMask(annotation).astype(bool), decode(annotation["segmentation"]))
+
+
+def test_labels_of_ade20k_are_the_masks_of_coco(coco: Path, ade: Path) -> None:
+    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    labels = sorted((ade / "annotations" / "training").iterdir())
+    images = sorted((ade / "images" / "training").iterdir())
+    assert [path.stem for path in labels] == [path.stem for path in images] and len(images) == 20
+    for image, path in zip(content["images"], labels, strict=True):
+        expected = np.ones((image["height"], image["width"]), np.uint8)
+        for entry in content["annotations"]:
+            if entry["image_id"] == image["id"]:
+                expected[decode(entry["segmentation"])] = 0 if entry["iscrowd"] else entry["category_id"] + 1
+        assert np.array_equal(np.asarray(Image.open(path)), expected)
+
+
+def test_splits_share_neither_digits_nor_photographs() -> None:
+    train, val = SceneMaker("train"), SceneMaker("val")
+    assert len(train.digits) + len(val.digits) == 1797
+    assert not {digit.tobytes() for digit in train.digits} & {digit.tobytes() for digit in val.digits}
+    assert not {photo.tobytes() for photo in train.photographs} & {photo.tobytes() for photo in val.photographs}
+    assert set(train.labels) == set(val.labels) == set(range(10))
+
+
+def test_scenes_depend_on_seed_and_number_alone() -> None:
+    first, second = SceneMaker("train", seed=3), SceneMaker("train", seed=3)
+    second(0)
+    assert np.array_equal(first(5).image, second(5).image)
+    assert not np.array_equal(SceneMaker("train", seed=4)(5).image, first(5).image)
+
+
+@pytest.mark.parametrize("change", [{"split": "test"}, {"size": (20, 200)}, {"size": (160, 500)}])
+def test_bad_arguments_are_named(change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        SceneMaker(**{"split": "train", **change})
+
+
+def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileExistsError, match="data exists already"):
+        export_coco(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"] and not list((tmp_path / "data").iterdir())
+
+
+def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(SceneMaker, "__call__", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_ade20k(tmp_path / "data")
+    assert not list(tmp_path.iterdir())
