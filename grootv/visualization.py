@@ -215,7 +215,9 @@ def plot_tree_and_affinity(
     figure.colorbar(lines, ax=tree_axes, label="depth (edges to the root)", pad=0.02)
     for axes, (scan, affinity) in zip(affinity_axes, affinities.items(), strict=True):
         # The extent puts the grid into the place of the photograph, whose aspect the cells may not divide into squares.
-        drawn = axes.imshow(affinity, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0))
+        drawn = axes.imshow(
+            affinity.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0)
+        )
         axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color="#2ec4ff", **marker)
         axes.set_title(f"Affinity to the chosen pixel: {scan} scan")
     figure.colorbar(drawn, ax=affinity_axes[1], label="product of decays along the path", pad=0.02)

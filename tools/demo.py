@@ -45,11 +45,7 @@ def parse_args() -> argparse.Namespace:
         help="exit with an error below it; default: %(default)s",
     )
     parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace entries of the config",
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
     )
     return parser.parse_args()
 
@@ -57,8 +53,7 @@ def parse_args() -> argparse.Namespace:
 def run_tool(step: str, tool: str, *arguments: object) -> None:
     """Run `tools/<tool>` with this interpreter; its output is shown.
 
-    One thread computes: the model is so small that a second one costs more than it gives, and the other core loads
-    the images.
+    One thread computes, and leaves the other core of a small machine to the process that loads the images.
 
     Raises:
         SystemExit: the tool failed.
@@ -98,7 +93,7 @@ def choose_digits(scores: np.ndarray, targets: np.ndarray, count: int) -> np.nda
     right = np.flatnonzero(~wrong)
     shown = np.flatnonzero(wrong)[:count]
     room = min(count - len(shown), len(right))
-    return np.concatenate([shown, right[np.linspace(0, len(right) - 1, room).astype(int)] if room else right[:0]])
+    return np.concatenate([shown, right[np.linspace(0, len(right) - 1, room).astype(int)]])
 
 
 def draw_digits(predictions: list[dict], data: Path, accuracy: float, path: Path) -> None:

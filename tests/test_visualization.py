@@ -1,0 +1,292 @@
+"""Pictures of trees, affinities and predictions, and the demo that makes them."""
+
+import importlib.util
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
+from training_helpers import ROOT, environment
+
+from grootv.visualization import (
+    RIGHT,
+    WRONG,
+    draw_tree,
+    lab_features,
+    plot_predictions,
+    plot_tree_and_affinity,
+    raster_tree,
+    scan_affinity,
+    tree_depths,
+)
+from grootvl_ops import build_tree, tree_scan
+
+GRID = (7, 9)
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (21, 36, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(1, *GRID, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_importing_the_model_imports_no_plotting() -> None:
+    code = "import sys, grootv; assert not {'matplotlib', 'skimage', 'grootv.visualization'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_lab_features_are_means_over_cells_in_lab() -> None:
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[:2, :3] = 255
+    image[:2, 3:] = (255, 0, 0)
+    image[2:, :3] = (119, 119, 119)
+    image[2:, 3::2] = (0, 0, 240)  # with the black of the third column between them: (0, 0, 160) on average
+    # CIE Lab of white, sRGB red, the middle grey and the darker blue, under D65.
+    expected = [[[100, 0, 0], [53.24, 80.09, 67.20]], [[50.03, 0, 0], [18.09, 55.89, -76.12]]]
+    features = lab_features(image, 2, 2)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features[0], torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0.1)
+
+
+def test_affinity_of_the_tree_scan_is_the_product_of_decays_along_the_path(features: torch.Tensor) -> None:
+    height, width = GRID
+    flat = features.reshape(-1, 3).numpy()
+    numbers = np.arange(height * width).reshape(GRID)
+    ends = np.concatenate(
+        [
+            np.stack([numbers[:-1], numbers[1:]], -1).reshape(-1, 2),
+            np.stack([numbers[:, :-1], numbers[:, 1:]], -1).reshape(-1, 2),
+        ]
+    )
+    weights = np.linalg.norm(flat[ends[:, 0]] - flat[ends[:, 1]], axis=1)
+    spanning = minimum_spanning_tree(coo_matrix((weights, ends.T), shape=(len(flat), len(flat))).tocsr())
+    row, column, temperature = 3, 5, 2.5
+    distances = dijkstra(spanning, directed=False, indices=numbers[row, column])
+    affinity = scan_affinity(features.requires_grad_(), (row, column), temperature)
+    assert not affinity.requires_grad and affinity.dtype == torch.float64
+    np.testing.assert_allclose(affinity, np.exp(-distances / temperature).reshape(GRID), rtol=1e-6)
+
+
+def test_affinity_of_the_raster_scan_follows_the_rows(features: torch.Tensor) -> None:
+    flat = features.reshape(-1, 3).numpy()
+    along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(flat, axis=0), axis=1))])
+    affinity = scan_affinity(features, (2, 4), 0.7, "raster")
+    np.testing.assert_allclose(affinity.ravel(), np.exp(-np.abs(along - along[2 * GRID[1] + 4]) / 0.7), rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 2, 13])
+def test_raster_tree_is_a_path(length: int) -> None:
+    tree = raster_tree(length)
+    assert tree.order.tolist() == [list(range(length))]
+    assert tree.parent.tolist() == [[0, *range(length - 1)]]
+    assert tree_depths(tree).tolist() == [list(range(length))]
+    ones = torch.ones(1, length, 1)
+    assert tree_scan(ones, ones, tree, up_only=True).flatten().tolist() == list(range(length, 0, -1))
+
+
+def test_depths_count_the_steps_to_the_root() -> None:
+    tree = build_tree(torch.randn(2, 6, 8, 4, generator=torch.Generator().manual_seed(1)), root=20)
+    for parents, depths in zip(tree.parent.tolist(), tree_depths(tree).tolist(), strict=True):
+        for vertex, depth in enumerate(depths):
+            steps = 0
+            while vertex != 20:
+                vertex, steps = parents[vertex], steps + 1
+            assert steps == depth
+
+
+@pytest.mark.parametrize("color_by", ["depth", "subtree"])
+def test_the_drawn_tree_spans_the_grid_on_the_photograph(photo: np.ndarray, color_by: str) -> None:
+    height, width = GRID
+    tree = build_tree(lab_features(photo, height, width), "euclidean")
+    axes = Figure().subplots()
+    lines = draw_tree(axes, photo, tree, height, width, color_by)
+    segments = np.stack(lines.get_segments())
+    assert segments.shape == (height * width - 1, 2, 2)
+    cells = segments / (36 / width, 21 / height)  # a cell of the grid is 4 x 3 pixels of the photograph
+    assert np.allclose(np.abs(cells[:, 0] - cells[:, 1]).sum(1), 1), "between neighbours of the grid"
+    numbers = np.floor(cells).astype(int) @ (1, width)
+    links = coo_matrix((np.ones(len(numbers)), numbers.T), shape=(height * width,) * 2)
+    assert np.isfinite(dijkstra(links.tocsr(), directed=False, indices=0)).all(), "every pixel is reached"
+    children = numbers[:, 0]
+    assert (tree.parent[0][children].numpy() == numbers[:, 1]).all()
+    values = tree_depths(tree) if color_by == "depth" else tree.subtree_size
+    assert (lines.get_array() == values[0][children].numpy()).all()
+    assert (np.diff(lines.get_linewidths()) >= 0).all() and (np.diff(tree.subtree_size[0][children].numpy()) >= 0).all()
+
+
+def test_a_tree_of_one_pixel_can_be_drawn(photo: np.ndarray) -> None:
+    assert not draw_tree(Figure().subplots(), photo, raster_tree(1), 1, 1).get_segments()
+
+
+def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tmp_path: Path) -> None:
+    figure = plot_tree_and_affinity(photo, (2, 3), *GRID, temperature=40.0, credit="Photograph: its author.")
+    features = lab_features(photo, *GRID)
+    shown = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
+    for scan in ("tree", "raster"):
+        np.testing.assert_array_equal(
+            shown[f"Affinity to the chosen pixel: {scan} scan"], scan_affinity(features, (2, 3), 40.0, scan)
+        )
+    np.testing.assert_array_equal(shown["Photograph and chosen pixel"], photo)
+    assert "for illustration" in figure.get_supxlabel() and figure.get_supxlabel().endswith("its author.")
+    figure.savefig(tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as image:
+        assert min(image.size) > 500 and len(image.convert("RGB").getcolors(1 << 24)) > 500
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8), (5, 8, 8, 3)])
+def test_wrong_predictions_are_marked(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6], [0.55, 0.45]])
+    figure = plot_predictions(images, scores, np.array([0, 1, 1, 1, 1]), ["cat", "dog"], columns=3, title="Pets")
+    shown = [axes for axes in figure.axes if axes.images]
+    assert figure.get_suptitle() == "Pets" and len(figure.axes) == 6
+    assert [axes.get_title() for axes in shown] == ["cat (90%)", "dog (80%)", "cat (70%)", "dog (60%)", "cat (55%)"]
+    assert [axes.get_xlabel() for axes in shown] == ["", "", "is dog", "", "is dog"]
+    frames = [to_hex(axes.spines["left"].get_edgecolor()) for axes in shown]
+    assert frames == [RIGHT, RIGHT, WRONG, RIGHT, WRONG]
+    for axes, image in zip(shown, images, strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), image)
+
+
+IMAGE = np.zeros((8, 8, 3), np.uint8)
+FEATURES = torch.zeros(1, 4, 4, 3)
+SCORES = np.full((2, 3), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lab_features(IMAGE[..., 0], 2, 2), ValueError, r"image must be \(H, W, 3\), got \[8, 8\]"),
+        (lambda: lab_features(IMAGE / 255, 2, 2), TypeError, "image must be uint8, got float64"),
+        (lambda: lab_features(IMAGE, 9, 2), ValueError, "image's 8 x 8, got 9 x 2"),
+        (lambda: lab_features(IMAGE, 2, 0), ValueError, "got 2 x 0"),
+        (lambda: raster_tree(0), ValueError, "num_vertices must be at least 1, got 0"),
+        (lambda: scan_affinity(FEATURES[0], (0, 0), 1.0), ValueError, r"must be \(1, H, W, C\), got \[4, 4, 3\]"),
+        (lambda: scan_affinity(FEATURES, (0, 4), 1.0), ValueError, r"on the 4 x 4 map, got \(0, 4\)"),
+        (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
+        (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', got 'cross'"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 2, "age"), ValueError, "got 'age'"),
+        (lambda: plot_predictions(IMAGE[0], SCORES, [0, 1], "abc"), ValueError, r"images must be .*, got \[8, 3\]"),
+        (lambda: plot_predictions(np.zeros((2, 8, 8)), SCORES, [0, 1], "abc"), TypeError, "uint8, got float64"),
+        (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abcd"), ValueError, r"\[2, 4\] .* got \[2, 3\]"),
+        (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 3], "abc"), ValueError, r"from 0 to 2, got \[0, 3\]"),
+        (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abc", 0), ValueError, "columns must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    pytest.importorskip("mmengine")
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_digits_to_show_are_the_wrong_ones_and_then_some_of_all_classes(demo: ModuleType) -> None:
+    targets = np.repeat(np.arange(10), 30)
+    scores = np.eye(10)[targets]
+    scores[[17, 250]] = np.eye(10)[[3, 4]]
+    shown = demo.choose_digits(scores, targets, 40)
+    assert shown[:2].tolist() == [17, 250] and len(set(shown.tolist())) == 40
+    assert set(targets[shown[2:]]) == set(range(10))
+    assert demo.choose_digits(scores, targets, 1).tolist() == [17]
+    assert len(demo.choose_digits(scores, targets, 1000)) == 300
+    all_wrong = np.roll(scores, 1, axis=1)
+    assert demo.choose_digits(all_wrong, targets, 400).tolist() == list(range(300))
+
+
+@pytest.fixture
+def run_demo(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str | None, str]]:
+    """Runs the demo with one epoch of a tiny model, elsewhere; gives why it ended (None: well), and its output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny = ("model.backbone.dims=(8,16)", "model.backbone.depths=(1,1)", "train_cfg.max_epochs=1")
+
+    def run(*arguments: str) -> tuple[str | None, str]:
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--out-dir", "demo", *arguments, "--cfg-options", *tiny])
+        end = None
+        try:
+            demo.main()
+        except SystemExit as error:
+            end = error.code
+        return end, capfd.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_demo_draws_its_pictures_and_judges_the_accuracy(
+    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    end, log = run_demo()
+    assert "is below the 97 % it should reach" in end, log
+    measured = [float(value) for value in re.findall(r"accuracy/top1: ([\d.]+)", log)]
+    reported = float(re.search(r"accuracy on 360 held-out digits: ([\d.]+) %", log)[1])
+    assert reported == pytest.approx(measured[-1], abs=0.01) and reported < 97
+    predictions = pickle.loads((out / "evaluation/predictions.pkl").read_bytes())
+    right = [int(prediction["scores"].argmax()) == prediction["target"] for prediction in predictions]
+    assert reported == pytest.approx(100 * np.mean(right), abs=0.01)
+    for path in (out / "training/learning_curve.png", out / "digits.png", out / "tree_and_affinity.png"):
+        assert str(path) in log
+        with Image.open(path) as image:
+            assert min(image.size) > 400
+
+    # What is finished is used again; an accuracy that suffices makes a success.
+    checkpoint = out / "training/epoch_1.pth"
+    written = checkpoint.stat().st_mtime_ns
+    monkeypatch.setattr(demo, "evaluate", lambda *_: (97.0, predictions))
+    end, log = run_demo()
+    assert end is None and checkpoint.stat().st_mtime_ns == written
+    assert "resumed epoch: 1" in log and "Epoch(train)" not in log
+
+
+def test_a_fresh_demo_forgets_the_training(
+    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "demo/training/epoch_1.pth"
+    left.parent.mkdir(parents=True)
+    left.touch()
+
+    def stop(step: str, *_: object) -> None:
+        raise SystemExit(f"{step} {left.exists()}")
+
+    monkeypatch.setattr(demo, "run_tool", stop)
+    assert run_demo()[0] == "training True"
+    assert run_demo("--fresh")[0] == "training False"
+
+
+def test_a_failing_step_ends_the_demo(
+    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"demo: evaluation failed with exit code 2(.|\n)*make_digits.py --unknown"):
+        demo.run_tool("evaluation", "make_digits.py", "--unknown")
+    (tmp_path / "demo/digits").mkdir(parents=True)
+    (tmp_path / "demo/digits/notes.txt").touch()
+    assert "does not hold the digits" in run_demo()[0]
