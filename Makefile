@@ -12,6 +12,9 @@ ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
+# As many compilers at a time as there are cores; nvcc takes much memory.
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
 .PHONY: demo demo-detection demo-segmentation test lint format bench clean
 .DELETE_ON_ERROR:
 
@@ -37,8 +40,9 @@ format: $(VENV)/test
 
 bench: $(VENV)/train
 	$(VENV)/bin/python benchmarks/cpu_latency.py
-	$(VENV)/bin/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" || exit 0; \
-	$(VENV)/bin/python benchmarks/operations.py && $(VENV)/bin/python benchmarks/throughput.py
+	if $(VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
+	  $(VENV)/bin/python benchmarks/operations.py && $(VENV)/bin/python benchmarks/throughput.py; \
+	fi
 
 clean:
 	rm -rf $(VENV) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
@@ -51,6 +55,7 @@ $(VENV)/torch: constraints.txt
 
 $(VENV)/ops: $(VENV)/torch $(OPS_SOURCES)
 	$(PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	$(VENV)/bin/python -m grootvl_ops
 	touch $@
 
 $(VENV)/train: $(VENV)/ops pyproject.toml
