@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+
+import numpy as np
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
