@@ -96,6 +96,13 @@ for _ in range(3):
     assert (result.stdout + result.stderr).count("torchvision's nms and roi_align serve instead") == 1
 
 
+def test_coming_too_late_is_said(stand_in) -> None:
+    result = run_python("import mmdet.structures, grootv.openmmlab")
+    assert "mmdet was imported before grootv.openmmlab" in result.stdout + result.stderr
+    result = run_python("import grootv.openmmlab, mmdet.structures")
+    assert "mmdet was imported before" not in result.stdout + result.stderr
+
+
 def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment(*paths), capture_output=True, text=True)
 

@@ -28,6 +28,9 @@ BUILD_COMMAND = (
 def install_mmcv_ops() -> bool:
     """Register the stand-in as `mmcv._ext` if mmcv is installed without its compiled module.
 
+    It comes too late for modules of mmdet that are imported already: those have noticed that `mmcv.ops` does not
+    import, and the log says so.
+
     Returns:
         Whether the stand-in serves.
     """
@@ -36,6 +39,13 @@ def install_mmcv_ops() -> bool:
         if mmcv is None or PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations) is not None:
             return False
         sys.modules["mmcv._ext"] = _StandIn("mmcv._ext", __doc__)
+        if "mmdet.structures" in sys.modules:
+            print_log(
+                "mmdet was imported before grootv.openmmlab, without mmcv's operations, and will not find those of "
+                "torchvision in their place: import grootv.openmmlab first.",
+                logger="current",
+                level=logging.WARNING,
+            )
     return isinstance(sys.modules["mmcv._ext"], _StandIn)
 
 

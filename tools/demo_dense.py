@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Train a small detector or segmentor on handwritten digits in photographs, and draw what it finds in held-out ones.
+
+Everything goes through the ordinary tools and the configs ending in "digits". A run that was interrupted is continued
+and a finished one is reused, unless --fresh is given.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from grootv.openmmlab.checkpoint import find_intact_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "detection": ROOT / "configs/detection/mask-rcnn_grootv-nano_fpn_digits.py",
+    "segmentation": ROOT / "configs/segmentation/grootv-nano_upernet_digits-128x128.py",
+}
+METRICS = {
+    "detection": {"coco/bbox_mAP_50": "box AP50", "coco/segm_mAP_50": "mask AP50"},
+    "segmentation": {"mIoU_objects": "mIoU over the ten digits", "mIoU": "mIoU with the background"},
+}
+SHOWN = 12
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=CONFIGS)
+    parser.add_argument("--out-dir", type=Path, help="default: work_dirs/demo-TASK")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/sample", help="default: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
+    )
+    return parser.parse_args()
+
+
+def run_tool(step: str, tool: str, *arguments: object) -> None:
+    """Run `tools/<tool>` with this interpreter, in the project's folder; its output is shown.
+
+    Raises:
+        SystemExit: the tool failed.
+    """
+    print(f"demo: {step}", flush=True)
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
+    if code != 0:
+        raise SystemExit(f"demo: {step} failed with exit code {code}. The command was\n{shlex.join(command)}")
+
+
+def data_options(task: str, data: Path) -> list[str]:
+    """Overrides that make the task's config read `data`."""
+    root = data.resolve() / {"detection": "coco", "segmentation": "ade"}[task]
+    options = [f"{split}_dataloader.dataset.data_root={root}/" for split in ("train", "val", "test")]
+    if task == "detection":
+        annotations = root / "annotations" / "instances_val2017.json"
+        options += [f"{split}_evaluator.ann_file={annotations}" for split in ("val", "test")]
+    return options
+
+
+def make_sheet(folder: Path, sheet: Path, columns: int = 3, gap: int = 8) -> None:
+    """Put the first pictures below `folder` on one picture, in rows."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))[:SHOWN]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    width, height = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures), strict=True))
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        canvas.paste(picture, (column * width, row * height))
+    canvas.resize((2 * canvas.width, 2 * canvas.height), Image.Resampling.LANCZOS).save(sheet)
+
+
+def main() -> None:
+    """Make the data, train, evaluate, draw, and print where everything is."""
+    args = parse_args()
+    start = time.monotonic()
+    folder = (args.out_dir or ROOT / f"work_dirs/demo-{args.task}").resolve()
+    if args.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    config = CONFIGS[args.task]
+    options = ("--cfg-options", *data_options(args.task, args.data), *args.cfg_options)
+    run_tool("data", "make_sample_data.py", args.data.resolve())
+    run_tool("training", "train.py", config, "--work-dir", folder, "--resume", *options)
+    checkpoint = find_intact_checkpoint(folder)
+    if checkpoint is None:
+        raise SystemExit(f"demo: training left no checkpoint in {folder}")
+    for old in ("evaluation", "pictures"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    evaluation = ("--work-dir", folder / "evaluation", "--show-dir", folder / "pictures")
+    run_tool("evaluation", "test.py", config, checkpoint, *evaluation, *options)
+    sheet = folder / "predictions.png"
+    make_sheet(folder / "pictures", sheet)
+    (file,) = (folder / "evaluation").glob("*/*.json")
+    metrics = json.loads(file.read_text())
+    print(f"\ndemo: {(time.monotonic() - start) / 60:.1f} minutes. On held-out digits and photographs:")
+    for key, name in METRICS[args.task].items():
+        value = metrics[key] if args.task == "segmentation" else 100 * metrics[key]
+        print(f"    {name:26s} {value:5.1f} %")
+    print(f"    predictions, on the right of the ground truth   {sheet}")
+    print(f"    all of them                                     {folder / 'pictures'}")
+    print(f"    learning curve                                  {folder / 'learning_curve.png'}")
+
+
+if __name__ == "__main__":
+    main()
