@@ -109,9 +109,17 @@ def run_tool(
     command = [str(ROOT / "tools" / str(arguments[0])), *map(str, arguments[1:])]
     if command[0].endswith(".py"):
         command.insert(0, sys.executable)
-    result = subprocess.run(
-        command, env=environment(*paths, gpu=gpu), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    try:
+        result = subprocess.run(
+            command,
+            env=environment(*paths, gpu=gpu),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"no end after {error.timeout} s\n{(error.stdout or b'').decode()[-6000:]}") from None
     good = result.returncode != 0 if code is None else result.returncode == code
     assert good, f"exit code {result.returncode}\n{result.stdout[-6000:]}"
     return result
