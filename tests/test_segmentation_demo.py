@@ -8,9 +8,13 @@ import pytest
 
 pytest.importorskip("mmengine")
 
+import timm
+import torch
 from dense_helpers import TASKS, make_data, skip_without
 from PIL import Image
 from training_helpers import ROOT, environment
+
+import grootv  # noqa: F401  registers the models in timm
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -26,9 +30,12 @@ def test_the_demonstration_ends_with_figures_and_pictures(task: str, tmp_path: P
         "default_hooks.checkpoint.interval=1",
     ]
     command = [sys.executable, str(ROOT / "tools" / "demo_dense.py"), task, "--data", str(tmp_path / "data")]
+    torch.save(timm.create_model("grootv_nano", num_classes=10).state_dict(), tmp_path / "classifier.pth")
+    command += ["--pretrained", str(tmp_path / "classifier.pth")]
     command += ["--out-dir", str(tmp_path / "out"), "--cfg-options", *options]
     result = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
+    assert "Loaded the backbone from" in result.stdout
     shown = {"detection": ("box AP50", "mask AP50"), "segmentation": ("mIoU over the ten digits",)}[task]
     assert all(name in result.stdout for name in shown)
     assert (tmp_path / "out" / "learning_curve.png").is_file()

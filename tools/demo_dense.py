@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Train a small detector or segmentor on handwritten digits in photographs, and draw what it finds in held-out ones.
 
-Everything goes through the ordinary tools and the configs ending in "digits". A run that was interrupted is continued
-and a finished one is reused, unless --fresh is given.
+Everything goes through the ordinary tools and the configs for digits. As for COCO and ADE20K, the backbone has been
+trained as a classifier before: by tools/demo.py, which runs first if it has not. An interrupted run is continued and a
+finished one is reused, unless --fresh is given.
 """
 
 import argparse
@@ -24,6 +25,7 @@ CONFIGS = {
     "detection": ROOT / "configs/detection/mask-rcnn_grootv-nano_fpn_digits.py",
     "segmentation": ROOT / "configs/segmentation/grootv-nano_upernet_digits-128x128.py",
 }
+PRETRAINED = ROOT / "work_dirs/demo/training/timm_weights.pth"
 METRICS = {
     "detection": {"coco/bbox_mAP_50": "box AP50", "coco/segm_mAP_50": "mask AP50"},
     "segmentation": {"mIoU_objects": "mIoU over the ten digits", "mIoU": "mIoU with the background"},
@@ -36,6 +38,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("task", choices=CONFIGS)
     parser.add_argument("--out-dir", type=Path, help="default: work_dirs/demo-TASK")
     parser.add_argument("--data", type=Path, default=ROOT / "data/sample", help="default: %(default)s")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        default=PRETRAINED,
+        metavar="CHECKPOINT",
+        help="of the backbone; default: %(default)s",
+    )
     parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
@@ -57,14 +66,15 @@ def run_tool(step: str, tool: str, *arguments: object) -> None:
         raise SystemExit(f"demo: {step} failed with exit code {code}. The command was\n{shlex.join(command)}")
 
 
-def data_options(task: str, data: Path) -> list[str]:
-    """Overrides that make the task's config read `data`."""
+def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
+    """Overrides that make the task's config read `data` and begin with the backbone in `pretrained`."""
     root = data.resolve() / {"detection": "coco", "segmentation": "ade"}[task]
     options = [f"{split}_dataloader.dataset.data_root={root}/" for split in ("train", "val", "test")]
     if task == "detection":
         annotations = root / "annotations" / "instances_val2017.json"
         options += [f"{split}_evaluator.ann_file={annotations}" for split in ("val", "test")]
-    return options
+    checkpoint = f"model.backbone.init_cfg.checkpoint={pretrained.resolve()}"
+    return [*options, "model.backbone.init_cfg.type=Pretrained", checkpoint]
 
 
 def make_sheet(folder: Path, sheet: Path, columns: int = 3, gap: int = 8) -> None:
@@ -88,7 +98,9 @@ def main() -> None:
     if args.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     config = CONFIGS[args.task]
-    options = ("--cfg-options", *data_options(args.task, args.data), *args.cfg_options)
+    options = ("--cfg-options", *overrides(args.task, args.data, args.pretrained), *args.cfg_options)
+    if args.pretrained == PRETRAINED and not PRETRAINED.is_file():
+        run_tool("the classifier, whose backbone goes on", "demo.py")
     run_tool("data", "make_sample_data.py", args.data.resolve())
     run_tool("training", "train.py", config, "--work-dir", folder, "--resume", *options)
     checkpoint = find_intact_checkpoint(folder)

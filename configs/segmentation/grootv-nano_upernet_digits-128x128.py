@@ -1,7 +1,7 @@
 """UperNet on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
 
 Of the ADE20K config differ the data, the sizes and the schedule. Images are not mirrored, because digits do not stay
-digits.
+digits, and the loss is taken where the prediction is poor, because nine of ten pixels show no digit.
 """
 
 _base_ = "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"
@@ -9,11 +9,12 @@ custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.segmentatio
 
 crop_size = (128, 128)
 data_preprocessor = dict(size=crop_size)
+hard_pixels = dict(type="OHEMPixelSampler", thresh=0.7, min_kept=500)
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(arch="nano", drop_path_rate=0.0),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11),
-    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11),
+    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11, sampler=hard_pixels),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11, sampler=hard_pixels),
 )
 
 data_root = "data/sample/ade"
@@ -49,8 +50,8 @@ val_evaluator = dict(type="ObjectIoUMetric")
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_iters=1000, val_interval=250)
-optimizer = dict(lr=3e-3)
-optim_wrapper = dict(optimizer=optimizer)
+optimizer = dict(lr=2e-3)
+optim_wrapper = dict(optimizer=optimizer, clip_grad=dict(_delete_=True, max_norm=5.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=1000),
