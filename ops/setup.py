@@ -11,7 +11,6 @@ Environment:
     CXX, CUDA_HOME           which compiler and which toolkit
 """
 
-import glob
 import json
 import os
 import shutil
@@ -42,11 +41,22 @@ def cuda_wanted() -> bool:
     return possible and force != "0"
 
 
-def pip_cuda_headers() -> list[str]:
-    """Headers of pip's nvidia packages, for what the toolkit lacks (a minimal one has no cusparse.h, say)."""
-    site = Path(torch.__file__).parent.parent
-    major = torch.version.cuda.split(".")[0]
-    return [*glob.glob(str(site / "nvidia" / f"cu{major}" / "include")), *glob.glob(str(site / "nvidia/*/include"))]
+def pip_cuda_files(pattern: str) -> list[str]:
+    """Files of the nvidia packages that pip installs with torch, those of its own CUDA version first."""
+    nvidia = Path(torch.__file__).parent.parent / "nvidia"
+    own = f"cu{torch.version.cuda.split('.')[0]}"
+    found = sorted(nvidia.glob(f"*/{pattern}"), key=lambda path: (own not in path.parts, path))
+    return [str(path) for path in found]
+
+
+def link_cuda_runtime(library) -> None:
+    """Link against pip's CUDA runtime, which torch loads anyway, where the toolkit's cannot be found."""
+    if any(Path(folder, name).exists() for folder in library.library_dirs for name in ("libcudart.so", "cudart.lib")):
+        return
+    runtimes = pip_cuda_files("lib/libcudart.so*")
+    if runtimes:
+        library.libraries.remove("cudart")
+        library.extra_link_args.append(runtimes[0])
 
 
 def compiler_version(command: list[str]) -> str:
@@ -74,11 +84,14 @@ def extension(cuda: bool):
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
     nvcc = ["-O3", "-std=c++17", "-Xcompiler", "-fvisibility=hidden"]
-    nvcc += [f"-I{path}" for path in pip_cuda_headers()]  # after the toolkit's own
-    cxx += [f"-idirafter{path}" for path in pip_cuda_headers()]
-    return cpp_extension.CUDAExtension(
+    # For headers that the toolkit lacks (a minimal one has no cusparse.h, say), after its own.
+    nvcc += [f"-I{path}" for path in pip_cuda_files("include")]
+    cxx += [f"-idirafter{path}" for path in pip_cuda_files("include")]
+    library = cpp_extension.CUDAExtension(
         sources=files + sources("csrc/cuda/*.cu"), extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **options
     )
+    link_cuda_runtime(library)
+    return library
 
 
 def build_record(cuda: bool) -> dict[str, str | None]:
