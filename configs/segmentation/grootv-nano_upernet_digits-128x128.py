@@ -1,7 +1,7 @@
 """UperNet on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
 
 Of the ADE20K config differ the data, the sizes and the schedule. Images are not mirrored, because digits do not stay
-digits, and the loss is taken where the prediction is poor, because nine of ten pixels show no digit.
+digits.
 """
 
 _base_ = "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"
@@ -9,12 +9,11 @@ custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.segmentatio
 
 crop_size = (128, 128)
 data_preprocessor = dict(size=crop_size)
-hard_pixels = dict(type="OHEMPixelSampler", thresh=0.7, min_kept=500)
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(arch="nano", drop_path_rate=0.0),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11, sampler=hard_pixels),
-    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11, sampler=hard_pixels),
+    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11),
 )
 
 data_root = "data/sample/ade"
@@ -49,11 +48,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="ObjectIoUMetric")
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_iters=1000, val_interval=250)
-optimizer = dict(lr=2e-3)
-optim_wrapper = dict(optimizer=optimizer, clip_grad=dict(_delete_=True, max_norm=5.0))
+train_cfg = dict(max_iters=2000, val_interval=500)
+# Two or three times as much, and the backbone's deeper maps become the same for all images.
+optimizer = dict(lr=1e-3)
+optim_wrapper = dict(optimizer=optimizer)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=1000),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=2000),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=250))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=500))
