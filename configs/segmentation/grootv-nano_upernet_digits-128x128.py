@@ -49,7 +49,7 @@ val_evaluator = dict(type="ObjectIoUMetric")
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_iters=2000, val_interval=500)
-# Two or three times as much, and the backbone's deeper maps become the same for all images.
+# In runs with two and three times as much, the backbone's deeper maps became the same for all images.
 optimizer = dict(lr=1e-3)
 optim_wrapper = dict(optimizer=optimizer)
 param_scheduler = [
