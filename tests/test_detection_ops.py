@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,22 @@ def test_roi_align_gradient(stand_in) -> None:
     rois = torch.tensor([[0, 1.0, 2.0, 13.0, 9.0], [1, 0.0, 0.0, 5.5, 12.0], [0, 4.0, 4.0, 6.0, 7.0]]).double()
     layer = stand_in.RoIAlign((3, 2), spatial_scale=0.5, sampling_ratio=2)
     assert torch.autograd.gradcheck(lambda m: layer(m, rois), (maps,))
+
+
+@pytest.mark.parametrize(
+    ("installed", "built"),
+    [({"onedl-mmcv": "2.3.6"}, "onedl-mmcv onedl-mmcv"), ({"mmcv-lite": "2.1.0"}, "mmcv mmcv==2.1.0")],
+)
+def test_operations_are_compiled_for_the_line_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], built: str
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(mmcv_ops, "version", version)
+    assert mmcv_ops.build_command().endswith(f"--no-binary {built}")
 
 
 def test_what_torchvision_has_not_says_what_it_needs(stand_in) -> None:
@@ -160,6 +177,6 @@ def test_missing_mmengine_is_named() -> None:
 
 def test_a_base_config_that_is_not_there() -> None:
     pytest.importorskip("mmdet")
-    with pytest.raises(FileNotFoundError, match=r"onedl-mmdetection comes without the config .*no_such\.py"):
+    with pytest.raises(FileNotFoundError, match=r"mmdet comes without the config .*no_such\.py"):
         base_configs("mmdet", "_base_/no_such.py")
     require("mmdet")

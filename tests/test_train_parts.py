@@ -16,8 +16,10 @@ import timm
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS, PARAM_SCHEDULERS
+from mmengine.runner import CheckpointLoader
 from PIL import Image
 from torch import nn
 from training_helpers import CLASSES, ROOT, write_images
@@ -357,6 +359,15 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="disk full"):
         backend.put(b"better", tmp_path / "epoch_1.pth")
     assert (tmp_path / "epoch_1.pth").read_bytes() == b"good"
+
+
+def test_checkpoints_with_more_than_tensors_load(tmp_path: Path) -> None:
+    """Runs keep their message hub in them, which torch.load refuses by default."""
+    torch.save({"meta": {"history": HistoryBuffer([1.0, 2.0], [1, 1])}}, tmp_path / "epoch_1.pth")
+    content = CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_1.pth"), map_location="cpu")
+    assert content["meta"]["history"].mean() == 1.5
+    with pytest.raises(FileNotFoundError, match=r"epoch_2\.pth"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_2.pth"))
 
 
 def test_one_checkpoint_is_too_few() -> None:

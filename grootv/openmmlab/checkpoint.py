@@ -11,7 +11,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
 _PERIODIC_CHECKPOINT = re.compile(r"(epoch|iter)_(\d+)\.pth")
 
@@ -40,6 +40,22 @@ class AtomicLocalBackend(LocalBackend):
 
 
 register_backend("atomic_local", AtomicLocalBackend, force=True)
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_local_checkpoint(filename: str, map_location: str | None = None) -> dict:
+    """Load a local file of `torch.save`, for every part of mmengine that loads checkpoints.
+
+    Runs keep their message hub in checkpoints, which torch refuses to unpickle unless told otherwise. The maintained
+    mmengine tells it so, the original 0.10.7 does not. The file has to be one that is trusted.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{filename} can not be found.")
+    return torch.load(path, map_location=map_location, weights_only=False)
 
 
 def is_intact(checkpoint: str | Path) -> bool:

@@ -10,8 +10,10 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
@@ -20,9 +22,14 @@ import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from mmengine.logging import print_log
 from torch import Tensor
 
-BUILD_COMMAND = (
-    "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall --no-binary onedl-mmcv onedl-mmcv"
-)
+
+def build_command() -> str:
+    """The command that compiles mmcv's operations: of the maintained line, or of the original one if that is there."""
+    name = source = "onedl-mmcv"
+    for original in ("mmcv", "mmcv-lite"):
+        with suppress(PackageNotFoundError):
+            name, source = "mmcv", f"mmcv=={version(original)}"
+    return f"pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall --no-binary {name} {source}"
 
 
 def install_mmcv_ops() -> bool:
@@ -66,7 +73,7 @@ class _StandIn(ModuleType):
         def missing(*args: object, **kwargs: object) -> NoReturn:
             raise RuntimeError(
                 f"mmcv is installed without its compiled operations, and {name} is one that torchvision cannot stand "
-                f"in for. To compile them (some ten minutes): {BUILD_COMMAND}"
+                f"in for. To compile them (some ten minutes): {build_command()}"
             )
 
         return missing
@@ -122,7 +129,9 @@ def roi_align_forward(
     """
     _say_once()
     if pool_mode == 0:
-        raise RuntimeError(f"RoIAlign with max-pooling needs mmcv's compiled operations; to get them: {BUILD_COMMAND}")
+        raise RuntimeError(
+            f"RoIAlign with max-pooling needs mmcv's compiled operations; to get them: {build_command()}"
+        )
     input = _at_least_float32(input)
     output.copy_(
         torch.ops.torchvision.roi_align(

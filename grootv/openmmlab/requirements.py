@@ -6,7 +6,7 @@ import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from .mmcv_ops import BUILD_COMMAND
+from .mmcv_ops import build_command
 
 INSTALL_COMMAND = 'pip install "grootv[openmmlab]"'
 _DISTRIBUTIONS = {"mmcv": "onedl-mmcv", "mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
@@ -33,7 +33,7 @@ def require(package: str) -> None:
     except ImportError as error:
         raise ImportError(
             f"mmcv's compiled operations do not load ({error}), probably because they were compiled for another "
-            f"torch. To compile them anew: {BUILD_COMMAND}"
+            f"torch. To compile them anew: {build_command()}"
         ) from error
 
 
@@ -55,5 +55,5 @@ def base_configs(package: str, *names: str) -> list[str]:
     paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{_DISTRIBUTIONS[package]} comes without the config {path}")
+            raise FileNotFoundError(f"{package} comes without the config {path}")
     return [str(path) for path in paths]
