@@ -62,8 +62,6 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type="TopKAccuracy", topk=(1, 2))
 test_evaluator = val_evaluator
-val_cfg = dict()
-test_cfg = dict()
 train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=1)
 optim_wrapper = dict(
     type="OptimWrapper",

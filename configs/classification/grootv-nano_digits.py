@@ -45,11 +45,6 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type="TopKAccuracy", topk=(1, 5))
-test_evaluator = val_evaluator
-val_cfg = dict()
-test_cfg = dict()
-
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="TimmOptimWrapperConstructor",

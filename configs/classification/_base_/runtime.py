@@ -2,6 +2,11 @@
 custom_imports = dict(imports=["grootv.openmmlab"], allow_failed_imports=False)
 default_scope = "mmengine"
 
+val_evaluator = dict(type="TopKAccuracy", topk=(1, 5))
+test_evaluator = val_evaluator
+val_cfg = dict()
+test_cfg = dict()
+
 default_hooks = dict(
     runtime_info=dict(type="RuntimeInfoHook"),
     timer=dict(type="IterTimerHook"),
