@@ -2,52 +2,33 @@
 """Evaluate a checkpoint on the test data that a config describes."""
 
 import argparse
-import os
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
 
-from grootv.openmmlab.runner import Runner
+from grootv.openmmlab.command_line import build_runner, load_config, make_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="path of the config")
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", help="path of the checkpoint")
-    parser.add_argument("--work-dir", help="where logs go; default: work_dirs/<name of the config>")
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions there")
     parser.add_argument("--show-dir", metavar="FOLDER", help="draw predictions beside the ground truth, to files there")
     parser.add_argument(
         "--tta", action="store_true", help="augment at test time, by the config's tta_model and tta_pipeline"
     )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="replace entries of the config"
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="how the processes of a distributed run were started",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not Path(args.checkpoint).is_file():
         parser.error(f"checkpoint {args.checkpoint} does not exist")
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         parser.error(f"--out must end in .pkl or .pickle, got {args.out}")
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     return args
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def test_config(args: argparse.Namespace) -> Config:
     """The config with what the command line changes in it."""
-    cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+    cfg = load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.show_dir:
@@ -74,8 +55,7 @@ def _draw_predictions(cfg: Config, folder: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(test_config(args))
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()
