@@ -21,7 +21,7 @@ from mmengine.model import BaseModule
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
-from report import publish, table
+from report import publish, shown_arguments, table
 from torch import Tensor
 
 import grootv.openmmlab  # noqa: F401  before mmdet, which looks for mmcv's operations when it is imported
@@ -158,12 +158,13 @@ def main() -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     head = ["backbone", "images/s", "peak GiB", "first loss", "mean of the last five"]
+    precision = "mixed precision" if torch.cuda.is_available() else "float32"
     text = (
-        f"Mask R-CNN with FPN, training steps of {args.batch} × 3 × {size[0]} × {size[1]} in mixed precision: forward, "
+        f"Mask R-CNN with FPN, training steps of {args.batch} × 3 × {size[0]} × {size[1]} in {precision}: forward, "
         f"losses, backward and AdamW, the same batch in all {args.warmup + args.steps} steps; the first {args.warmup} "
         f"are not timed. In brackets the ratio to {args.peer} in the same run."
     )
-    command = f"python benchmarks/detection.py --batch {args.batch} --size {size[0]} {size[1]} --steps {args.steps}"
+    command = " ".join(["python benchmarks/detection.py", *shown_arguments()])
     publish("Mask R-CNN training", "detection", [text, table(head, rows)], command, args.commit)
 
 

@@ -6,6 +6,7 @@ import datetime
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
     lines.insert(1, "|" + " --- |" * len(head))
     return "\n".join(lines)
+
+
+def shown_arguments() -> list[str]:
+    """The arguments of this run, but for the name of the commit."""
+    arguments = sys.argv[1:]
+    if "--commit" in arguments:
+        at = arguments.index("--commit")
+        del arguments[at : at + 2]
+    return arguments
 
 
 def publish(title: str, name: str, sections: Sequence[str], command: str, commit_name: str | None = None) -> Path:

@@ -1,7 +1,7 @@
 """Images a second of GrootV and a peer of timm's on one GPU, in one run.
 
     python benchmarks/throughput.py                                  # all sizes against swin_tiny, batch 128, 224 x 224
-    python benchmarks/throughput.py --models grootv_tiny --batch 64 --size 384
+    python benchmarks/throughput.py --models grootv_tiny --batch 2 --size 800 1344
 
 Inference in inference mode; training is forward, loss and backward, without an optimizer. float32 lets matrix products
 use TF32, float16 is autocast.
@@ -10,12 +10,11 @@ use TF32, float16 is autocast.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import timm
 import torch
 import torch.nn.functional as F
-from report import event_milliseconds, publish, table
+from report import event_milliseconds, publish, shown_arguments, table
 from torch import nn
 
 import grootv  # noqa: F401 (registers the models)
@@ -26,11 +25,11 @@ PEER = "swin_tiny_patch4_window7_224"
 class Run:
     """One model with a batch of images, on the GPU."""
 
-    def __init__(self, name: str, batch: int, size: int, compiled: bool) -> None:
-        peer_size = {"img_size": size} if name == PEER and size != 224 else {}
+    def __init__(self, name: str, batch: int, size: tuple[int, int], compiled: bool) -> None:
+        peer_size = {"img_size": size} if name == PEER and size != (224, 224) else {}
         model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
         self.model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-        self.images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+        self.images = torch.randn(batch, 3, *size, device="cuda").contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(1000, (batch,), device="cuda")
 
     def infer(self, half: bool) -> None:
@@ -53,25 +52,19 @@ class Run:
         return 1e3 * len(self.images) / milliseconds, torch.cuda.max_memory_allocated() / 2**30
 
 
-def shown_arguments() -> list[str]:
-    """The arguments of this run, but for the name of the commit."""
-    arguments = sys.argv[1:]
-    if "--commit" in arguments:
-        at = arguments.index("--commit")
-        del arguments[at : at + 2]
-    return arguments
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["grootv_tiny", "grootv_small", "grootv_base"])
     parser.add_argument("--peer", default=PEER)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224, help="side of the square images, in pixels")
+    parser.add_argument("--size", type=int, nargs="+", default=[224], help="side of square images, or height and width")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
+    if len(args.size) > 2:
+        parser.error(f"--size takes one or two numbers, got {args.size}")
+    size = height, width = args.size[0], args.size[-1]
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -80,7 +73,7 @@ def main() -> None:
     rows = []
     peer: list[float] = []
     for name in [args.peer, *args.models]:
-        run = Run(name, args.batch, args.size, args.compile)
+        run = Run(name, args.batch, size, args.compile)
         cells = [name]
         for i, (training, half) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
             images, memory = run.throughput(training, half, args.repeats)
@@ -100,12 +93,12 @@ def main() -> None:
         "GiB, training float16",
     ]
     text = (
-        f"Images a second, batch {args.batch}, {args.size} × {args.size}, in brackets the ratio to {args.peer} in the "
+        f"Images a second, batch {args.batch}, {height} × {width}, in brackets the ratio to {args.peer} in the "
         "same run. Training is forward, loss and backward. float32 with TF32 matrix products, float16 by autocast."
     )
     name = "throughput" + ("-compiled" if args.compile else "")
-    if (args.batch, args.size) != (128, 224):
-        name += f"-{args.batch}x{args.size}"
+    if (args.batch, *size) != (128, 224, 224):
+        name += f"-{args.batch}x{height}" + (f"x{width}" if width != height else "")
     title = "Throughput on a GPU" + (" with torch.compile" if args.compile else "")
     command = " ".join(["python benchmarks/throughput.py", *shown_arguments()])
     publish(title, name, [text, table(head, rows)], command, args.commit)
