@@ -56,15 +56,10 @@ inline void check_graph(const at::Tensor& edges, const at::Tensor& weights, int6
                     " and ", weights.device());
 }
 
-inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
+inline void check_tree(const at::Tensor& x, const at::Tensor& parent, const at::Tensor& order,
                        const at::Tensor& subtree_size) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
-  TORCH_CHECK_VALUE(decay.sizes() == x.sizes(), "decay must have the shape of x, ", x.sizes(), ", got ", decay.sizes());
   TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
-  TORCH_CHECK_TYPE(decay.scalar_type() == x.scalar_type(), "x and decay must have one dtype, got ", x.scalar_type(),
-                   " and ", decay.scalar_type());
-  TORCH_CHECK_VALUE(decay.device() == x.device(), "x and decay must be on one device, got ", x.device(), " and ",
-                    decay.device());
   for (const at::Tensor* field : {&parent, &order, &subtree_size}) {
     TORCH_CHECK_VALUE(field->dim() == 2 && field->size(0) == x.size(0) && field->size(1) == x.size(1),
                       "the tree's fields must be (B, L) for x ", x.sizes(), ", got ", field->sizes());
@@ -72,6 +67,66 @@ inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::T
     TORCH_CHECK_VALUE(field->device() == x.device(), "x and the tree must be on one device, got ", x.device(), " and ",
                       field->device());
   }
+}
+
+// That a tensor belongs to x: the shape that is wanted, and x's dtype and device.
+inline void check_like(const char* name, const at::Tensor& tensor, const char* x_name, const at::Tensor& x,
+                       at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must be ", sizes, " for ", x_name, " ", x.sizes(), ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), x_name, " and ", name, " must have one dtype, got ",
+                   x.scalar_type(), " and ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), x_name, " and ", name, " must be on one device, got ", x.device(),
+                    " and ", tensor.device());
+}
+
+// A parameter of a layer: a shape, any floating dtype, x's device.
+inline void check_parameter(const char* name, const at::Tensor& tensor, const char* x_name, const at::Tensor& x,
+                            at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must be ", sizes, " for ", x_name, " ", x.sizes(), ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), name, " must be floating point, got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), x_name, " and ", name, " must be on one device, got ", x.device(),
+                    " and ", tensor.device());
+}
+
+inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
+                       const at::Tensor& subtree_size) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
+  TORCH_CHECK_VALUE(decay.sizes() == x.sizes(), "decay must have the shape of x, ", x.sizes(), ", got ", decay.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  check_like("decay", decay, "x", x, x.sizes());
+  check_tree(x, parent, order, subtree_size);
+}
+
+inline void check_selective_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& dt_weight,
+                                 const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& B,
+                                 const at::Tensor& parent, const at::Tensor& order, const at::Tensor& subtree_size) {
+  check_tree(x, parent, order, subtree_size);
+  TORCH_CHECK_VALUE(dt.dim() == 3 && dt.size(2) > 0, "dt must be (B, L, R) with R > 0, got ", dt.sizes());
+  const int64_t channels = x.size(2);
+  check_like("dt", dt, "x", x, {x.size(0), x.size(1), dt.size(2)});
+  check_like("B", B, "x", x, {x.size(0), x.size(1)});
+  check_parameter("dt_weight", dt_weight, "x", x, {channels, dt.size(2)});
+  check_parameter("dt_bias", dt_bias, "x", x, {channels});
+  check_parameter("A_log", A_log, "x", x, {channels});
+}
+
+inline void check_gated_norm(const at::Tensor& h, const at::Tensor& x, const at::Tensor& z, const at::Tensor& C,
+                             const at::Tensor& D_skip, const at::Tensor& h_weight, const at::Tensor& h_bias,
+                             const at::Tensor& out_weight, const at::Tensor& out_bias) {
+  TORCH_CHECK_VALUE(h.dim() == 3 && h.size(2) > 0, "h must be (B, L, D) with D > 0, got ", h.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(h.scalar_type()), "h must be floating point, got ", h.scalar_type());
+  check_like("x", x, "h", h, h.sizes());
+  check_like("z", z, "h", h, h.sizes());
+  check_like("C", C, "h", h, {h.size(0), h.size(1)});
+  const int64_t channels = h.size(2);
+  check_parameter("D_skip", D_skip, "h", h, {channels});
+  check_parameter("h_weight", h_weight, "h", h, {channels});
+  check_parameter("h_bias", h_bias, "h", h, {channels});
+  check_parameter("out_weight", out_weight, "h", h, {channels});
+  check_parameter("out_bias", out_bias, "h", h, {channels});
 }
 
 inline void check_scan_grad(const at::Tensor& grad, const at::Tensor& x) {

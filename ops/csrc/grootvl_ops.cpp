@@ -16,4 +16,22 @@ TORCH_LIBRARY(grootvl_ops, m) {
       "tree_scan_backward(Tensor grad, Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size,"
       " bool up_only=False) -> (Tensor, Tensor)",
       tags);
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor B, Tensor parent,"
+      " Tensor order, Tensor subtree_size, bool up_only=False) -> Tensor",
+      tags);
+  m.def(
+      "selective_scan_backward(Tensor grad, Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log,"
+      " Tensor B, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "gated_norm(Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias,"
+      " Tensor out_weight, Tensor out_bias, float eps) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "gated_norm_backward(Tensor grad, Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight,"
+      " Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor statistics)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
 }

@@ -24,7 +24,9 @@ __all__ = [
     "build_tree_from_edges",
     "build_tree_from_grid",
     "edge_weights",
+    "gated_norm",
     "grid_edges",
+    "selective_scan",
     "tree_scan",
 ]
 
@@ -195,6 +197,13 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Te
     if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this condition)
         if decay.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x and decay must have one dtype, got {x.dtype} and {decay.dtype}")
+    if decay.device != x.device:
+        raise ValueError(f"x and decay must be on one device, got {x.device} and {decay.device}")
+    _check_tree(tree, x)
+    return torch.ops.grootvl_ops.tree_scan(x, decay, tree.parent, tree.order, tree.subtree_size, up_only)
+
+
+def _check_tree(tree: Tree, x: Tensor) -> None:
     for indices in (tree.parent, tree.order, tree.subtree_size):
         if indices.dim() != 2 or indices.size(0) != x.size(0) or indices.size(1) != x.size(1):
             raise ValueError(
@@ -203,11 +212,120 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Te
             )
         if indices.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {indices.dtype}")
-        if indices.device != x.device or decay.device != x.device:
-            raise ValueError(
-                f"x, decay and the tree must be on one device, got {x.device}, {decay.device} and {indices.device}"
-            )
-    return torch.ops.grootvl_ops.tree_scan(x, decay, tree.parent, tree.order, tree.subtree_size, up_only)
+        if indices.device != x.device:
+            raise ValueError(f"x and the tree must be on one device, got {x.device} and {indices.device}")
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    tree: Tree,
+    up_only: bool = False,
+) -> Tensor:
+    """A selective state space model with a state of size one along a tree (paper, section 3.2 and Algorithm 1):
+
+        delta = softplus(dt_weight dt + dt_bias),  h = tree_scan(delta B x, exp(-exp(A_log) delta)).
+
+    On CUDA the discretisation is part of the scan: neither decays nor scaled inputs are written to memory, and the
+    backward pass computes them once more from what the forward pass was given.
+
+    Args:
+        x: (B, L, D), floating point: what is aggregated.
+        dt: (B, L, R), of x's dtype: each pixel's step size, of low rank.
+        dt_weight: (D, R), from rank to channels.
+        dt_bias: (D).
+        A_log: (D), logarithm of the rate of decay.
+        B: (B, L), of x's dtype: each pixel's weight of its input.
+        tree: over the L pixels.
+        up_only: see `tree_scan`.
+
+    Returns:
+        (B, L, D) of x's dtype. Computed in float32 (float64 for float64), but for the product of dt and dt_weight,
+        which on CUDA is rounded to x's dtype. Bitwise the same in every run. Differentiable once for all but the tree.
+
+    Raises:
+        ValueError: sizes or devices that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() != 3 or dt.dim() != 3:
+        raise ValueError(f"x must be (B, L, D) and dt (B, L, R), got {list(x.shape)} and {list(dt.shape)}")
+    batch, length, channels = x.size(0), x.size(1), x.size(2)
+    _check_operand("dt", dt, x, [batch, length, dt.size(2)])
+    _check_operand("B", B, x, [batch, length])
+    _check_parameter("dt_weight", dt_weight, x, [channels, dt.size(2)])
+    _check_parameter("dt_bias", dt_bias, x, [channels])
+    _check_parameter("A_log", A_log, x, [channels])
+    _check_tree(tree, x)
+    return torch.ops.grootvl_ops.selective_scan(
+        x, dt, dt_weight, dt_bias, A_log, B, tree.parent, tree.order, tree.subtree_size, up_only
+    )
+
+
+def gated_norm(
+    h: Tensor,
+    x: Tensor,
+    z: Tensor,
+    C: Tensor,
+    D_skip: Tensor,
+    h_weight: Tensor,
+    h_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What follows the scan (paper, Algorithm 1): LN(C LN(h) + D_skip x) SiLU(z), in one pass over the maps on CUDA.
+
+    Args:
+        h, x, z: (B, L, D), floating point, of one dtype: the scan's result, what went into it, and the gate.
+        C: (B, L), of h's dtype: each pixel's weight of its output.
+        D_skip: (D).
+        h_weight, h_bias: (D), of the norm of h.
+        out_weight, out_bias: (D), of the outer norm.
+        eps: of both norms.
+
+    Returns:
+        (B, L, D) of h's dtype, computed in float32 (float64 for float64). Bitwise the same in every run.
+        Differentiable once.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or more channels than the kernel takes: on CUDA 1024, or times as
+            many as 16 bytes hold if that divides the number of channels.
+        TypeError: dtypes that do not fit.
+    """
+    if h.dim() != 3:
+        raise ValueError(f"h must be (B, L, D), got {list(h.shape)}")
+    channels = h.size(2)
+    _check_operand("x", x, h, [h.size(0), h.size(1), channels])
+    _check_operand("z", z, h, [h.size(0), h.size(1), channels])
+    _check_operand("C", C, h, [h.size(0), h.size(1)])
+    _check_parameter("D_skip", D_skip, h, [channels])
+    _check_parameter("h_weight", h_weight, h, [channels])
+    _check_parameter("h_bias", h_bias, h, [channels])
+    _check_parameter("out_weight", out_weight, h, [channels])
+    _check_parameter("out_bias", out_bias, h, [channels])
+    out, _ = torch.ops.grootvl_ops.gated_norm(
+        h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps
+    )
+    return out
+
+
+def _check_parameter(name: str, parameter: Tensor, like: Tensor, shape: list[int]) -> None:
+    if list(parameter.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {list(parameter.shape)}")
+    if not parameter.is_floating_point() or not like.is_floating_point():
+        raise TypeError(f"{name} and what it works on must be floating point, got {parameter.dtype} and {like.dtype}")
+    if parameter.device != like.device:
+        raise ValueError(f"{name} must be on the same device as its input, got {parameter.device} and {like.device}")
+
+
+def _check_operand(name: str, operand: Tensor, like: Tensor, shape: list[int]) -> None:
+    _check_parameter(name, operand, like, shape)
+    if operand.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of its fellow inputs, {like.dtype}, got {operand.dtype}")
 
 
 def backend(device: str | torch.device = "cpu") -> str:

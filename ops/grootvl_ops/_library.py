@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,16 @@ SCHEMAS = (
     "tree_scan(Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False) -> Tensor",
     "tree_scan_backward(Tensor grad, Tensor x, Tensor decay, Tensor parent, Tensor order, Tensor subtree_size, "
     "bool up_only=False) -> (Tensor, Tensor)",
+    "selective_scan(Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor B, Tensor parent, "
+    "Tensor order, Tensor subtree_size, bool up_only=False) -> Tensor",
+    "selective_scan_backward(Tensor grad, Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
+    "Tensor B, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gated_norm(Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias, "
+    "Tensor out_weight, Tensor out_bias, float eps) -> (Tensor, Tensor)",
+    "gated_norm_backward(Tensor grad, Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, "
+    "Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor statistics) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ./ops"
 PACKAGE = Path(__file__).parent
@@ -103,6 +114,25 @@ for _name in ("edge_weights", "grid_tree", "graph_tree", "tree_scan", "tree_scan
     _register_reference(_name)
 
 
+def _register_composite(name: str, function) -> None:
+    """A few operations of PyTorch around the tree scan: fused kernels exist for CUDA only."""
+
+    def kernel(*args):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+_register_composite("selective_scan", partial(reference.selective_scan, scan=torch.ops.grootvl_ops.tree_scan))
+_register_composite(
+    "selective_scan_backward",
+    partial(reference.selective_scan_backward, scan_backward=torch.ops.grootvl_ops.tree_scan_backward),
+)
+_register_composite("gated_norm", reference.gated_norm)
+_register_composite("gated_norm_backward", reference.gated_norm_backward)
+
+
 @torch.library.register_fake("grootvl_ops::edge_weights")
 def _(features: Tensor, metric: str) -> Tensor:
     batch, height, width, _ = features.shape
@@ -137,6 +167,29 @@ def _(
     return x.new_empty(x.shape), decay.new_empty(decay.shape)
 
 
+@torch.library.register_fake("grootvl_ops::selective_scan")
+def _(x: Tensor, *parameters_and_tree) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::selective_scan_backward")
+def _(
+    grad: Tensor, x: Tensor, dt: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, *tree_and_mode
+) -> tuple[Tensor, ...]:
+    return tuple(operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, dt_bias, A_log, B))
+
+
+@torch.library.register_fake("grootvl_ops::gated_norm")
+def _(h: Tensor, *others) -> tuple[Tensor, Tensor]:
+    statistics = h.new_empty((*h.shape[:-1], 4), dtype=reference.accumulation_dtype(h.dtype))
+    return h.new_empty(h.shape), statistics
+
+
+@torch.library.register_fake("grootvl_ops::gated_norm_backward")
+def _(grad: Tensor, *operands_and_statistics: Tensor) -> tuple[Tensor, ...]:
+    return tuple(operand.new_empty(operand.shape) for operand in operands_and_statistics[:-1])
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, decay, parent, order, subtree_size, up_only = inputs
     ctx.save_for_backward(x, decay, parent, order, subtree_size)
@@ -151,12 +204,41 @@ def _backward(ctx, grad: Tensor):
     return dx, ddecay, None, None, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("grootvl_ops.tree_scan can be differentiated once only: it has no second derivatives")
+def _setup_selective_context(ctx, inputs, output) -> None:
+    *tensors, ctx.up_only = inputs
+    ctx.save_for_backward(*tensors)
 
 
-torch.library.register_autograd("grootvl_ops::tree_scan", _backward, setup_context=_setup_context)
-torch.library.register_autograd("grootvl_ops::tree_scan_backward", _no_double_backward)
+def _selective_backward(ctx, grad: Tensor):
+    gradients = torch.ops.grootvl_ops.selective_scan_backward(grad, *ctx.saved_tensors, ctx.up_only)
+    return (*gradients, None, None, None, None)
+
+
+def _setup_norm_context(ctx, inputs, output) -> None:
+    *tensors, _ = inputs
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(*tensors, statistics)
+
+
+def _norm_backward(ctx, grad: Tensor, _):
+    return (*torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors), None)
+
+
+def _no_double_backward(name: str):
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"grootvl_ops.{name} can be differentiated once only: it has no second derivatives")
+
+    return refuse
+
+
+for _name, _gradient, _setup in (
+    ("tree_scan", _backward, _setup_context),
+    ("selective_scan", _selective_backward, _setup_selective_context),
+    ("gated_norm", _norm_backward, _setup_norm_context),
+):
+    torch.library.register_autograd(f"grootvl_ops::{_name}", _gradient, setup_context=_setup)
+    torch.library.register_autograd(f"grootvl_ops::{_name}_backward", _no_double_backward(_name))
 
 
 def _register_autocast(device_type: str, dispatch_key: str) -> None:

@@ -9,7 +9,10 @@ Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 METRICS = ("cosine", "euclidean", "manhattan")
@@ -210,3 +213,127 @@ def tree_scan_backward(
     is_root = parent == torch.arange(parent.shape[1], device=parent.device)
     da = da.masked_fill(is_root.unsqueeze(-1), 0)
     return dx.to(x.dtype), da.to(decay.dtype)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    up_only: bool = False,
+    scan: Callable[..., Tensor] = tree_scan,
+) -> Tensor:
+    """`tree_scan` of delta B x with the decays exp(-exp(A_log) delta), delta = softplus(dt_weight dt + dt_bias)
+    (paper, section 3.2). `scan` computes the tree scan."""
+    dtype = accumulation_dtype(x.dtype)
+    delta = F.softplus(F.linear(dt.to(dtype), dt_weight.to(dtype), dt_bias.to(dtype)))
+    decay = torch.exp(-A_log.to(dtype).exp() * delta)
+    inputs = delta * B.to(dtype).unsqueeze(-1) * x.to(dtype)
+    return scan(inputs, decay, parent, order, subtree_size, up_only).to(x.dtype)
+
+
+def selective_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    up_only: bool = False,
+    scan_backward: Callable[..., tuple[Tensor, Tensor]] = tree_scan_backward,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `selective_scan` for x, dt, dt_weight, dt_bias, A_log and B."""
+    dtype = accumulation_dtype(x.dtype)
+    values, steps, weight = x.to(dtype), dt.to(dtype), dt_weight.to(dtype)
+    raw_delta = F.linear(steps, weight, dt_bias.to(dtype))
+    delta, rate = F.softplus(raw_delta), -A_log.to(dtype).exp()
+    decay = torch.exp(rate * delta)
+    scale = B.to(dtype).unsqueeze(-1)
+    dinputs, ddecay = scan_backward(
+        grad.to(dtype), delta * scale * values, decay, parent, order, subtree_size, up_only
+    )
+    by_rate = ddecay * decay * rate
+    slope = raw_delta.sigmoid().masked_fill(raw_delta > 20, 1)  # where softplus takes itself for the identity
+    draw_delta = (dinputs * scale * values + by_rate) * slope
+    return (
+        (dinputs * delta * scale).to(x.dtype),
+        (draw_delta @ weight).to(dt.dtype),
+        (draw_delta.flatten(0, 1).mT @ steps.flatten(0, 1)).to(dt_weight.dtype),
+        draw_delta.sum((0, 1)).to(dt_bias.dtype),
+        (by_rate * delta).sum((0, 1)).to(A_log.dtype),
+        (dinputs * delta * values).sum(-1).to(B.dtype),
+    )
+
+
+def gated_norm(
+    h: Tensor,
+    x: Tensor,
+    z: Tensor,
+    C: Tensor,
+    D_skip: Tensor,
+    h_weight: Tensor,
+    h_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """LN(C LN(h) + D_skip x) SiLU(z) over the last dimension (paper, Algorithm 1), and the statistics of both norms:
+    (B, L, 4), mean and reciprocal deviation of h and of what the outer norm takes."""
+    dtype = accumulation_dtype(h.dtype)
+    h_normed, h_mean, h_scale = torch.native_layer_norm(
+        h.to(dtype), h.shape[-1:], h_weight.to(dtype), h_bias.to(dtype), eps
+    )
+    y = C.to(dtype).unsqueeze(-1) * h_normed + D_skip.to(dtype) * x.to(dtype)
+    normed, y_mean, y_scale = torch.native_layer_norm(y, y.shape[-1:], out_weight.to(dtype), out_bias.to(dtype), eps)
+    return (normed * F.silu(z.to(dtype))).to(h.dtype), torch.cat([h_mean, h_scale, y_mean, y_scale], dim=-1)
+
+
+def gated_norm_backward(
+    grad: Tensor,
+    h: Tensor,
+    x: Tensor,
+    z: Tensor,
+    C: Tensor,
+    D_skip: Tensor,
+    h_weight: Tensor,
+    h_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gated_norm` for h, x, z, C, D_skip, h_weight, h_bias, out_weight and out_bias."""
+    dtype = accumulation_dtype(h.dtype)
+    h_mean, h_scale, y_mean, y_scale = statistics.split(1, dim=-1)
+    values, gate, scale = x.to(dtype), z.to(dtype), C.to(dtype).unsqueeze(-1)
+    h_normed = (h.to(dtype) - h_mean) * h_scale
+    inner = h_normed * h_weight.to(dtype) + h_bias.to(dtype)
+    y_normed = (scale * inner + D_skip.to(dtype) * values - y_mean) * y_scale
+    outer = y_normed * out_weight.to(dtype) + out_bias.to(dtype)
+
+    def through_norm(dnormed: Tensor, normed: Tensor, deviation: Tensor) -> Tensor:
+        return deviation * (dnormed - dnormed.mean(-1, True) - normed * (dnormed * normed).mean(-1, True))
+
+    g, sigmoid = grad.to(dtype), gate.sigmoid()
+    douter = g * gate * sigmoid
+    dy = through_norm(douter * out_weight.to(dtype), y_normed, y_scale)
+    dinner = scale * dy
+    return (
+        through_norm(dinner * h_weight.to(dtype), h_normed, h_scale).to(h.dtype),
+        (dy * D_skip.to(dtype)).to(x.dtype),
+        (g * outer * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype),
+        (dy * inner).sum(-1).to(C.dtype),
+        (dy * values).sum((0, 1)).to(D_skip.dtype),
+        (dinner * h_normed).sum((0, 1)).to(h_weight.dtype),
+        dinner.sum((0, 1)).to(h_bias.dtype),
+        (douter * y_normed).sum((0, 1)).to(out_weight.dtype),
+        douter.sum((0, 1)).to(out_bias.dtype),
+    )

@@ -356,7 +356,7 @@ def test_cpu_and_cuda_give_one_tree(cuda_kernels):
 def test_mixed_devices(cuda_kernels):
     tree = make_tree("path", 1, 5)
     x = torch.zeros(1, 5, 2)
-    with pytest.raises(ValueError, match="must be on one device, got cuda:0, cuda:0 and cpu"):
+    with pytest.raises(ValueError, match="must be on one device, got cuda:0 and cpu"):
         grootvl_ops.tree_scan(x.to(cuda_kernels), x.to(cuda_kernels), tree)
     with pytest.raises((ValueError, RuntimeError)):
         library.tree_scan(x.to(cuda_kernels), x, *(field.to(cuda_kernels) for field in tree))

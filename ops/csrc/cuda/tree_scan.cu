@@ -16,9 +16,9 @@ at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::T
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.out = out.mutable_data_ptr<scalar_t>();
     if (up_only) {
-      scan<Pass::kUp>(data, x.options());
+      scan<Pass::kUp, false>(data, x.options());
     } else {
-      scan<Pass::kFull>(data, x.options());
+      scan<Pass::kFull, false>(data, x.options());
     }
   });
   return out;

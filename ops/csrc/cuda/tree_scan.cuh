@@ -26,6 +26,9 @@
 //
 // Three kernels: (1) summarise_runs finds U, beta and P of each run; (2) join_runs walks over the runs alone and finds
 // E and h_bottom; (3) finish_runs walks each run with these. A tree of one run needs the last one only.
+//
+// A *selective* scan computes its x and decay from the values of a pixel when it reads them, in float32 or better, so
+// neither ever stands in memory; its gradients are those of the values (discretise.cuh).
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
@@ -45,14 +48,21 @@ constexpr bool is_backward(Pass pass) { return pass == Pass::kUpBackward || pass
 constexpr int num_streams(Pass pass) { return is_backward(pass) ? 2 : 1; }
 constexpr bool sweeps_up(Pass pass, int stream) { return stream == 0 || pass == Pass::kFullBackward; }
 
-// The tensors of a pass, all (B, L, D) contiguous; unused ones are null.
+// The tensors of a pass, (B, L, D) contiguous unless said otherwise; unused ones are null.
 template <typename T, typename acc_t>
 struct ScanData {
   const T* x;
-  const T* decay;
+  const T* decay;  // of a selective scan the step size before bias and softplus, as in ddecay
   const T* grad;
   T* out;  // h or u; in a backward pass dx
   T* ddecay;
+  // Of a selective scan.
+  const T* input_weight;       // (B, L), B in the paper; this far from one vertex to the next:
+  int64_t input_weight_stride;
+  const acc_t* delta_bias;     // (D)
+  const acc_t* A_log;          // (D)
+  acc_t* dinput_weight;        // (ceil(D / 32), B, L): a sum over 32 channels each
+  acc_t* dparameters;          // (2, B, runs, D): a sum over a run each, of delta_bias and of A_log
   acc_t* sums[2];  // each stream's values between the sweeps; may be the outputs' memory, row for row
   const int32_t* parent;
   const int32_t* order;
@@ -70,6 +80,7 @@ constexpr uint32_t kPush =
 constexpr uint32_t kLight = 1u << 28;  // has a sibling before it in the postorder
 constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run
 constexpr uint32_t kRoot = 1u << 30;
+constexpr uint32_t kPast = 1u << 31;  // fills up a batch after the end of a run: nothing is to be done
 
 // All arrays per image, over vertices in postorder or over runs (at most `runs`).
 struct Plan {

@@ -22,9 +22,9 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
     data.out = dx.mutable_data_ptr<scalar_t>();
     data.ddecay = ddecay.mutable_data_ptr<scalar_t>();
     if (up_only) {
-      scan<Pass::kUpBackward>(data, x.options());
+      scan<Pass::kUpBackward, false>(data, x.options());
     } else {
-      scan<Pass::kFullBackward>(data, x.options());
+      scan<Pass::kFullBackward, false>(data, x.options());
     }
   });
   return {dx, ddecay};

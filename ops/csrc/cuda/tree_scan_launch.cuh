@@ -26,11 +26,22 @@ inline int choose_log2_run(int64_t batch, int64_t length, int64_t channels) {
   return log2_run;
 }
 
-template <Pass pass, typename T, typename acc_t>
-void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
+// The gradients of a selective scan's parameters, unset for other scans.
+struct ParameterGradients {
+  at::Tensor input_weight, delta_bias, A_log;
+};
+
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
   constexpr int kStreams = num_streams(pass);
   const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
-  if (batch * length * channels == 0) return;
+  const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
+  constexpr bool kParameters = kSelective && is_backward(pass);
+  if (batch * length * channels == 0) {
+    if (!kParameters) return {};
+    return {at::zeros({batch, length}, options), at::zeros({channels}, accumulation),
+            at::zeros({channels}, accumulation)};
+  }
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   TORCH_CHECK_VALUE(length * channels <= UINT32_MAX, "an image may have up to 2^32 values on CUDA, got ", length, " x ",
                     channels);
@@ -41,7 +52,6 @@ void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
     return static_cast<unsigned>(count);
   };
   const auto ints = options.dtype(at::kInt);
-  const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   // Between the sweeps the sums wait in the outputs, if these are as precise.
   at::Tensor sums;
@@ -59,6 +69,16 @@ void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
   plan.log2_run = choose_log2_run(batch, length, channels);
   const bool several_runs = plan.log2_run < 31;
   plan.runs = several_runs ? static_cast<int>(max_runs(length, plan.log2_run)) : 1;
+  const int64_t groups = (channels + 31) / 32;
+  at::Tensor dinput_weight, dparameters;
+  if constexpr (kParameters) {
+    dinput_weight = at::empty({groups, batch, length}, accumulation);
+    // There may be fewer runs than room for them.
+    dparameters = several_runs ? at::zeros({2, batch * plan.runs, channels}, accumulation)
+                               : at::empty({2, batch * plan.runs, channels}, accumulation);
+    data.dinput_weight = dinput_weight.mutable_data_ptr<acc_t>();
+    data.dparameters = dparameters.mutable_data_ptr<acc_t>();
+  }
   const at::Tensor nodes = at::empty({batch, length}, ints);
   plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
   at::Tensor cuts, run_id, run_end, run_nodes, run_storage;
@@ -70,7 +90,7 @@ void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 
   const int capacity = stack_capacity(length);
-  const unsigned run_blocks = blocks(batch * plan.runs * ((channels + 31) / 32) * 32);
+  const unsigned run_blocks = blocks(batch * plan.runs * groups * 32);
   const size_t stack_bytes = sizeof(acc_t) * capacity * kWalkThreads;
   RunData<acc_t> runs{};
   if (several_runs) {
@@ -90,14 +110,19 @@ void scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
     runs.end = runs.decay + runs.stride;
     runs.bottom = runs.end + kStreams * runs.stride;
     runs.below = runs.bottom + kStreams * runs.stride;
-    summarise_runs<pass><<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
+    summarise_runs<pass, kSelective>
+        <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     join_runs<pass>
         <<<blocks(kStreams * batch * channels), kWalkThreads, stack_bytes, stream>>>(data, plan, runs, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  finish_runs<pass><<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
+  finish_runs<pass, kSelective>
+      <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!kParameters) return {};
+  const at::Tensor totals = dparameters.sum(1);
+  return {dinput_weight.sum(0).to(options.dtype()), totals[0], totals[1]};
 }
 
 template <typename T, typename acc_t>

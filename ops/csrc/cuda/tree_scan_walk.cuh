@@ -1,6 +1,7 @@
 // The walks along a run, and the kernels made of them; what they compute is explained in tree_scan.cuh.
 #pragma once
 
+#include "discretise.cuh"
 #include "tree_scan.cuh"
 
 namespace grootvl {
@@ -61,6 +62,7 @@ struct RunItem {
   int64_t column;  // the channel in that row of (B, L, D)
   int64_t at_run;  // of run and channel in (B, runs, D)
   int begin, end, channel;
+  unsigned group;  // of 32 channels
   bool valid;   // there is such a run
   bool active;  // and such a channel
 
@@ -69,7 +71,8 @@ struct RunItem {
     const unsigned groups = (data.channels + 31) / 32;
     const unsigned warp = blockIdx.x * (kWalkThreads / 32) + threadIdx.x / 32;
     const unsigned image = warp / groups / plan.runs, run = warp / groups % plan.runs;
-    channel = warp % groups * 32 + threadIdx.x % 32;
+    group = warp % groups;
+    channel = group * 32 + threadIdx.x % 32;
     active = channel < data.channels;
     channel = min(channel, data.channels - 1);  // idle lanes read along, and write nothing
     rows = int64_t(image) * data.num_vertices;
@@ -93,90 +96,127 @@ struct Rows {
   uint32_t node[kBatch];
   T decay[kBatch];
   V value[kStreams][kBatch];
+  T x[kBatch], input_weight[kBatch];
 };
 
-// Goes over the rows of a run, forwards or backwards in the postorder. `load(batch, j, at)` fills row j of a batch from
-// the offset `at` in the image's data, `visit(batch, j, at)` is called for each row in turn. All lanes of a warp take
+// Sums of eight values, each over a warp: value i / 4 for lane i.
+template <typename acc_t>
+__device__ __forceinline__ acc_t warp_sums(const acc_t (&values)[8]) {
+  acc_t four[4], two[2];
+  const auto halve = [](acc_t first, acc_t second, int distance) {  // half of the lanes go on with the first value
+    const bool upper = threadIdx.x & distance;
+    return (upper ? second : first) + __shfl_xor_sync(0xffffffff, upper ? first : second, distance);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = halve(values[i], values[i + 4], 16);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) two[i] = halve(four[i], four[i + 2], 8);
+  acc_t sum = halve(two[0], two[1], 4);
+  sum += __shfl_xor_sync(0xffffffff, sum, 2);
+  return sum + __shfl_xor_sync(0xffffffff, sum, 1);
+}
+
+// Goes over the rows of a run, forwards or backwards in the postorder. `load(batch, j, vertex)` fills row j of a batch,
+// `visit(batch, j)` is called for each row in turn, `finish(batch)` after each batch. The last batch is filled up with
+// the last row, marked kPast: a walk without branches is faster than one that stops on the row. All lanes of a warp take
 // the same way.
-template <bool kForwards, typename Batch, typename Load, typename Visit>
-__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, uint32_t channels, Load load, Visit visit) {
+template <bool kForwards, typename Batch, typename Load, typename Visit, typename Finish>
+__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, Load load, Visit visit, Finish finish) {
   const int count = item.end - item.begin;
   const uint32_t* nodes = plan.nodes + item.rows + (kForwards ? item.begin : item.end - 1);
   const int lane = threadIdx.x % kBatch;
-  // The nodes of a batch, one in each of the first lanes; past the end the last one again.
+  // The nodes of a batch, one in each of the first lanes.
   const auto nodes_from = [&](int first) {
     const int i = min(first + lane, count - 1);
-    return nodes[kForwards ? i : -i];
+    const uint32_t node = nodes[kForwards ? i : -i];
+    return first + lane < count ? node : (node & kVertexMask) | kPast;
   };
   const auto load_batch = [&](Batch& batch, uint32_t batch_nodes) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       batch.node[j] = __shfl_sync(0xffffffff, batch_nodes, j);
-      load(batch, j, (batch.node[j] & kVertexMask) * channels);
+      load(batch, j, batch.node[j] & kVertexMask);
     }
   };
-
-  // One batch is on its way while the other is worked on; false at the end of the run.
-  const auto visit_batch = [&](const Batch& batch, int first) {
+  const auto visit_batch = [&](const Batch& batch) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= count) return false;
-      visit(batch, j, (batch.node[j] & kVertexMask) * channels);
-    }
-    return true;
+    for (int j = 0; j < kBatch; ++j) visit(batch, j);
+    finish(batch);
   };
+  // One batch is on its way while the other is worked on.
   Batch even, odd;
   load_batch(even, nodes_from(0));
   uint32_t nodes_ahead = nodes_from(kBatch);
-  for (int first = 0;; first += 2 * kBatch) {
+  for (int first = 0; first < count; first += 2 * kBatch) {
     load_batch(odd, nodes_ahead);
     nodes_ahead = nodes_from(first + 2 * kBatch);
-    if (!visit_batch(even, first)) return;
+    visit_batch(even);
+    if (first + kBatch >= count) return;
     load_batch(even, nodes_ahead);
     nodes_ahead = nodes_from(first + 3 * kBatch);
-    if (!visit_batch(odd, first + kBatch)) return;
+    visit_batch(odd);
   }
 }
 
-// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, at, decay, u, contribution)`.
-template <Pass pass, typename T, typename acc_t, typename Visit>
+// The discretisation for a lane's channel; none if x and decay are given.
+template <bool kSelective, typename T, typename acc_t>
+__device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T, acc_t>& data, const RunItem& item) {
+  if constexpr (kSelective) return {data.delta_bias[item.channel], data.A_log[item.channel]};
+  return {0, 0};
+}
+
+// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, decay, u, contribution)`.
+template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
                                         Stack<acc_t> (&stacks)[num_streams(pass)],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
   using Batch = Rows<T, T, kStreams>;
+  const uint32_t channels = data.channels;
   const T* decays = data.decay + item.column;
   const T* values[2] = {data.x + item.column, is_backward(pass) ? data.grad + item.column : nullptr};
+  const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
+  const auto discretise = discretisation<kSelective>(data, item);
   acc_t sum[kStreams];
   for (int s = 0; s < kStreams; ++s) sum[s] = entering[s];
-  const auto load = [&](Batch& batch, int j, uint32_t at) {
+  const auto load = [&](Batch& batch, int j, uint32_t vertex) {
+    const uint32_t at = vertex * channels;
     batch.decay[j] = decays[at];
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) batch.value[s][j] = values[s][at];
+    if constexpr (kSelective) batch.input_weight[j] = input_weights[vertex * data.input_weight_stride];
   };
-  walk<true, Batch>(plan, item, data.channels, load, [&](const Batch& batch, int j, uint32_t at) {
+  const auto visit_row = [&](const Batch& batch, int j) {
     const uint32_t node = batch.node[j];
     const bool push = node & kPush, light = node & kLight;
-    const acc_t decay = node & kRoot ? acc_t(0) : static_cast<acc_t>(batch.decay[j]);
+    acc_t decay = static_cast<acc_t>(batch.decay[j]), own[kStreams];
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) own[s] = static_cast<acc_t>(batch.value[s][j]);
+    if constexpr (kSelective) {
+      const auto step = discretise(decay);
+      own[0] *= step.delta * static_cast<acc_t>(batch.input_weight[j]);
+      decay = step.decay;
+    }
+    if (node & kRoot) decay = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      const acc_t x = static_cast<acc_t>(batch.value[s][j]);
       if (!sweeps_up(pass, s)) {  // a vertex's own value is all there is
-        visit(s, node, at, decay, x, acc_t(0));
+        visit(s, node, decay, own[s], acc_t(0));
         continue;
       }
       stacks[s].push_if(push, sum[s]);
-      const acc_t u = push ? x : x + sum[s];
+      const acc_t u = push ? own[s] : own[s] + sum[s];
       const acc_t contribution = decay * u;
-      visit(s, node, at, decay, u, contribution);
+      visit(s, node, decay, u, contribution);
       const acc_t waiting = stacks[s].pop_if(light);
       sum[s] = light ? contribution + waiting : contribution;
     }
-  });
+  };
+  walk<true, Batch>(plan, item, load, visit_row, [](const Batch&) {});
 }
 
 // (1) Each run by itself.
-template <Pass pass, typename T, typename acc_t>
+template <Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     summarise_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
   constexpr int kStreams = num_streams(pass);
@@ -186,19 +226,19 @@ __global__ void __launch_bounds__(kWalkThreads)
   for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
-  walk_up<pass>(data, plan, item, stacks, nothing,
-                [&](int s, uint32_t node, uint32_t, acc_t decay, acc_t u, acc_t contribution) {
-                  end[s] = u;
-                  if (node & kChain) {
-                    bottom[s] += product * (u - chain[s]);
-                    chain[s] = contribution;
-                    if (s == kStreams - 1) {
-                      before = product;
-                      product *= decay;
-                    }
-                  }
-                  if (s == 0) last_decay = decay;
-                });
+  walk_up<pass, kSelective>(data, plan, item, stacks, nothing,
+                            [&](int s, uint32_t node, acc_t decay, acc_t u, acc_t contribution) {
+                              if (!(node & kPast)) end[s] = u;
+                              if (node & kChain) {
+                                bottom[s] += product * (u - chain[s]);
+                                chain[s] = contribution;
+                                if (s == kStreams - 1) {
+                                  before = product;
+                                  product *= decay;
+                                }
+                              }
+                              if (s == 0 && !(node & kPast)) last_decay = decay;
+                            });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
   runs.decay[item.at_run] = last_decay;
@@ -277,12 +317,13 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 // (3) Each run, with what enters it: nothing, if it is the whole tree.
-template <Pass pass, typename T, typename acc_t>
+template <Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
   constexpr int kStreams = num_streams(pass);
   const RunItem item(data, plan);
   if (!item.valid) return;
+  const uint32_t channels = data.channels;
   Stack<acc_t> stacks[kStreams];
   for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
   acc_t entering[kStreams] = {};
@@ -290,55 +331,106 @@ __global__ void __launch_bounds__(kWalkThreads)
     for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
   }
   T* out = data.out + item.column;
-  walk_up<pass>(data, plan, item, stacks, entering, [&](int s, uint32_t, uint32_t at, acc_t, acc_t u, acc_t) {
-    if (!item.active) return;
-    if constexpr (pass == Pass::kUp) {
-      out[at] = static_cast<T>(u);
+  acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
+  walk_up<pass, kSelective>(data, plan, item, stacks, entering,
+                            [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
+                              if (!item.active || node & kPast) return;
+                              const uint32_t at = (node & kVertexMask) * channels;
+                              if constexpr (pass == Pass::kUp) {
+                                out[at] = static_cast<T>(u);
+                              } else {
+                                sums[s][at] = u;
+                              }
+                            });
+  if constexpr (pass == Pass::kUp) return;
+
+  using Batch = Rows<T, acc_t, kStreams>;
+  const T* decays = data.decay + item.column;
+  const T* xs = data.x + item.column;
+  const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
+  T* ddecay = is_backward(pass) ? data.ddecay + item.column : nullptr;
+  acc_t* dinput_weights = data.dinput_weight + (item.group * data.batch * data.num_vertices + item.rows);
+  const auto discretise = discretisation<kSelective>(data, item);
+  constexpr bool kParameters = kSelective && is_backward(pass);
+  acc_t dbias = 0, dA_log = 0, dinput_weight[kBatch];
+  acc_t h[kStreams] = {};
+  for (int s = 0; s < kStreams; ++s) {
+    if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
+    stacks[s].clear();
+  }
+  const auto load = [&](Batch& batch, int j, uint32_t vertex) {
+    const uint32_t at = vertex * channels;
+    batch.decay[j] = decays[at];
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) batch.value[s][j] = sums[s][at];
+    if constexpr (kParameters) {
+      batch.x[j] = xs[at];
+      batch.input_weight[j] = input_weights[vertex * data.input_weight_stride];
+    }
+  };
+  const auto visit_row = [&](const Batch& batch, int j) {
+    const uint32_t node = batch.node[j], at = (node & kVertexMask) * channels;
+    const bool push = node & kPush, light = node & kLight, root = node & kRoot;
+    const bool write = item.active && !(node & kPast);
+    acc_t decay = static_cast<acc_t>(batch.decay[j]);
+    typename Discretisation<acc_t>::Step step{};
+    if constexpr (kSelective) {
+      step = discretise(decay);
+      decay = step.decay;
+    }
+    acc_t from_above[kStreams];
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) {
+      const acc_t u = batch.value[s][j];
+      stacks[s].push_if(light, h[s]);
+      from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
+      h[s] = root ? u : u + decay * from_above[s];
+    }
+    acc_t gradient = 0;  // of the decay
+    if constexpr (kStreams == 2) {
+      gradient = batch.value[0][j] * from_above[1];
+      if constexpr (sweeps_up(pass, 1)) gradient += batch.value[1][j] * from_above[0];
+      if (root) gradient = 0;
+    }
+    if constexpr (!kParameters) {
+      if (write) {
+        out[at] = static_cast<T>(h[kStreams - 1]);
+        if constexpr (kStreams == 2) ddecay[at] = static_cast<T>(gradient);
+      }
     } else {
-      data.sums[s][item.column + at] = u;
+      const acc_t x = static_cast<acc_t>(batch.x[j]), input_weight = static_cast<acc_t>(batch.input_weight[j]);
+      const acc_t dinput = h[1], by_rate = gradient * decay * discretise.rate;
+      const acc_t ddelta = (dinput * x * input_weight + by_rate) * step.slope;
+      dinput_weight[j] = write ? dinput * x * step.delta : 0;
+      if (write) {
+        out[at] = static_cast<T>(dinput * step.delta * input_weight);
+        ddecay[at] = static_cast<T>(ddelta);
+        dbias += ddelta;
+        dA_log += by_rate * step.delta;
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) {
+      const acc_t waiting = stacks[s].pop_if(push);
+      h[s] = push ? waiting : h[s];
+    }
+  };
+  walk<false, Batch>(plan, item, load, visit_row, [&](const Batch& batch) {
+    if constexpr (kParameters) {
+      const acc_t sum = warp_sums(dinput_weight);
+      const int lane = threadIdx.x % 32;
+      uint32_t node = batch.node[0];
+#pragma unroll
+      for (int j = 1; j < kBatch; ++j) {
+        if (lane / 4 == j) node = batch.node[j];
+      }
+      if (lane % 4 == 0 && !(node & kPast)) dinput_weights[node & kVertexMask] = sum;
     }
   });
-  if constexpr (pass != Pass::kUp) {
-    using Batch = Rows<T, acc_t, kStreams>;
-    const T* decays = data.decay + item.column;
-    const acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
-    T* ddecay = is_backward(pass) ? data.ddecay + item.column : nullptr;
-    acc_t h[kStreams] = {};
-    for (int s = 0; s < kStreams; ++s) {
-      if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
-      stacks[s].clear();
-    }
-    const auto load = [&](Batch& batch, int j, uint32_t at) {
-      batch.decay[j] = decays[at];
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) batch.value[s][j] = sums[s][at];
-    };
-    walk<false, Batch>(plan, item, data.channels, load, [&](const Batch& batch, int j, uint32_t at) {
-      const uint32_t node = batch.node[j];
-      const bool push = node & kPush, light = node & kLight, root = node & kRoot;
-      const acc_t decay = static_cast<acc_t>(batch.decay[j]);
-      acc_t from_above[kStreams];
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) {
-        const acc_t u = batch.value[s][j];
-        stacks[s].push_if(light, h[s]);
-        from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
-        h[s] = root ? u : u + decay * from_above[s];
-      }
-      if (item.active) {
-        out[at] = static_cast<T>(h[kStreams - 1]);
-        if constexpr (kStreams == 2) {
-          acc_t gradient = batch.value[0][j] * from_above[1];
-          if constexpr (sweeps_up(pass, 1)) gradient += batch.value[1][j] * from_above[0];
-          ddecay[at] = static_cast<T>(root ? acc_t(0) : gradient);
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) {
-        const acc_t waiting = stacks[s].pop_if(push);
-        h[s] = push ? waiting : h[s];
-      }
-    });
+  if constexpr (kParameters) {
+    if (!item.active) return;
+    data.dparameters[item.at_run] = dbias;
+    data.dparameters[data.batch * plan.runs * data.channels + item.at_run] = dA_log;
   }
 }
 

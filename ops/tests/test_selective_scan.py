@@ -1,0 +1,278 @@
+"""The selective scan and the gated norm against their definitions in float64, differentiated by autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tree_makers import SHAPES, make_tree
+
+import grootvl_ops
+from grootvl_ops import Tree
+
+library = torch.ops.grootvl_ops
+# Of the largest value; half formats round results, the projected step size and the gradients of a step.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def path_products(decay: Tensor, tree: Tree) -> Tensor:
+    """(B, L, L, D): the product of the decays on the path between each two vertices."""
+    batch, length, channels = decay.shape
+    products = torch.zeros(batch, length, length, channels, dtype=decay.dtype)
+    rows = []
+    for b in range(batch):
+        done: dict[int, list[Tensor]] = {}
+        known: list[int] = []
+        for v in tree.order[b].tolist():
+            p = int(tree.parent[b, v])
+            row = {w: done[p][w] * decay[b, v] if p != v else torch.zeros(channels, dtype=decay.dtype) for w in known}
+            for w in known:
+                done[w][v] = row[w]
+            row[v] = torch.ones(channels, dtype=decay.dtype)
+            done[v] = row
+            known.append(v)
+        rows.append(torch.stack([torch.stack([done[i][j] for j in range(length)]) for i in range(length)]))
+    return torch.stack(rows) if rows else products
+
+
+def is_below(tree: Tree) -> Tensor:
+    """(B, L, L): whether the second vertex is in the subtree of the first."""
+    place = torch.argsort(tree.order.long(), dim=1)
+    start, size = place.unsqueeze(2), tree.subtree_size.long().unsqueeze(2)
+    return (place.unsqueeze(1) >= start) & (place.unsqueeze(1) < start + size)
+
+
+def defined_scan(x, dt, dt_weight, dt_bias, A_log, B, tree: Tree, up_only: bool) -> Tensor:
+    """Straight from the paper: every vertex sums over all vertices, with the decays along the path."""
+    delta = F.softplus(dt @ dt_weight.T + dt_bias)
+    products = path_products(torch.exp(-A_log.exp() * delta), tree)
+    if up_only:
+        products = products * is_below(tree).unsqueeze(-1)
+    return (products * (delta * B.unsqueeze(-1) * x).unsqueeze(1)).sum(2)
+
+
+def defined_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps: float) -> Tensor:
+    inner = F.layer_norm(h, h.shape[-1:], h_weight, h_bias, eps)
+    return F.layer_norm(C.unsqueeze(-1) * inner + D_skip * x, h.shape[-1:], out_weight, out_bias, eps) * F.silu(z)
+
+
+def scan_operands(batch: int, length: int, channels: int, rank: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, dt, dt_weight, dt_bias, A_log, B; step sizes from small ones to those where softplus is the identity."""
+    maps = [torch.randn(batch, length, size) for size in (channels, rank)]
+    parameters = [torch.randn(channels, rank), torch.linspace(-7, 3, channels), torch.randn(channels) / 2]
+    if channels > 1:
+        parameters[1][-1] = 30
+    maps, B = [operand.to(dtype) for operand in maps], torch.randn(batch, length).to(dtype)
+    return [*maps, *(p.to(dtype if dtype == torch.float64 else torch.float32) for p in parameters), B]
+
+
+def norm_operands(batch: int, length: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
+    maps = [torch.randn(batch, length, channels).to(dtype) + offset for offset in (3, 0, 0)]
+    parameters = [torch.randn(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)] * 5
+    return [*maps, torch.randn(batch, length).to(dtype), *(p.roll(i) for i, p in enumerate(parameters))]
+
+
+def with_gradients(function, operands: list[Tensor], grad: Tensor, *others) -> list[Tensor]:
+    operands = [operand.detach().requires_grad_() for operand in operands]
+    out = function(*operands, *others)
+    return [out.detach(), *torch.autograd.grad(out, operands, grad.to(out), materialize_grads=True)]
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape and torch.isfinite(a).all(), number
+        difference = (a.double().cpu() - e).abs().max() if e.numel() else torch.tensor(0.0)
+        limit = TOLERANCE[dtype] * max(float(e.abs().max()), 1e-3) if e.numel() else 0
+        assert difference <= limit, f"result {number}: {float(difference)} > {limit}"
+
+
+def check_scan(tree: Tree, operands: list[Tensor], device: str, up_only: bool) -> None:
+    dtype = operands[0].dtype
+    grad = torch.randn(operands[0].shape).to(dtype)
+    expected = with_gradients(defined_scan, [o.double() for o in operands], grad.double(), tree, up_only)
+    on_device = Tree(*(field.to(device) for field in tree))
+    actual = with_gradients(
+        grootvl_ops.selective_scan, [o.to(device) for o in operands], grad.to(device), on_device, up_only
+    )
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    assert_near(actual, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2, 3, 2), (2, 17, 40, 5), (3, 9, 32, 1), (1, 40, 70, 3)], ids=str)
+def test_selective_scan(device, size, up_only, dtype, poisoned_memory):
+    batch, length, channels, rank = size
+    check_scan(
+        make_tree("scattered", batch, length), scan_operands(batch, length, channels, rank, dtype), device, up_only
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
+def test_selective_scan_on_trees_of_any_shape(device, shape, up_only):
+    check_scan(make_tree(shape, 2, 23), scan_operands(2, 23, 5, 2, torch.float32), device, up_only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56)])
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, poisoned_memory):
+    """On maps large enough to be cut into runs: discretisation by PyTorch, and the tree scan, in float64."""
+    features = torch.randn(2, height, width, 40) if kind == "random" else torch.ones(2, height, width, 40)
+    tree = grootvl_ops.build_tree(features.to(device))
+    operands = [o.to(device) for o in scan_operands(2, height * width, 40, 3, dtype)]
+    grad = torch.randn(operands[0].shape).to(operands[0])
+
+    def parts(x, dt, dt_weight, dt_bias, A_log, B):
+        delta = F.softplus(dt @ dt_weight.T + dt_bias)
+        return grootvl_ops.tree_scan(delta * B.unsqueeze(-1) * x, torch.exp(-A_log.exp() * delta), tree)
+
+    expected = with_gradients(parts, [o.double() for o in operands], grad.double())
+    actual = with_gradients(grootvl_ops.selective_scan, operands, grad, tree)
+    assert_near(actual, [e.cpu() for e in expected], dtype)
+    for _ in range(2):
+        again = with_gradients(grootvl_ops.selective_scan, operands, grad, tree)
+        assert all(map(torch.equal, actual, again))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (2, 3, 5), (2, 7, 40), (1, 9, 160), (3, 5, 264), (1, 3, 1021), (2, 70, 1280)], ids=str
+)
+def test_gated_norm(device, size, dtype, poisoned_memory):
+    operands = norm_operands(*size, dtype)
+    grad = torch.randn(operands[0].shape).to(dtype)
+    expected = with_gradients(defined_norm, [o.double() for o in operands], grad.double(), 1e-5)
+    actual = with_gradients(grootvl_ops.gated_norm, [o.to(device) for o in operands], grad.to(device), 1e-5)
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    if size[-1] == 1:  # LN of one value is its bias: the gradients before it are zero but for rounding
+        actual, expected = ([r for i, r in enumerate(results) if i not in (1, 2)] for results in (actual, expected))
+    assert_near(actual, expected, dtype)
+
+
+def test_gated_norm_of_many_pixels(device):
+    """More pixels than the threads of a GPU take at once; the same bits each time."""
+    operands = [o.to(device) for o in norm_operands(3, 12_345, 24, torch.float16)]
+    grad = torch.randn(operands[0].shape).to(operands[0])
+    expected = with_gradients(defined_norm, [o.double() for o in operands], grad.double(), 1e-5)
+    actual = with_gradients(grootvl_ops.gated_norm, operands, grad)
+    assert_near(actual, [e.cpu() for e in expected], torch.float16)
+    assert all(map(torch.equal, actual, with_gradients(grootvl_ops.gated_norm, operands, grad)))
+
+
+def as_columns(operand: Tensor) -> Tensor:
+    """The same values as a part of a larger tensor."""
+    *sizes, last = operand.shape
+    return torch.cat([operand.reshape(*sizes, last), torch.full((*sizes, 3), torch.nan).to(operand)], -1)[..., :last]
+
+
+def test_operands_need_not_be_contiguous(device):
+    tree = make_tree("scattered", 2, 17, device)
+    operands = [o.to(device) for o in scan_operands(2, 17, 24, 3, torch.float32)]
+    expected = grootvl_ops.selective_scan(*operands, tree)
+    for number, operand in enumerate(operands):
+        views = [as_columns(operand)] if operand.dim() > 1 else [operand.repeat_interleave(2)[::2]]
+        if number == 5:
+            views.append(operand.unsqueeze(-1).expand(-1, -1, 3).contiguous()[..., 1])
+        for view in views:
+            changed = [*operands[:number], view, *operands[number + 1 :]]
+            torch.testing.assert_close(grootvl_ops.selective_scan(*changed, tree), expected, rtol=1e-5, atol=1e-5)
+    operands = [o.to(device) for o in norm_operands(2, 17, 24, torch.float32)]
+    expected = grootvl_ops.gated_norm(*operands)
+    for number, operand in enumerate(operands):
+        view = as_columns(operand) if operand.dim() > 1 else operand.repeat_interleave(2)[::2]
+        changed = [*operands[:number], view, *operands[number + 1 :]]
+        torch.testing.assert_close(grootvl_ops.gated_norm(*changed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck(device):
+    tree = make_tree("scattered", 2, 7, device)
+    operands = [o.to(device).requires_grad_() for o in scan_operands(2, 7, 3, 2, torch.float64)]
+    for up_only in (False, True):
+        assert torch.autograd.gradcheck(lambda *o, up=up_only: grootvl_ops.selective_scan(*o, tree, up), operands)
+    operands = [o.to(device).requires_grad_() for o in norm_operands(2, 4, 3, torch.float64)]
+    assert torch.autograd.gradcheck(grootvl_ops.gated_norm, operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_opcheck(device, dtype):
+    tree = make_tree("scattered", 2, 9, device)
+    operands = [o.to(device) for o in scan_operands(2, 9, 3, 2, dtype)]
+    torch.library.opcheck(library.selective_scan_backward.default, (operands[0], *operands, *tree, False))
+    operands = [o.requires_grad_() for o in operands]
+    torch.library.opcheck(library.selective_scan.default, (*operands, *tree, False))
+    operands = [o.to(device) for o in norm_operands(2, 4, 24, dtype)]
+    out, statistics = library.gated_norm(*operands, 1e-5)
+    torch.library.opcheck(library.gated_norm_backward.default, (out, *operands, statistics))
+    torch.library.opcheck(library.gated_norm.default, (*(o.requires_grad_() for o in operands), 1e-5))
+
+
+def test_under_autocast(device):
+    """Operands keep their precision: all are in the one that the maps have."""
+    tree = make_tree("scattered", 2, 9, device)
+    operands = [o.to(device) for o in scan_operands(2, 9, 3, 2, torch.float32)]
+    expected = grootvl_ops.selective_scan(*operands, tree)
+    with torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(grootvl_ops.selective_scan(*operands, tree), expected)
+
+
+def test_no_second_derivative(device):
+    operands = [o.to(device).requires_grad_() for o in norm_operands(1, 4, 3, torch.float64)]
+    (grad,) = torch.autograd.grad(grootvl_ops.gated_norm(*operands).sum(), operands[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_norm can be differentiated once only"):
+        grad.sum().backward()
+
+
+def test_nothing_to_do(device):
+    empty = Tree(*(torch.empty(0, 5, dtype=torch.int32, device=device) for _ in range(3)))
+    operands = [o.to(device) for o in scan_operands(0, 5, 3, 2, torch.float32)]
+    results = with_gradients(grootvl_ops.selective_scan, operands, operands[0], empty)
+    assert results[0].shape == (0, 5, 3) and not any(r.any() for r in results[3:6])
+    for batch, length in ((0, 5), (2, 0)):
+        operands = [o.to(device) for o in norm_operands(batch, length, 3, torch.float32)]
+        results = with_gradients(grootvl_ops.gated_norm, operands, operands[0])
+        assert results[0].shape == (batch, length, 3) and not any(r.any() for r in results[5:])
+
+
+@pytest.mark.parametrize("number, name", list(enumerate(["x", "dt", "dt_weight", "dt_bias", "A_log", "B"])))
+def test_selective_scan_refuses(device, number, name):
+    tree = make_tree("path", 2, 5, device)
+    operands = [o.to(device) for o in scan_operands(2, 5, 3, 2, torch.float32)]
+    for bad in (operands[number][..., :0], operands[number].unsqueeze(0), operands[number].long()):
+        changed = [*operands[:number], bad, *operands[number + 1 :]]
+        with pytest.raises((ValueError, TypeError), match=name if number else None):
+            grootvl_ops.selective_scan(*changed, tree)
+    changed = [*operands[:number], operands[number].to("meta"), *operands[number + 1 :]]
+    with pytest.raises(ValueError, match="device"):
+        grootvl_ops.selective_scan(*changed, tree)
+
+
+NORM_NAMES = ("h", "x", "z", "C", "D_skip", "h_weight", "h_bias", "out_weight", "out_bias")
+
+
+@pytest.mark.parametrize("number, name", list(enumerate(NORM_NAMES)))
+def test_gated_norm_refuses(device, number, name):
+    operands = [o.to(device) for o in norm_operands(2, 5, 3, torch.float32)]
+    for bad in (operands[number][..., :0], operands[number].unsqueeze(0), operands[number].long()):
+        changed = [*operands[:number], bad, *operands[number + 1 :]]
+        with pytest.raises((ValueError, TypeError), match=name if number else None):
+            grootvl_ops.gated_norm(*changed)
+
+
+def test_the_kernel_refuses_too_many_channels(cuda_kernels):
+    operands = [o.to(cuda_kernels) for o in norm_operands(1, 2, 1025, torch.float32)]
+    with pytest.raises(ValueError, match="up to 1024"):
+        grootvl_ops.gated_norm(*operands)
+
+
+@pytest.mark.parametrize("number, value", list(itertools.product((0, 1, 5), (torch.nan, torch.inf))))
+def test_nan_is_not_lost(device, number, value):
+    tree = make_tree("path", 1, 5, device)
+    operands = [o.to(device) for o in scan_operands(1, 5, 3, 2, torch.float32)]
+    operands[number][0, 0] = value
+    assert not torch.isfinite(grootvl_ops.selective_scan(*operands, tree)).all()
