@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from grootvl_ops import Tree
 
+from .layer_norm import LayerNorm, can_fuse
 from .tree_ssm import TreeSSM
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
@@ -42,10 +43,10 @@ class Stem(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm(dim // 2, eps=1e-6, **dd)
+        self.norm1 = LayerNorm(dim // 2, feeds_product=True, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         # Convolutions keep the memory format of their input: no map is transposed after this one.
@@ -62,7 +63,7 @@ class Downsample(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
-        self.norm = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -83,10 +84,10 @@ class GrootVBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = LayerNorm(dim, feeds_product=True, **dd)
         self.mixer = TreeSSM(dim, metric=metric, root=root, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = LayerNorm(dim, feeds_product=True, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -123,7 +124,7 @@ class GrootVStage(nn.Module):
         self.blocks = nn.ModuleList(
             GrootVBlock(dim, mlp_ratio, drop_path[i], metric, root, **dd) for i in range(depth)
         )
-        self.norm = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -298,6 +299,16 @@ class GrootV(nn.Module):
         """Recompute blocks in the backward pass instead of keeping their activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_fused(self, enable: bool = True) -> None:
+        """Run CUDA tensors through fused kernels where there are some (the default), or through the plain layers and
+        the tree scan alone. Both compute the same."""
+        for module in self.modules():
+            if isinstance(module, TreeSSM):
+                module.fused = enable and can_fuse(module.A_log.numel())
+            elif isinstance(module, LayerNorm):
+                module.fused = enable and can_fuse(module.weight.numel())
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

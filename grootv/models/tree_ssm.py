@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import grootvl_ops
 from grootvl_ops import Tree
 
+from .layer_norm import can_fuse
+
 ROOTS = ("all", "first")
 
 # A traced call would keep the map size that it was traced with; scripted inside a trace, it takes any.
@@ -71,7 +73,7 @@ class TreeSSM(nn.Module):
         self.metric = metric
         self.root = root
         self.dt_rank = math.ceil(dim / 16)
-        self.fused = grootvl_ops.backend("cuda") == "compiled"
+        self.fused = can_fuse(inner_dim)
 
         self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False, **dd)
         self.conv = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim, bias=False, **dd)

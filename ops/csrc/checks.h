@@ -129,6 +129,13 @@ inline void check_gated_norm(const at::Tensor& h, const at::Tensor& x, const at:
   check_parameter("out_bias", out_bias, "h", h, {channels});
 }
 
+inline void check_layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) > 0, "x must be (..., C) with C > 0, got ", x.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  check_parameter("weight", weight, "x", x, {x.size(-1)});
+  check_parameter("bias", bias, "x", x, {x.size(-1)});
+}
+
 inline void check_scan_grad(const at::Tensor& grad, const at::Tensor& x) {
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x, ", x.scalar_type(), ", got ",

@@ -23,7 +23,7 @@ TORCH_LIBRARY(grootvl_ops, m) {
   m.def(
       "selective_scan_backward(Tensor grad, Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log,"
       " Tensor B, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "gated_norm(Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias,"
@@ -32,6 +32,9 @@ TORCH_LIBRARY(grootvl_ops, m) {
   m.def(
       "gated_norm_backward(Tensor grad, Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight,"
       " Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor statistics)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None) -> (Tensor, Tensor)",
+        tags);
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor)", tags);
 }

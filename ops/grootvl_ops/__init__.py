@@ -26,6 +26,7 @@ __all__ = [
     "edge_weights",
     "gated_norm",
     "grid_edges",
+    "layer_norm",
     "selective_scan",
     "tree_scan",
 ]
@@ -310,6 +311,34 @@ def gated_norm(
     out, _ = torch.ops.grootvl_ops.gated_norm(
         h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps
     )
+    return out
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension. On CUDA one pass over the map, also where the result is to be of another
+    precision than x, and several times as fast as PyTorch's for a few hundred channels.
+
+    Args:
+        x: (..., C), floating point.
+        weight, bias: (C).
+        eps: is added to the variance.
+        dtype: of the result; None for that of x. On CUDA it may differ between float32 and a half precision.
+
+    Returns:
+        (..., C), computed in float32 (float64 for float64), whether or not under autocast. Bitwise the same in every
+        run. Differentiable once.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or more channels than the kernel takes (see `gated_norm`).
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() < 1:
+        raise ValueError(f"x must be (..., C), got {list(x.shape)}")
+    _check_parameter("weight", weight, x, [x.size(-1)])
+    _check_parameter("bias", bias, x, [x.size(-1)])
+    out, _ = torch.ops.grootvl_ops.layer_norm(x, weight, bias, eps, dtype)
     return out
 
 

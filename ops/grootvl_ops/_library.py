@@ -28,12 +28,14 @@ SCHEMAS = (
     "Tensor order, Tensor subtree_size, bool up_only=False) -> Tensor",
     "selective_scan_backward(Tensor grad, Tensor x, Tensor dt, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
     "Tensor B, Tensor parent, Tensor order, Tensor subtree_size, bool up_only=False) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gated_norm(Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias, "
     "Tensor out_weight, Tensor out_bias, float eps) -> (Tensor, Tensor)",
     "gated_norm_backward(Tensor grad, Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, "
     "Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor statistics) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor)",
 )
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ./ops"
 PACKAGE = Path(__file__).parent
@@ -131,6 +133,8 @@ _register_composite(
 )
 _register_composite("gated_norm", reference.gated_norm)
 _register_composite("gated_norm_backward", reference.gated_norm_backward)
+_register_composite("layer_norm", reference.layer_norm)
+_register_composite("layer_norm_backward", reference.layer_norm_backward)
 
 
 @torch.library.register_fake("grootvl_ops::edge_weights")
@@ -176,7 +180,8 @@ def _(x: Tensor, *parameters_and_tree) -> Tensor:
 def _(
     grad: Tensor, x: Tensor, dt: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, *tree_and_mode
 ) -> tuple[Tensor, ...]:
-    return tuple(operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, dt_bias, A_log, B))
+    dparameters = dt_bias.new_empty((2, dt_bias.shape[0]), dtype=reference.accumulation_dtype(x.dtype))
+    return (*(operand.new_empty(operand.shape) for operand in (x, dt, dt_weight)), dparameters, B.new_empty(B.shape))
 
 
 @torch.library.register_fake("grootvl_ops::gated_norm")
@@ -186,8 +191,23 @@ def _(h: Tensor, *others) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("grootvl_ops::gated_norm_backward")
-def _(grad: Tensor, *operands_and_statistics: Tensor) -> tuple[Tensor, ...]:
-    return tuple(operand.new_empty(operand.shape) for operand in operands_and_statistics[:-1])
+def _(grad: Tensor, h: Tensor, x: Tensor, z: Tensor, C: Tensor, D_skip: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    dparameters = D_skip.new_empty((5, D_skip.shape[0]), dtype=reference.accumulation_dtype(h.dtype))
+    return (*(operand.new_empty(operand.shape) for operand in (h, x, z, C)), dparameters)
+
+
+@torch.library.register_fake("grootvl_ops::layer_norm")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    statistics = x.new_empty((*x.shape[:-1], 2), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), statistics
+
+
+@torch.library.register_fake("grootvl_ops::layer_norm_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    dparameters = x.new_empty((2, x.shape[-1]), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), dparameters
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -209,20 +229,34 @@ def _setup_selective_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _like(gradients: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """The rows of `gradients` in the dtypes of the parameters they belong to."""
+    return [row.to(parameter.dtype) for row, parameter in zip(gradients, parameters, strict=True)]
+
+
 def _selective_backward(ctx, grad: Tensor):
-    gradients = torch.ops.grootvl_ops.selective_scan_backward(grad, *ctx.saved_tensors, ctx.up_only)
-    return (*gradients, None, None, None, None)
+    _, _, _, dt_bias, A_log, *_ = ctx.saved_tensors
+    dx, ddt, ddt_weight, dparameters, dB = torch.ops.grootvl_ops.selective_scan_backward(
+        grad, *ctx.saved_tensors, ctx.up_only
+    )
+    return dx, ddt, ddt_weight, *_like(dparameters, dt_bias, A_log), dB, None, None, None, None
 
 
 def _setup_norm_context(ctx, inputs, output) -> None:
-    *tensors, _ = inputs
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(*tensors, statistics)
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), statistics)
 
 
-def _norm_backward(ctx, grad: Tensor, _):
-    return (*torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors), None)
+def _gated_norm_backward(ctx, grad: Tensor, _):
+    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
+    return *maps, *_like(dparameters, *ctx.saved_tensors[4:9]), None
+
+
+def _layer_norm_backward(ctx, grad: Tensor, _):
+    x, weight, bias, statistics = ctx.saved_tensors
+    dx, dparameters = torch.ops.grootvl_ops.layer_norm_backward(grad, x, weight, statistics)
+    return dx, *_like(dparameters, weight, bias), None, None
 
 
 def _no_double_backward(name: str):
@@ -235,7 +269,8 @@ def _no_double_backward(name: str):
 for _name, _gradient, _setup in (
     ("tree_scan", _backward, _setup_context),
     ("selective_scan", _selective_backward, _setup_selective_context),
-    ("gated_norm", _norm_backward, _setup_norm_context),
+    ("gated_norm", _gated_norm_backward, _setup_norm_context),
+    ("layer_norm", _layer_norm_backward, _setup_norm_context),
 ):
     torch.library.register_autograd(f"grootvl_ops::{_name}", _gradient, setup_context=_setup)
     torch.library.register_autograd(f"grootvl_ops::{_name}_backward", _no_double_backward(_name))

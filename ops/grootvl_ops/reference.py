@@ -250,8 +250,8 @@ def selective_scan_backward(
     subtree_size: Tensor,
     up_only: bool = False,
     scan_backward: Callable[..., tuple[Tensor, Tensor]] = tree_scan_backward,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `selective_scan` for x, dt, dt_weight, dt_bias, A_log and B."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `selective_scan` for x, dt, dt_weight, (2, D) for dt_bias and A_log, and for B."""
     dtype = accumulation_dtype(x.dtype)
     values, steps, weight = x.to(dtype), dt.to(dtype), dt_weight.to(dtype)
     raw_delta = F.linear(steps, weight, dt_bias.to(dtype))
@@ -268,8 +268,7 @@ def selective_scan_backward(
         (dinputs * delta * scale).to(x.dtype),
         (draw_delta @ weight).to(dt.dtype),
         (draw_delta.flatten(0, 1).mT @ steps.flatten(0, 1)).to(dt_weight.dtype),
-        draw_delta.sum((0, 1)).to(dt_bias.dtype),
-        (by_rate * delta).sum((0, 1)).to(A_log.dtype),
+        torch.stack([draw_delta, by_rate * delta]).sum((1, 2)),
         (dinputs * delta * values).sum(-1).to(B.dtype),
     )
 
@@ -309,8 +308,8 @@ def gated_norm_backward(
     out_weight: Tensor,
     out_bias: Tensor,
     statistics: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `gated_norm` for h, x, z, C, D_skip, h_weight, h_bias, out_weight and out_bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gated_norm` for h, x, z, C, and (5, D) for D_skip, h_weight, h_bias, out_weight and out_bias."""
     dtype = accumulation_dtype(h.dtype)
     h_mean, h_scale, y_mean, y_scale = statistics.split(1, dim=-1)
     values, gate, scale = x.to(dtype), z.to(dtype), C.to(dtype).unsqueeze(-1)
@@ -318,22 +317,40 @@ def gated_norm_backward(
     inner = h_normed * h_weight.to(dtype) + h_bias.to(dtype)
     y_normed = (scale * inner + D_skip.to(dtype) * values - y_mean) * y_scale
     outer = y_normed * out_weight.to(dtype) + out_bias.to(dtype)
-
-    def through_norm(dnormed: Tensor, normed: Tensor, deviation: Tensor) -> Tensor:
-        return deviation * (dnormed - dnormed.mean(-1, True) - normed * (dnormed * normed).mean(-1, True))
-
     g, sigmoid = grad.to(dtype), gate.sigmoid()
     douter = g * gate * sigmoid
-    dy = through_norm(douter * out_weight.to(dtype), y_normed, y_scale)
+    dy = _through_norm(douter * out_weight.to(dtype), y_normed, y_scale)
     dinner = scale * dy
     return (
-        through_norm(dinner * h_weight.to(dtype), h_normed, h_scale).to(h.dtype),
+        _through_norm(dinner * h_weight.to(dtype), h_normed, h_scale).to(h.dtype),
         (dy * D_skip.to(dtype)).to(x.dtype),
         (g * outer * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype),
         (dy * inner).sum(-1).to(C.dtype),
-        (dy * values).sum((0, 1)).to(D_skip.dtype),
-        (dinner * h_normed).sum((0, 1)).to(h_weight.dtype),
-        dinner.sum((0, 1)).to(h_bias.dtype),
-        (douter * y_normed).sum((0, 1)).to(out_weight.dtype),
-        douter.sum((0, 1)).to(out_bias.dtype),
+        torch.stack([dy * values, dinner * h_normed, dinner, douter * y_normed, douter]).sum((1, 2)),
     )
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension of x, with a result of `dtype` (None: that of x), and its statistics: (..., 2),
+    mean and reciprocal deviation."""
+    accumulation = accumulation_dtype(x.dtype)
+    normed, mean, scale = torch.native_layer_norm(
+        x.to(accumulation), x.shape[-1:], weight.to(accumulation), bias.to(accumulation), eps
+    )
+    return normed.to(dtype or x.dtype), torch.cat([mean, scale], dim=-1)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `layer_norm` for x, and (2, C) for weight and bias."""
+    dtype = accumulation_dtype(x.dtype)
+    mean, scale = statistics.split(1, dim=-1)
+    normed, g = (x.to(dtype) - mean) * scale, grad.to(dtype)
+    dx = _through_norm(g * weight.to(dtype), normed, scale).to(x.dtype)
+    return dx, torch.stack([g * normed, g]).flatten(1, -2).sum(1)
+
+
+def _through_norm(dnormed: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    """The gradient before a normalisation from the one after it, the result, and the reciprocal deviation."""
+    return scale * (dnormed - dnormed.mean(-1, True) - normed * (dnormed * normed).mean(-1, True))

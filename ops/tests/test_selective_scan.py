@@ -165,6 +165,44 @@ def test_gated_norm_of_many_pixels(device):
     assert all(map(torch.equal, actual, with_gradients(grootvl_ops.gated_norm, operands, grad)))
 
 
+CONVERSIONS = [(dtype, dtype) for dtype in TOLERANCE] + [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("dtype, out_dtype", CONVERSIONS, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3, 5), (7, 40), (1, 9, 11, 80), (5, 264), (3, 1021), (1500, 96)], ids=str)
+def test_layer_norm(device, size, dtype, out_dtype, poisoned_memory):
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    operands = [torch.randn(size).to(dtype) + 3, *torch.randn(2, size[-1], dtype=parameter_dtype)]
+    grad = torch.randn(size).to(out_dtype)
+
+    def defined(x, weight, bias):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+
+    expected = with_gradients(defined, [o.double() for o in operands], grad.double())
+    actual = with_gradients(
+        grootvl_ops.layer_norm, [o.to(device) for o in operands], grad.to(device), 1e-6, out_dtype
+    )
+    assert [a.dtype for a in actual] == [out_dtype, *(o.dtype for o in operands)]
+    if size[-1] == 1:  # the gradient before the norm is zero but for rounding
+        actual, expected = ([r for i, r in enumerate(results) if i not in (1, 2)] for results in (actual, expected))
+    assert_near(actual, expected, min((dtype, out_dtype), key=lambda d: -TOLERANCE[d]))
+
+
+def test_layer_norm_refuses(device):
+    x, weight = torch.randn(2, 5, device=device), torch.ones(5, device=device)
+    for bad in (weight[:4], weight.unsqueeze(0), weight.long(), weight.to("meta")):
+        for arguments in ((x, bad, weight), (x, weight, bad)):
+            with pytest.raises((ValueError, TypeError), match="bias" if arguments[2] is bad else "weight"):
+                grootvl_ops.layer_norm(*arguments)
+    with pytest.raises((ValueError, TypeError), match=r"\(\.\.\., C\)"):
+        grootvl_ops.layer_norm(x[0, 0], weight, weight)
+
+
 def as_columns(operand: Tensor) -> Tensor:
     """The same values as a part of a larger tensor."""
     *sizes, last = operand.shape
@@ -197,6 +235,8 @@ def test_gradcheck(device):
         assert torch.autograd.gradcheck(lambda *o, up=up_only: grootvl_ops.selective_scan(*o, tree, up), operands)
     operands = [o.to(device).requires_grad_() for o in norm_operands(2, 4, 3, torch.float64)]
     assert torch.autograd.gradcheck(grootvl_ops.gated_norm, operands)
+    operands = [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in ((2, 4, 3), 3, 3)]
+    assert torch.autograd.gradcheck(grootvl_ops.layer_norm, operands)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
@@ -210,6 +250,12 @@ def test_opcheck(device, dtype):
     out, statistics = library.gated_norm(*operands, 1e-5)
     torch.library.opcheck(library.gated_norm_backward.default, (out, *operands, statistics))
     torch.library.opcheck(library.gated_norm.default, (*(o.requires_grad_() for o in operands), 1e-5))
+    x, weight, bias = operands[0].detach(), *(o.detach() for o in operands[5:7])
+    out, statistics = library.layer_norm(x, weight, bias, 1e-5)
+    torch.library.opcheck(library.layer_norm_backward.default, (out, x, weight, statistics))
+    torch.library.opcheck(
+        library.layer_norm.default, (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), 1e-5)
+    )
 
 
 def test_under_autocast(device):

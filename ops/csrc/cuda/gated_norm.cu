@@ -1,13 +1,8 @@
 // out = LN(C LN(h) + D_skip x) SiLU(z) over the channels of each pixel, and its gradients: each in one pass over the
-// maps.
-//
-// A team of warps takes a pixel, a thread kVec neighbouring channels, which it reads as one word of 16 bytes and keeps in
-// registers together with the parameters of its channels. So a team goes from pixel to pixel; in the backward pass each
-// thread adds up its channels' gradients of the parameters on the way. Sums have a fixed order.
+// maps (pixel_team.cuh).
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,13 +12,11 @@
 
 #include "../checks.h"
 #include "discretise.cuh"
+#include "pixel_team.cuh"
 
 namespace grootvl {
 namespace {
 
-constexpr int kBlockThreads = 128;   // at least; teams may be larger
-constexpr int kMaxThreads = 1024;
-constexpr int kBlocksPerProcessor = 8;
 constexpr int kParameters = 5;  // D_skip, weight and bias of LN(h), weight and bias of the outer LN
 
 // Maps (N, D), N = B L pixels; z and C may have a stride from one pixel to the next.
@@ -42,53 +35,6 @@ struct NormData {
   T *dh, *dx, *dz, *dC;
   acc_t* dparameters;  // (teams, 5, D)
 };
-
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Vec {
-  T values[kVec];
-};
-
-template <int kVec, typename acc_t, typename T>
-__device__ __forceinline__ void read(acc_t (&to)[kVec], const T* from) {
-  const auto vec = *reinterpret_cast<const Vec<T, kVec>*>(from);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) to[i] = static_cast<acc_t>(vec.values[i]);
-}
-
-template <int kVec, typename acc_t, typename T>
-__device__ __forceinline__ void write(T* to, const acc_t (&from)[kVec]) {
-  Vec<T, kVec> vec;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) vec.values[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
-}
-
-// Sums over the threads of a team (threadIdx.y). Sums that follow one another must use the two buffers in turn.
-template <int kSums, typename acc_t>
-__device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sums[i] += __shfl_xor_sync(0xffffffff, sums[i], distance);
-    }
-  }
-  if (blockDim.x == 32) return;
-  constexpr int kMaxSums = 3;
-  static_assert(kSums <= kMaxSums);
-  __shared__ acc_t shared[2][kMaxThreads / 32][kMaxSums];
-  const int warps = blockDim.x / 32, first = threadIdx.y * warps;
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) shared[buffer][first + threadIdx.x / 32][i] = sums[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    sums[i] = 0;
-    for (int w = 0; w < warps; ++w) sums[i] += shared[buffer][first + w][i];
-  }
-}
 
 template <typename acc_t>
 __device__ __forceinline__ acc_t sigmoid(acc_t z) {
@@ -113,41 +59,43 @@ struct Channels {
   }
 };
 
-// Normalises values in place; returns mean and reciprocal deviation.
-template <int kVec, typename acc_t>
-__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kVec], bool active, int channels,
-                                                             acc_t eps) {
-  acc_t sum[1] = {0}, squares[1] = {0};
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) sum[0] += active ? values[i] : acc_t(0);
-  team_sum(sum, 0);
-  const acc_t mean = sum[0] / channels;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    values[i] -= mean;
-    squares[0] += active ? values[i] * values[i] : acc_t(0);
-  }
-  team_sum(squares, 1);
-  const acc_t scale = rsqrt(squares[0] / channels + eps);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) values[i] *= scale;
-  return {mean, scale};
-}
+// A thread's share of a pixel, on its way from memory. Past the end of the maps, the last pixel.
+template <int kVec, typename T, bool kBackward>
+struct Pixel {
+  Vec<T, kVec> h, x, z, grad;
+  T C;
+  int64_t row, at;
+  bool valid;
 
-template <int kVec, typename T, typename acc_t>
-__global__ void gated_norm_kernel(NormData<T, acc_t> data) {
+  template <typename acc_t>
+  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, const Channels<kVec, acc_t>& channels,
+                                   int64_t wanted) {
+    valid = wanted < data.rows;
+    row = valid ? wanted : data.rows - 1;
+    at = row * data.channels + channels.first;
+    h = load<kVec>(data.h + at);
+    x = load<kVec>(data.x + at);
+    z = load<kVec>(data.z + row * data.z_stride + channels.first);
+    if constexpr (kBackward) grad = load<kVec>(data.grad + at);
+    C = data.C[row * data.C_stride];
+  }
+};
+
+template <int kThreads, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t> data) {
   const Channels<kVec, acc_t> channels(data);
   const int step = gridDim.x * blockDim.y;
+  Pixel<kVec, T, false> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   // All teams of a block go the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const int64_t wanted = first + threadIdx.y, row = min(wanted, data.rows - 1);
-    const bool active = channels.active && wanted < data.rows;
-    const int64_t at = row * data.channels + channels.first;
+    const Pixel<kVec, T, false> pixel = next;
+    next = Pixel<kVec, T, false>(data, channels, first + step + threadIdx.y);
+    const bool active = channels.active && pixel.valid;
     acc_t h[kVec], x[kVec], z[kVec], y[kVec];
-    read(h, data.h + at);
-    read(x, data.x + at);
-    read(z, data.z + row * data.z_stride + channels.first);
-    const acc_t C = static_cast<acc_t>(data.C[row * data.C_stride]);
+    unpack(h, pixel.h);
+    unpack(x, pixel.x);
+    unpack(z, pixel.z);
+    const acc_t C = static_cast<acc_t>(pixel.C);
     const auto [h_mean, h_scale] = normalise(h, channels.active, data.channels, data.eps);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
@@ -159,30 +107,31 @@ __global__ void gated_norm_kernel(NormData<T, acc_t> data) {
       y[i] = (y[i] * channels.out_weight[i] + channels.out_bias[i]) * z[i] * sigmoid(z[i]);
     }
     if (!active) continue;
-    write(data.out + at, y);
+    store(data.out + pixel.at, y);
     if (threadIdx.x == 0) {
-      acc_t* statistics = data.statistics + 4 * row;
+      acc_t* statistics = data.statistics + 4 * pixel.row;
       statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
     }
   }
 }
 
-template <int kVec, typename T, typename acc_t>
-__global__ void gated_norm_backward_kernel(NormData<T, acc_t> data) {
+template <int kThreads, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
   const Channels<kVec, acc_t> channels(data);
   const int step = gridDim.x * blockDim.y;
   acc_t dparameters[kParameters][kVec] = {};
+  Pixel<kVec, T, true> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const int64_t wanted = first + threadIdx.y, row = min(wanted, data.rows - 1);
-    const bool active = channels.active && wanted < data.rows;
-    const int64_t at = row * data.channels + channels.first;
+    const Pixel<kVec, T, true> pixel = next;
+    next = Pixel<kVec, T, true>(data, channels, first + step + threadIdx.y);
+    const bool active = channels.active && pixel.valid;
     acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
-    read(h, data.h + at);
-    read(x, data.x + at);
-    read(z, data.z + row * data.z_stride + channels.first);
-    read(dy, data.grad + at);
-    const acc_t C = static_cast<acc_t>(data.C[row * data.C_stride]);
-    const acc_t* statistics = data.statistics + 4 * row;
+    unpack(h, pixel.h);
+    unpack(x, pixel.x);
+    unpack(z, pixel.z);
+    unpack(dy, pixel.grad);
+    const acc_t C = static_cast<acc_t>(pixel.C);
+    const acc_t* statistics = data.statistics + 4 * pixel.row;
     const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
 
     // In the end h and y are normalised, z is its gradient, dy the gradient of the normalised y.
@@ -220,38 +169,23 @@ __global__ void gated_norm_backward_kernel(NormData<T, acc_t> data) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
     if (!active) continue;
-    write(data.dh + at, dh);
-    write(data.dx + at, x);
-    write(data.dz + at, z);
-    if (threadIdx.x == 0) data.dC[row] = static_cast<T>(more[0]);
+    store(data.dh + pixel.at, dh);
+    store(data.dx + pixel.at, x);
+    store(data.dz + pixel.at, z);
+    if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[0]);
   }
   if (!channels.active) return;
   const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   for (int p = 0; p < kParameters; ++p) {
-    write(data.dparameters + (team * kParameters + p) * data.channels + channels.first, dparameters[p]);
+    store(data.dparameters + (team * kParameters + p) * data.channels + channels.first, dparameters[p]);
   }
 }
-
-// How many threads take a pixel and how many pixels a block takes at a time.
-struct Launch {
-  dim3 block;
-  unsigned blocks;
-
-  Launch(int64_t rows, int64_t channels, int vec) {
-    const int64_t team = (channels / vec + 31) / 32 * 32;
-    TORCH_CHECK_VALUE(team <= kMaxThreads, "gated_norm takes up to ", kMaxThreads * vec,
-                      " channels of this alignment, got ", channels);
-    block = dim3(team, std::max<int64_t>(1, kBlockThreads / team));
-    const int64_t most = int64_t{kBlocksPerProcessor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-    blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
-  }
-};
 
 struct NormInputs {
   // Nothing here is to be cast by autocast once more.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   at::Tensor h, x, z, C, parameters[kParameters];
-  bool aligned = true;
+  bool aligned;
 
   NormInputs(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& C_,
              std::initializer_list<at::Tensor> parameters_)
@@ -260,11 +194,8 @@ struct NormInputs {
     for (const at::Tensor& parameter : parameters_) {
       parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
     }
-    const int64_t vec = vector_length();
-    for (const at::Tensor& map : {h, x, z}) {
-      aligned = aligned && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0 && map.stride(1) % vec == 0;
-    }
-    aligned = aligned && h.size(2) % vec == 0;
+    const int64_t vec = 16 / h.element_size();
+    aligned = is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
   }
 
   // Pixels at one distance from each other, channels side by side.
@@ -272,8 +203,6 @@ struct NormInputs {
     const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
     return rows ? map : map.contiguous();
   }
-
-  int vector_length() const { return 16 / h.element_size(); }
 
   template <typename T, typename acc_t>
   NormData<T, acc_t> data() const {
@@ -310,19 +239,16 @@ std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h, const at::Ten
     data.out = out.mutable_data_ptr<scalar_t>();
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = 16 / sizeof(scalar_t);
-    const Launch launch(data.rows, data.channels, inputs.aligned ? kVec : 1);
-    if (inputs.aligned) {
-      gated_norm_kernel<kVec><<<launch.blocks, launch.block, 0, stream>>>(data);
-    } else {
-      gated_norm_kernel<1><<<launch.blocks, launch.block, 0, stream>>>(data);
-    }
+    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 16);
+    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+      gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {out, statistics};
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                             at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, const at::Tensor& x, const at::Tensor& z,
                               const at::Tensor& C, const at::Tensor& D_skip, const at::Tensor& h_weight,
@@ -355,29 +281,17 @@ Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, cons
       data.dz = dz.mutable_data_ptr<scalar_t>();
       data.dC = dC.mutable_data_ptr<scalar_t>();
       constexpr int kVec = 16 / sizeof(scalar_t);
-      const Launch launch(data.rows, data.channels, inputs.aligned ? kVec : 1);
-      const at::Tensor dparameters =
-          at::empty({int64_t{launch.blocks} * launch.block.y, kParameters, h.size(2)}, accumulation);
+      const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
+      const at::Tensor dparameters = at::empty({launch.teams(), kParameters, h.size(2)}, accumulation);
       data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-      if (inputs.aligned) {
-        gated_norm_backward_kernel<kVec><<<launch.blocks, launch.block, 0, stream>>>(data);
-      } else {
-        gated_norm_backward_kernel<1><<<launch.blocks, launch.block, 0, stream>>>(data);
-      }
+      launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+        gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+      });
       C10_CUDA_KERNEL_LAUNCH_CHECK();
       totals = dparameters.sum(0);
     });
   }
-  const auto like = [&](int p, const at::Tensor& parameter) { return totals[p].to(parameter.scalar_type()); };
-  return {dh,
-          dx,
-          dz,
-          dC,
-          like(0, D_skip),
-          like(1, h_weight),
-          like(2, h_bias),
-          like(3, out_weight),
-          like(4, out_bias)};
+  return {dh, dx, dz, dC, totals};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 namespace grootvl {
 namespace {
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Gradients selective_scan_backward(const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& dt,
                                   const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log,
@@ -23,17 +23,12 @@ Gradients selective_scan_backward(const at::Tensor& grad_, const at::Tensor& x, 
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
     data.ddecay = ddelta.mutable_data_ptr<scalar_t>();
-    parameters = up_only ? scan<Pass::kUpBackward, true>(data, x.options())
-                         : scan<Pass::kFullBackward, true>(data, x.options());
+    parameters =
+        up_only ? scan<Pass::kUpBackward, true>(data, x.options()) : scan<Pass::kFullBackward, true>(data, x.options());
   });
   const at::Tensor ddt = at::matmul(ddelta, inputs.dt_weight);
   const at::Tensor ddt_weight = at::mm(ddelta.flatten(0, 1).t(), dt.flatten(0, 1));
-  return {dx,
-          ddt,
-          ddt_weight.to(dt_weight.scalar_type()),
-          parameters.delta_bias.to(dt_bias.scalar_type()),
-          parameters.A_log.to(A_log.scalar_type()),
-          parameters.input_weight};
+  return {dx, ddt, ddt_weight.to(dt_weight.scalar_type()), parameters.of_channels, parameters.input_weight};
 }
 
 }  // namespace

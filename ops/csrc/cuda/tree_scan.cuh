@@ -57,13 +57,13 @@ struct ScanData {
   T* out;  // h or u; in a backward pass dx
   T* ddecay;
   // Of a selective scan.
-  const T* input_weight;       // (B, L), B in the paper; this far from one vertex to the next:
+  const T* input_weight;  // (B, L), B in the paper; this far from one vertex to the next:
   int64_t input_weight_stride;
-  const acc_t* delta_bias;     // (D)
-  const acc_t* A_log;          // (D)
-  acc_t* dinput_weight;        // (ceil(D / 32), B, L): a sum over 32 channels each
-  acc_t* dparameters;          // (2, B, runs, D): a sum over a run each, of delta_bias and of A_log
-  acc_t* sums[2];  // each stream's values between the sweeps; may be the outputs' memory, row for row
+  const acc_t* delta_bias;  // (D)
+  const acc_t* A_log;       // (D)
+  acc_t* dinput_weight;     // (ceil(D / 32), B, L): a sum over 32 channels each
+  acc_t* dparameters;       // (2, B, runs, D): a sum over a run each, of delta_bias and of A_log
+  acc_t* sums[2];           // each stream's values between the sweeps; may be the outputs' memory, row for row
   const int32_t* parent;
   const int32_t* order;
   const int32_t* subtree_size;

@@ -28,7 +28,8 @@ inline int choose_log2_run(int64_t batch, int64_t length, int64_t channels) {
 
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
-  at::Tensor input_weight, delta_bias, A_log;
+  at::Tensor input_weight;  // (B, L)
+  at::Tensor of_channels;   // (2, D): of delta_bias and A_log
 };
 
 template <Pass pass, bool kSelective, typename T, typename acc_t>
@@ -39,8 +40,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   constexpr bool kParameters = kSelective && is_backward(pass);
   if (batch * length * channels == 0) {
     if (!kParameters) return {};
-    return {at::zeros({batch, length}, options), at::zeros({channels}, accumulation),
-            at::zeros({channels}, accumulation)};
+    return {at::zeros({batch, length}, options), at::zeros({2, channels}, accumulation)};
   }
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   TORCH_CHECK_VALUE(length * channels <= UINT32_MAX, "an image may have up to 2^32 values on CUDA, got ", length, " x ",
@@ -121,8 +121,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
       <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (!kParameters) return {};
-  const at::Tensor totals = dparameters.sum(1);
-  return {dinput_weight.sum(0).to(options.dtype()), totals[0], totals[1]};
+  return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};
 }
 
 template <typename T, typename acc_t>

@@ -63,8 +63,8 @@ struct RunItem {
   int64_t at_run;  // of run and channel in (B, runs, D)
   int begin, end, channel;
   unsigned group;  // of 32 channels
-  bool valid;   // there is such a run
-  bool active;  // and such a channel
+  bool valid;      // there is such a run
+  bool active;     // and such a channel
 
   template <typename T, typename acc_t>
   __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
@@ -118,8 +118,8 @@ __device__ __forceinline__ acc_t warp_sums(const acc_t (&values)[8]) {
 
 // Goes over the rows of a run, forwards or backwards in the postorder. `load(batch, j, vertex)` fills row j of a batch,
 // `visit(batch, j)` is called for each row in turn, `finish(batch)` after each batch. The last batch is filled up with
-// the last row, marked kPast: a walk without branches is faster than one that stops on the row. All lanes of a warp take
-// the same way.
+// the last row, marked kPast: a walk without branches is faster than one that stops on the row. All lanes of a warp
+// take the same way.
 template <bool kForwards, typename Batch, typename Load, typename Visit, typename Finish>
 __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, Load load, Visit visit, Finish finish) {
   const int count = item.end - item.begin;
@@ -332,16 +332,15 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
   T* out = data.out + item.column;
   acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
-  walk_up<pass, kSelective>(data, plan, item, stacks, entering,
-                            [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
-                              if (!item.active || node & kPast) return;
-                              const uint32_t at = (node & kVertexMask) * channels;
-                              if constexpr (pass == Pass::kUp) {
-                                out[at] = static_cast<T>(u);
-                              } else {
-                                sums[s][at] = u;
-                              }
-                            });
+  walk_up<pass, kSelective>(data, plan, item, stacks, entering, [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
+    if (!item.active || node & kPast) return;
+    const uint32_t at = (node & kVertexMask) * channels;
+    if constexpr (pass == Pass::kUp) {
+      out[at] = static_cast<T>(u);
+    } else {
+      sums[s][at] = u;
+    }
+  });
   if constexpr (pass == Pass::kUp) return;
 
   using Batch = Rows<T, acc_t, kStreams>;

@@ -1,0 +1,134 @@
+// Threads that share a pixel's channels, for the norms.
+//
+// A team of warps takes a pixel, a thread kVec neighbouring channels, which it reads as one word and keeps in registers
+// together with the parameters of its channels. So a team goes from pixel to pixel, the next one always on its way from
+// memory; in a backward pass each thread adds up its channels' gradients of the parameters on the way. Sums have a
+// fixed order.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+namespace grootvl {
+
+constexpr int kBlockThreads = 128;  // at least; teams may be larger
+constexpr int kMaxThreads = 1024;
+// Blocks of up to so many threads may use all the registers they like; larger ones are compiled for themselves.
+constexpr int kUsualThreads = 384;
+
+template <typename T, int kVec>
+struct alignas(sizeof(T) * kVec) Vec {
+  T values[kVec];
+};
+
+template <int kVec, typename T>
+__device__ __forceinline__ Vec<T, kVec> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, kVec>*>(from);
+}
+
+template <int kVec, typename acc_t, typename T>
+__device__ __forceinline__ void unpack(acc_t (&to)[kVec], const Vec<T, kVec>& vec) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) to[i] = static_cast<acc_t>(vec.values[i]);
+}
+
+template <int kVec, typename acc_t, typename T>
+__device__ __forceinline__ void store(T* to, const acc_t (&from)[kVec]) {
+  Vec<T, kVec> vec;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) vec.values[i] = static_cast<T>(from[i]);
+  *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
+}
+
+// Sums over the threads of a team (threadIdx.y). Sums that follow one another must use the two buffers in turn.
+template <int kSums, typename acc_t>
+__device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      sums[i] += __shfl_xor_sync(0xffffffff, sums[i], distance);
+    }
+  }
+  if (blockDim.x == 32) return;
+  constexpr int kMaxSums = 3;
+  static_assert(kSums <= kMaxSums);
+  __shared__ acc_t shared[2][kMaxThreads / 32][kMaxSums];
+  const int warps = blockDim.x / 32, first = threadIdx.y * warps;
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) shared[buffer][first + threadIdx.x / 32][i] = sums[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    sums[i] = 0;
+    for (int w = 0; w < warps; ++w) sums[i] += shared[buffer][first + w][i];
+  }
+}
+
+// Normalises values in place; returns mean and reciprocal deviation.
+template <int kVec, typename acc_t>
+__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kVec], bool active, int channels,
+                                                             acc_t eps) {
+  acc_t sum[1] = {0}, squares[1] = {0};
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum[0] += active ? values[i] : acc_t(0);
+  team_sum(sum, 0);
+  const acc_t mean = sum[0] / channels;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    values[i] -= mean;
+    squares[0] += active ? values[i] * values[i] : acc_t(0);
+  }
+  team_sum(squares, 1);
+  const acc_t scale = rsqrt(squares[0] / channels + eps);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) values[i] *= scale;
+  return {mean, scale};
+}
+
+// How many threads take a pixel and how many pixels a block takes at a time.
+struct TeamLaunch {
+  dim3 block;
+  unsigned blocks;
+
+  TeamLaunch(const char* name, int64_t rows, int64_t channels, int vec, int blocks_per_processor) {
+    const int64_t team = (channels / vec + 31) / 32 * 32;
+    TORCH_CHECK_VALUE(team <= kMaxThreads, name, " takes up to ", kMaxThreads * vec,
+                      " channels of this alignment, got ", channels);
+    block = dim3(team, std::max<int64_t>(1, kBlockThreads / team));
+    const int64_t most = int64_t{blocks_per_processor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+    blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
+  }
+
+  int64_t teams() const { return int64_t{blocks} * block.y; }
+
+  // Calls `launch` with the number of threads that a kernel is to be compiled for and the channels of a thread.
+  template <int kVec, typename Launch>
+  void with_sizes(bool aligned, Launch launch) const {
+    const auto with_threads = [&](auto vec) {
+      if (block.x * block.y <= kUsualThreads) {
+        launch(std::integral_constant<int, kUsualThreads>(), vec);
+      } else {
+        launch(std::integral_constant<int, kMaxThreads>(), vec);
+      }
+    };
+    if (aligned) {
+      with_threads(std::integral_constant<int, kVec>());
+    } else {
+      with_threads(std::integral_constant<int, 1>());
+    }
+  }
+};
+
+inline bool is_aligned(const at::Tensor& map, int64_t vec) {
+  return reinterpret_cast<uintptr_t>(map.const_data_ptr()) % (vec * map.element_size()) == 0 &&
+         map.stride(1) % vec == 0;
+}
+
+}  // namespace grootvl
