@@ -25,7 +25,7 @@ PEER = "swin_tiny_patch4_window7_224"
 class Run:
     """One model with a batch of images, on the GPU."""
 
-    def __init__(self, name: str, batch: int, size: tuple[int, int], compiled: bool) -> None:
+    def __init__(self, name: str, batch: int, size: tuple[int, int], compiled: bool = False) -> None:
         peer_size = {"img_size": size} if name == PEER and size != (224, 224) else {}
         model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
         self.model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model

@@ -235,10 +235,9 @@ def _like(gradients: Tensor, *parameters: Tensor) -> list[Tensor]:
 
 
 def _selective_backward(ctx, grad: Tensor):
-    _, _, _, dt_bias, A_log, *_ = ctx.saved_tensors
-    dx, ddt, ddt_weight, dparameters, dB = torch.ops.grootvl_ops.selective_scan_backward(
-        grad, *ctx.saved_tensors, ctx.up_only
-    )
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
+    _, _, _, dt_bias, A_log, *_ = saved
+    dx, ddt, ddt_weight, dparameters, dB = torch.ops.grootvl_ops.selective_scan_backward(grad, *saved, ctx.up_only)
     return dx, ddt, ddt_weight, *_like(dparameters, dt_bias, A_log), dB, None, None, None, None
 
 
@@ -249,8 +248,9 @@ def _setup_norm_context(ctx, inputs, output) -> None:
 
 
 def _gated_norm_backward(ctx, grad: Tensor, _):
-    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
-    return *maps, *_like(dparameters, *ctx.saved_tensors[4:9]), None
+    saved = ctx.saved_tensors
+    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *saved)
+    return *maps, *_like(dparameters, *saved[4:9]), None
 
 
 def _layer_norm_backward(ctx, grad: Tensor, _):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tree_makers import SHAPES, make_tree
 
 import grootvl_ops
@@ -265,6 +267,20 @@ def test_under_autocast(device):
     expected = grootvl_ops.selective_scan(*operands, tree)
     with torch.autocast(device, torch.bfloat16):
         torch.testing.assert_close(grootvl_ops.selective_scan(*operands, tree), expected)
+
+
+def test_checkpointing_recomputes_the_same(device):
+    tree = make_tree("scattered", 2, 9, device)
+    for function, operands in (
+        (lambda *o: grootvl_ops.selective_scan(*o, tree), scan_operands(2, 9, 3, 2, torch.float32)),
+        (grootvl_ops.gated_norm, norm_operands(2, 9, 3, torch.float32)),
+        (grootvl_ops.layer_norm, [torch.randn(2, 9, 3), torch.randn(3), torch.randn(3)]),
+    ):
+        operands = [o.to(device) for o in operands]
+        grad = torch.randn_like(operands[0])
+        expected = with_gradients(function, operands, grad)
+        actual = with_gradients(partial(checkpoint, function, use_reentrant=False), operands, grad)
+        assert all(map(torch.equal, actual, expected))
 
 
 def test_no_second_derivative(device):

@@ -1,0 +1,148 @@
+"""The model on a GPU: its fused kernels against the plain layers, CUDA graphs, and mixed precision over many steps."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import grootv  # noqa: F401  registers the models
+import grootvl_ops
+from grootv.models.layer_norm import LayerNorm
+from grootv.models.tree_ssm import TreeSSM
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or grootvl_ops.backend("cuda") != "compiled", reason="needs a GPU and its kernels"
+)
+VARIANTS = pytest.mark.parametrize("kwargs", [{}, {"root": "first"}, {"tree_per": "stage", "metric": "euclidean"}])
+
+
+def small(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("grootv_nano", dims=(16, 32, 48, 64), num_classes=10, **kwargs).cuda()
+
+
+def images(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+def loss_and_gradients(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        loss = model(x).float().square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(model)
+    plain.set_fused(False)
+    return plain
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=str)
+def test_fused_equals_plain(kwargs, dtype, tolerance):
+    model = small(**kwargs).to(dtype)
+    x = images(2, 3, 96, 160).to(dtype)
+    for fused, plain in zip(loss_and_gradients(model, x), loss_and_gradients(plain_copy(model), x), strict=True):
+        assert (fused - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.05), (torch.bfloat16, 0.3)], ids=str)
+def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance):
+    """As near to float32 as the format allows; trees of rounded features may differ in edges of near weights."""
+    model = small(**kwargs)
+    x = images(2, 3, 96, 160)
+    exact = loss_and_gradients(plain_copy(model), x)
+    for fused, expected in zip(loss_and_gradients(model, x, dtype), exact, strict=True):
+        assert fused.dtype == torch.float32
+        assert (fused - expected).norm() <= tolerance * expected.norm()
+
+
+def test_what_autocast_gives():
+    """Maps between blocks are float32, what feeds a matrix product is not, as with PyTorch's own layers."""
+    model = small()
+    seen: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (LayerNorm, TreeSSM)):
+            module.register_forward_hook(
+                lambda _, __, out, name=name: seen.update({name: (out[0] if isinstance(out, tuple) else out).dtype})
+            )
+    with torch.autocast("cuda", torch.float16):
+        features = model.forward_features(images(1, 3, 64, 64))
+    assert features.dtype == torch.float32
+    assert seen["stem.norm2"] == seen["stages.1.downsample.norm"] == seen["stages.0.norm"] == torch.float32
+    assert seen["stages.0.blocks.0.norm1"] == seen["stages.0.blocks.0.norm2"] == torch.float16
+    assert seen["stages.0.blocks.0.mixer"] == torch.float16
+
+
+def test_too_many_channels_take_the_plain_path():
+    mixer = TreeSSM(1030, device="cuda")
+    assert not mixer.fused
+    out, _ = mixer(torch.randn(1, 2, 3, 1030, device="cuda"))
+    assert torch.isfinite(out).all()
+    assert TreeSSM(640, device="cuda").fused and TreeSSM(1024, device="cuda").fused
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_cuda_graph(dtype):
+    """Inference and a training step are captured, and a replay on other images gives what the eager model gives."""
+    model = small()
+    static, other = images(2, 3, 64, 96), images(4, 3, 64, 96)[2:]
+
+    def step() -> list[Tensor]:
+        with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=dtype is not None):
+            logits = model(static)
+        return [logits, *loss_and_gradients(model, static, dtype)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    static.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    results = [result.clone() for result in captured]
+    for result, expected in zip(results, step(), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_precision_follows_float32(dtype):
+    """400 steps on handwritten digits: the loss falls along the curve of float32 without fused kernels."""
+    digits = load_digits()
+    pixels = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
+    pixels = F.interpolate(pixels, scale_factor=4).cuda()
+    labels = torch.tensor(digits.target).cuda()
+
+    def curve(model: nn.Module, dtype: torch.dtype | None) -> np.ndarray:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        losses = []
+        for step in range(400):
+            batch = torch.arange(64 * step, 64 * (step + 1), device="cuda") % len(labels)
+            with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                loss = F.cross_entropy(model(pixels[batch]), labels[batch])
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses).float().cpu().numpy().reshape(-1, 50).mean(1)
+
+    model = small()
+    exact, mixed = curve(plain_copy(model), None), curve(model, dtype)
+    assert exact[0] > 1.5 and exact[-1] < 0.3, exact
+    assert np.all(np.abs(mixed - exact) < 0.15 * exact + 0.1), (mixed, exact)
