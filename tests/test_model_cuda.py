@@ -34,8 +34,20 @@ def images(*sizes: int) -> Tensor:
 
 def loss_and_gradients(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
-        loss = model(x).float().square().mean()
+        loss = 1024 * model(x).float().square().mean()  # scaled, as float16 needs it
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Each within `tolerance` of its norm; gradients that are zero but for rounding, of a thousandth of the largest."""
+    least = 1e-3 * max(float(e.norm()) for e in expected)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        error, size = float((a - e).norm()), max(float(e.norm()), least)
+        assert error <= tolerance * size, f"result {number}: {error} > {tolerance} x {size}"
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -45,24 +57,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 @VARIANTS
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
 def test_fused_equals_plain(kwargs, dtype, tolerance):
     model = small(**kwargs).to(dtype)
     x = images(2, 3, 96, 160).to(dtype)
-    for fused, plain in zip(loss_and_gradients(model, x), loss_and_gradients(plain_copy(model), x), strict=True):
-        assert (fused - plain).abs().max() <= tolerance * plain.abs().max()
+    assert_near(loss_and_gradients(model, x), loss_and_gradients(plain_copy(model), x), tolerance)
 
 
 @VARIANTS
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.05), (torch.bfloat16, 0.3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.02), (torch.bfloat16, 0.05)], ids=str)
 def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance):
     """As near to float32 as the format allows; trees of rounded features may differ in edges of near weights."""
     model = small(**kwargs)
     x = images(2, 3, 96, 160)
     exact = loss_and_gradients(plain_copy(model), x)
-    for fused, expected in zip(loss_and_gradients(model, x, dtype), exact, strict=True):
-        assert fused.dtype == torch.float32
-        assert (fused - expected).norm() <= tolerance * expected.norm()
+    loss, *gradients = loss_and_gradients(model, x, dtype)
+    assert {g.dtype for g in gradients} == {torch.float32}
+    assert_near([loss, flat(gradients)], [exact[0], flat(exact[1:])], tolerance)
 
 
 def test_what_autocast_gives():
@@ -144,5 +155,5 @@ def test_mixed_precision_follows_float32(dtype):
 
     model = small()
     exact, mixed = curve(plain_copy(model), None), curve(model, dtype)
-    assert exact[0] > 1.5 and exact[-1] < 0.3, exact
+    assert exact[0] > 1 and exact[-1] < 0.1, exact
     assert np.all(np.abs(mixed - exact) < 0.15 * exact + 0.1), (mixed, exact)

@@ -117,8 +117,15 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
         <<<blocks(kStreams * batch * channels), kWalkThreads, stack_bytes, stream>>>(data, plan, runs, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  finish_runs<pass, kSelective>
-      <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
+  const auto finish = [&](auto rows) {
+    finish_runs<rows(), pass, kSelective>
+        <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
+  };
+  if (is_backward(pass) || several_runs || length < 8 * kLongBatch) {
+    finish(std::integral_constant<int, kBatch>());
+  } else if constexpr (!is_backward(pass)) {
+    finish(std::integral_constant<int, kLongBatch>());
+  }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (!kParameters) return {};
   return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};

@@ -7,8 +7,8 @@
 namespace grootvl {
 
 constexpr int kWalkThreads = 128;
-// Rows whose loads are in flight together, while as many are worked on.
-constexpr int kBatch = 8;
+// Rows whose loads are in flight together, while as many are worked on. More are better for few warps on long trees.
+constexpr int kBatch = 8, kLongBatch = 16;
 
 // Sums that wait, one for each lane: the top in a register, the others in shared memory. Without branches, since a walk
 // decides at every row whether to push or to pop.
@@ -91,12 +91,12 @@ struct RunItem {
 };
 
 // A batch of rows on its way from memory.
-template <typename T, typename V, int kStreams>
+template <int kRows, typename T, typename V, int kStreams>
 struct Rows {
-  uint32_t node[kBatch];
-  T decay[kBatch];
-  V value[kStreams][kBatch];
-  T x[kBatch], input_weight[kBatch];
+  uint32_t node[kRows];
+  T decay[kRows];
+  V value[kStreams][kRows];
+  T x[kRows], input_weight[kRows];
 };
 
 // Sums of eight values, each over a warp: value i / 4 for lane i.
@@ -120,11 +120,11 @@ __device__ __forceinline__ acc_t warp_sums(const acc_t (&values)[8]) {
 // `visit(batch, j)` is called for each row in turn, `finish(batch)` after each batch. The last batch is filled up with
 // the last row, marked kPast: a walk without branches is faster than one that stops on the row. All lanes of a warp
 // take the same way.
-template <bool kForwards, typename Batch, typename Load, typename Visit, typename Finish>
+template <bool kForwards, int kRows, typename Batch, typename Load, typename Visit, typename Finish>
 __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, Load load, Visit visit, Finish finish) {
   const int count = item.end - item.begin;
   const uint32_t* nodes = plan.nodes + item.rows + (kForwards ? item.begin : item.end - 1);
-  const int lane = threadIdx.x % kBatch;
+  const int lane = threadIdx.x % kRows;
   // The nodes of a batch, one in each of the first lanes.
   const auto nodes_from = [&](int first) {
     const int i = min(first + lane, count - 1);
@@ -133,27 +133,27 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, Load
   };
   const auto load_batch = [&](Batch& batch, uint32_t batch_nodes) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
+    for (int j = 0; j < kRows; ++j) {
       batch.node[j] = __shfl_sync(0xffffffff, batch_nodes, j);
       load(batch, j, batch.node[j] & kVertexMask);
     }
   };
   const auto visit_batch = [&](const Batch& batch) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) visit(batch, j);
+    for (int j = 0; j < kRows; ++j) visit(batch, j);
     finish(batch);
   };
   // One batch is on its way while the other is worked on.
   Batch even, odd;
   load_batch(even, nodes_from(0));
-  uint32_t nodes_ahead = nodes_from(kBatch);
-  for (int first = 0; first < count; first += 2 * kBatch) {
+  uint32_t nodes_ahead = nodes_from(kRows);
+  for (int first = 0; first < count; first += 2 * kRows) {
     load_batch(odd, nodes_ahead);
-    nodes_ahead = nodes_from(first + 2 * kBatch);
+    nodes_ahead = nodes_from(first + 2 * kRows);
     visit_batch(even);
-    if (first + kBatch >= count) return;
+    if (first + kRows >= count) return;
     load_batch(even, nodes_ahead);
-    nodes_ahead = nodes_from(first + 3 * kBatch);
+    nodes_ahead = nodes_from(first + 3 * kRows);
     visit_batch(odd);
   }
 }
@@ -166,12 +166,12 @@ __device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T
 }
 
 // The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, decay, u, contribution)`.
-template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
+template <int kRows, Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
                                         Stack<acc_t> (&stacks)[num_streams(pass)],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
-  using Batch = Rows<T, T, kStreams>;
+  using Batch = Rows<kRows, T, T, kStreams>;
   const uint32_t channels = data.channels;
   const T* decays = data.decay + item.column;
   const T* values[2] = {data.x + item.column, is_backward(pass) ? data.grad + item.column : nullptr};
@@ -212,7 +212,7 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
       sum[s] = light ? contribution + waiting : contribution;
     }
   };
-  walk<true, Batch>(plan, item, load, visit_row, [](const Batch&) {});
+  walk<true, kRows, Batch>(plan, item, load, visit_row, [](const Batch&) {});
 }
 
 // (1) Each run by itself.
@@ -226,19 +226,19 @@ __global__ void __launch_bounds__(kWalkThreads)
   for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
-  walk_up<pass, kSelective>(data, plan, item, stacks, nothing,
-                            [&](int s, uint32_t node, acc_t decay, acc_t u, acc_t contribution) {
-                              if (!(node & kPast)) end[s] = u;
-                              if (node & kChain) {
-                                bottom[s] += product * (u - chain[s]);
-                                chain[s] = contribution;
-                                if (s == kStreams - 1) {
-                                  before = product;
-                                  product *= decay;
-                                }
-                              }
-                              if (s == 0 && !(node & kPast)) last_decay = decay;
-                            });
+  walk_up<kBatch, pass, kSelective>(data, plan, item, stacks, nothing,
+                                    [&](int s, uint32_t node, acc_t decay, acc_t u, acc_t contribution) {
+                                      if (!(node & kPast)) end[s] = u;
+                                      if (node & kChain) {
+                                        bottom[s] += product * (u - chain[s]);
+                                        chain[s] = contribution;
+                                        if (s == kStreams - 1) {
+                                          before = product;
+                                          product *= decay;
+                                        }
+                                      }
+                                      if (s == 0 && !(node & kPast)) last_decay = decay;
+                                    });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
   runs.decay[item.at_run] = last_decay;
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 // (3) Each run, with what enters it: nothing, if it is the whole tree.
-template <Pass pass, bool kSelective, typename T, typename acc_t>
+template <int kRows, Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
   constexpr int kStreams = num_streams(pass);
@@ -332,18 +332,19 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
   T* out = data.out + item.column;
   acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
-  walk_up<pass, kSelective>(data, plan, item, stacks, entering, [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
-    if (!item.active || node & kPast) return;
-    const uint32_t at = (node & kVertexMask) * channels;
-    if constexpr (pass == Pass::kUp) {
-      out[at] = static_cast<T>(u);
-    } else {
-      sums[s][at] = u;
-    }
-  });
+  walk_up<kRows, pass, kSelective>(data, plan, item, stacks, entering,
+                                   [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
+                                     if (!item.active || node & kPast) return;
+                                     const uint32_t at = (node & kVertexMask) * channels;
+                                     if constexpr (pass == Pass::kUp) {
+                                       out[at] = static_cast<T>(u);
+                                     } else {
+                                       sums[s][at] = u;
+                                     }
+                                   });
   if constexpr (pass == Pass::kUp) return;
 
-  using Batch = Rows<T, acc_t, kStreams>;
+  using Batch = Rows<kRows, T, acc_t, kStreams>;
   const T* decays = data.decay + item.column;
   const T* xs = data.x + item.column;
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t* dinput_weights = data.dinput_weight + (item.group * data.batch * data.num_vertices + item.rows);
   const auto discretise = discretisation<kSelective>(data, item);
   constexpr bool kParameters = kSelective && is_backward(pass);
-  acc_t dbias = 0, dA_log = 0, dinput_weight[kBatch];
+  acc_t dbias = 0, dA_log = 0, dinput_weight[kRows];
   acc_t h[kStreams] = {};
   for (int s = 0; s < kStreams; ++s) {
     if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
@@ -414,13 +415,13 @@ __global__ void __launch_bounds__(kWalkThreads)
       h[s] = push ? waiting : h[s];
     }
   };
-  walk<false, Batch>(plan, item, load, visit_row, [&](const Batch& batch) {
+  walk<false, kRows, Batch>(plan, item, load, visit_row, [&](const Batch& batch) {
     if constexpr (kParameters) {
       const acc_t sum = warp_sums(dinput_weight);
       const int lane = threadIdx.x % 32;
       uint32_t node = batch.node[0];
 #pragma unroll
-      for (int j = 1; j < kBatch; ++j) {
+      for (int j = 1; j < kRows; ++j) {
         if (lane / 4 == j) node = batch.node[j];
       }
       if (lane % 4 == 0 && !(node & kPast)) dinput_weights[node & kVertexMask] = sum;
