@@ -41,7 +41,8 @@ format: $(VENV)/test
 bench: $(VENV)/train
 	$(VENV)/bin/python benchmarks/cpu_latency.py
 	if $(VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
-	  $(VENV)/bin/python benchmarks/operations.py && $(VENV)/bin/python benchmarks/throughput.py; \
+	  $(VENV)/bin/python benchmarks/speed.py && $(VENV)/bin/python benchmarks/operations.py && \
+	  $(VENV)/bin/python benchmarks/throughput.py && $(VENV)/bin/python benchmarks/scaling.py; \
 	fi
 
 clean:

@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 
 from PIL import Image
 
-from grootv.data.scenes import SceneMaker, export_ade20k, export_coco
+from grootv.data.scenes import SEGMENTATION, SceneMaker, export_ade20k, export_coco
 
 
 def decode(segmentation: dict) -> np.ndarray:
@@ -63,17 +63,41 @@ def test_pycocotools_reads_the_masks(coco: Path) -> None:
         assert np.array_equal(reader.annToMask(annotation).astype(bool), decode(annotation["segmentation"]))
 
 
-def test_labels_of_ade20k_are_the_masks_of_coco(coco: Path, ade: Path) -> None:
-    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+def test_labels_of_ade20k_are_the_masks_of_scenes(ade: Path) -> None:
     labels = sorted((ade / "annotations" / "training").iterdir())
     images = sorted((ade / "images" / "training").iterdir())
     assert [path.stem for path in labels] == [path.stem for path in images] and len(images) == 20
-    for image, path in zip(content["images"], labels, strict=True):
-        expected = np.ones((image["height"], image["width"]), np.uint8)
-        for entry in content["annotations"]:
-            if entry["image_id"] == image["id"]:
-                expected[decode(entry["segmentation"])] = 0 if entry["iscrowd"] else entry["category_id"] + 1
+    make = SceneMaker("train", **SEGMENTATION)
+    for index, (path, image) in enumerate(zip(labels, images, strict=True)):
+        scene = make(index)
+        expected = np.ones(scene.image.shape[:2], np.uint8)
+        for instance in scene.instances:
+            expected[instance.mask] = 0 if instance.crowd else instance.label + 2
         assert np.array_equal(np.asarray(Image.open(path)), expected)
+        # The picture belongs to the labels: what JPEG changes of it is little.
+        assert np.abs(np.asarray(Image.open(image), float) - scene.image).mean() < 8
+
+
+def test_scenes_for_segmentation_have_all_that_is_hard_and_more_digits(ade: Path) -> None:
+    labels = [np.asarray(Image.open(path)) for path in sorted((ade / "annotations" / "training").iterdir())]
+    shares = np.bincount(np.concatenate([each.ravel() for each in labels]), minlength=12) / sum(x.size for x in labels)
+    assert 0.12 < shares[2:].sum() < 0.4 and (shares[2:] > 0).all()
+    assert shares[0] > 0, "crowds"
+    assert any((each == 1).all() for each in labels), "an image without objects"
+    assert len({each.shape for each in labels}) == 2
+    scenes = [SceneMaker("train", **SEGMENTATION)(index) for index in range(20)]
+    areas = [instance.mask.sum() for scene in scenes for instance in scene.instances if not instance.crowd]
+    assert min(areas) < 100 and max(areas) > 400
+
+
+def test_digits_that_try_several_places_hide_less_of_each_other() -> None:
+    """The more of the digits is seen, the more pixels they have together, if their sizes are the same."""
+    options = {"digits": (6, 6), "sides": (0.4, 0.4)}
+    seen = []
+    for places in (1, 12):
+        make = SceneMaker("train", places=places, **options)
+        seen.append(sum(instance.mask.sum() for i in range(8) for instance in make(i).instances))
+    assert seen[1] > 1.1 * seen[0]
 
 
 def test_splits_share_neither_digits_nor_photographs() -> None:
@@ -91,7 +115,18 @@ def test_scenes_depend_on_seed_and_number_alone() -> None:
     assert not np.array_equal(SceneMaker("train", seed=4)(5).image, first(5).image)
 
 
-@pytest.mark.parametrize("change", [{"split": "test"}, {"size": (20, 200)}, {"size": (160, 500)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": "test"},
+        {"size": (20, 200)},
+        {"size": (160, 500)},
+        {"digits": (0, 3)},
+        {"digits": (5, 4)},
+        {"sides": (0.5, 1.5)},
+        {"places": 0},
+    ],
+)
 def test_bad_arguments_are_named(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         SceneMaker(**{"split": "train", **change})

@@ -57,8 +57,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 @VARIANTS
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 5e-3)], ids=str)
 def test_fused_equals_plain(kwargs, dtype, tolerance):
+    """Convolutions in float32 round to TF32, whose steps are one part in two thousand."""
     model = small(**kwargs).to(dtype)
     x = images(2, 3, 96, 160).to(dtype)
     assert_near(loss_and_gradients(model, x), loss_and_gradients(plain_copy(model), x), tolerance)

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 HELD_OUT = 0.2
+# Segmentation counts pixels, not objects: with the digits of detection, nine in ten pixels would be photograph.
+SEGMENTATION = {"digits": (3, 7), "sides": (0.3, 0.7), "places": 12}
 # Photographs that come inside scikit-image and scikit-learn; those for validation are not seen in training.
 PHOTOGRAPHS = {
     "train": (
@@ -53,18 +56,29 @@ class Scene:
 
 
 class SceneMaker:
-    """Draws scenes of one split: up to six digits on a part of a photograph, with its colours changed.
+    """Draws scenes of one split: some digits on a part of a photograph, with its colours changed.
 
-    Digits (scikit-learn's, 8x8 pixels) are enlarged to between an eighth and 0.6 of the shorter side, rotated by up to
-    25 degrees, coloured, and pasted one over another. Some are tiny, every eighth image has a crowd, every tenth none.
+    Digits (scikit-learn's, 8x8 pixels) are enlarged, rotated by up to 25 degrees, coloured, and pasted one over the
+    other. Some are tiny, every eighth image has a crowd, every tenth none.
 
     Args:
         split: "train" or "val"; they have different digits (four in five are for training) and photographs.
         seed: of all random choices. Scene i is a function of the split, the seed and i.
         size: shorter and longer side of an image in pixels, at most 300 and 400; which one is the height is random.
+        digits: least and greatest number of digits on an image that has some.
+        sides: least and greatest side of a digit that is not tiny, in shorter sides of the image.
+        places: random places that each digit tries; it takes the one where it covers least of those before it.
     """
 
-    def __init__(self, split: str, seed: int = 0, size: tuple[int, int] = (128, 160)) -> None:
+    def __init__(
+        self,
+        split: str,
+        seed: int = 0,
+        size: tuple[int, int] = (128, 160),
+        digits: tuple[int, int] = (1, 6),
+        sides: tuple[float, float] = (0.14, 0.6),
+        places: int = 1,
+    ) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -73,15 +87,22 @@ class SceneMaker:
         if not 64 <= min(size) <= 300 or not max(size) <= 400:
             raise ValueError(f"size must be from 64 to 300 (shorter side) and at most 400 (longer side), got {size}")
         self.key = (tuple(PHOTOGRAPHS).index(split), seed)
+        if not 1 <= digits[0] <= digits[1]:
+            raise ValueError(f"digits must be a least and a greatest number, from 1 on, got {digits}")
+        if not 0 < sides[0] <= sides[1] <= 1:
+            raise ValueError(f"sides must be a least and a greatest part of the shorter side, up to 1, got {sides}")
+        if places < 1:
+            raise ValueError(f"places must be at least 1, got {places}")
         self.size = tuple(sorted(size))
+        self.number, self.sides, self.places = digits, sides, places
         self.photographs = [_photograph(package, name) for package, name in PHOTOGRAPHS[split]]
-        digits = load_digits()
+        glyphs = load_digits()
         halves = train_test_split(
-            np.arange(len(digits.target)), test_size=HELD_OUT, stratify=digits.target, random_state=0
+            np.arange(len(glyphs.target)), test_size=HELD_OUT, stratify=glyphs.target, random_state=0
         )
         chosen = halves[self.key[0]]
-        self.digits = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target[chosen]
+        self.digits = np.round(glyphs.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.labels = glyphs.target[chosen]
 
     def __call__(self, index: int) -> Scene:
         """Draw scene number `index`."""
@@ -92,9 +113,9 @@ class SceneMaker:
             return scene
         if index % 8 == 3:
             self._paste_crowd(rng, scene)
-        for _ in range(rng.integers(1, 7)):
+        for _ in range(rng.integers(self.number[0], self.number[1] + 1)):
             tiny = rng.random() < 0.15
-            side = rng.integers(9, 14) if tiny else rng.uniform(0.14, 0.6) * self.size[0]
+            side = rng.integers(9, 14) if tiny else rng.uniform(*self.sides) * self.size[0]
             self._paste_digit(rng, scene, int(side))
         for behind, instance in enumerate(scene.instances):
             for cover in scene.instances[behind + 1 :]:
@@ -130,8 +151,21 @@ class SceneMaker:
         opacity, label = self._glyph(rng, side)
         height, width = scene.image.shape[:2]
         top, left, bottom, right = area or (0, 0, height, width)
-        y = rng.integers(top, max(bottom - opacity.shape[0], top) + 1)
-        x = rng.integers(left, max(right - opacity.shape[1], left) + 1)
+        taken = np.any([np.zeros((height, width), bool), *(each.mask for each in scene.instances)], axis=0)
+
+        def covered(place: tuple[int, int]) -> int:
+            y, x = place
+            behind = taken[y : y + opacity.shape[0], x : x + opacity.shape[1]]
+            return int((behind & (opacity[: height - y, : width - x] > 0.5)).sum())
+
+        places = [
+            (
+                rng.integers(top, max(bottom - opacity.shape[0], top) + 1),
+                rng.integers(left, max(right - opacity.shape[1], left) + 1),
+            )
+            for _ in range(self.places)
+        ]
+        y, x = min(places, key=covered)
         opacity = opacity[: height - y, : width - x]
         place = scene.image[y : y + opacity.shape[0], x : x + opacity.shape[1]]
         # A colour far enough from what is behind it to be read.
@@ -219,7 +253,8 @@ def export_coco(root: str | Path, num_train: int = 400, num_val: int = 80, seed:
 def export_ade20k(root: str | Path, num_train: int = 400, num_val: int = 80, seed: int = 0) -> Path:
     """Write scenes as ADE20K has its images: `{images,annotations}/{training,validation}/*.{jpg,png}`.
 
-    Labels: 1 is the photograph, 2 to 11 are the digits, 0 (crowds) is not evaluated.
+    Labels: 1 is the photograph, 2 to 11 are the digits, 0 (crowds) is not evaluated. The scenes differ from those of
+    `export_coco`: more and larger digits, which cover less of each other, fill about a quarter of the pixels.
 
     Args, returns and errors are those of `export_coco`.
     """
@@ -227,7 +262,7 @@ def export_ade20k(root: str | Path, num_train: int = 400, num_val: int = 80, see
         for split, name, number in (("train", "training", num_train), ("val", "validation", num_val)):
             for kind in ("images", "annotations"):
                 (folder / kind / name).mkdir(parents=True)
-            for index, scene in enumerate(_scenes(split, seed, number)):
+            for index, scene in enumerate(_scenes(split, seed, number, **SEGMENTATION)):
                 labels = np.ones(scene.image.shape[:2], np.uint8)
                 for instance in scene.instances:
                     labels[instance.mask] = 0 if instance.crowd else instance.label + 2
@@ -237,8 +272,8 @@ def export_ade20k(root: str | Path, num_train: int = 400, num_val: int = 80, see
     return Path(root)
 
 
-def _scenes(split: str, seed: int, number: int) -> Iterator[Scene]:
-    maker = SceneMaker(split, seed)
+def _scenes(split: str, seed: int, number: int, **options: Any) -> Iterator[Scene]:
+    maker = SceneMaker(split, seed, **options)
     return (maker(index) for index in range(number))
 
 

@@ -15,11 +15,15 @@
 
 namespace grootvl {
 
+// Whether there are so many warps for each multiprocessor of the GPU.
+inline bool has_warps(int64_t warps, int64_t wanted) {
+  return warps >= wanted * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+}
+
 // log2 of the run length for a scan of this size; 31 for one run a tree.
-inline int choose_log2_run(int64_t batch, int64_t length, int64_t channels) {
-  const int64_t warps = batch * ((channels + 31) / 32);
-  // Eight warps a multiprocessor keep the memory busy.
-  if (warps >= 8 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount || length <= 256) return 31;
+inline int choose_log2_run(int64_t warps, int64_t length, bool backward) {
+  // So few warps a multiprocessor keep the memory busy; forward half as many, with more rows in flight for each.
+  if (has_warps(warps, backward ? 8 : 4) || length <= 256) return 31;
   // About the square root of the length: walking one run then takes about as long as walking over all runs.
   int log2_run = 5;
   while ((int64_t{1} << (2 * log2_run + 1)) < length) ++log2_run;
@@ -66,10 +70,10 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   }
 
   Plan plan{};
-  plan.log2_run = choose_log2_run(batch, length, channels);
+  const int64_t groups = (channels + 31) / 32, warps = batch * groups;
+  plan.log2_run = choose_log2_run(warps, length, is_backward(pass));
   const bool several_runs = plan.log2_run < 31;
   plan.runs = several_runs ? static_cast<int>(max_runs(length, plan.log2_run)) : 1;
-  const int64_t groups = (channels + 31) / 32;
   at::Tensor dinput_weight, dparameters;
   if constexpr (kParameters) {
     dinput_weight = at::empty({groups, batch, length}, accumulation);
@@ -121,7 +125,9 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
     finish_runs<rows(), pass, kSelective>
         <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
   };
-  if (is_backward(pass) || several_runs || length < 8 * kLongBatch) {
+  // Longer batches need more registers: they pay off where warps are few, or data wide and rows cheap.
+  const bool wide = !kSelective && sizeof(T) >= 4;
+  if (is_backward(pass) || several_runs || length < 8 * kLongBatch || (has_warps(warps, 8) && !wide)) {
     finish(std::integral_constant<int, kBatch>());
   } else if constexpr (!is_backward(pass)) {
     finish(std::integral_constant<int, kLongBatch>());

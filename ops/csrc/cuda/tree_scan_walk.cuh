@@ -7,7 +7,7 @@
 namespace grootvl {
 
 constexpr int kWalkThreads = 128;
-// Rows whose loads are in flight together, while as many are worked on. More are better for few warps on long trees.
+// Rows whose loads are in flight together, while as many are worked on.
 constexpr int kBatch = 8, kLongBatch = 16;
 
 // Sums that wait, one for each lane: the top in a register, the others in shared memory. Without branches, since a walk
