@@ -390,6 +390,18 @@ def test_configuration():
         timm.create_model("grootv_nano", pretrained=True)
 
 
+def test_set_fused_reaches_every_layer():
+    model = small()
+    layers = [module for module in model.modules() if hasattr(module, "fused")]
+    assert {type(layer).__name__ for layer in layers} == {"TreeSSM", "LayerNorm"}
+    expected = grootvl_ops.backend("cuda") == "compiled"
+    assert {layer.fused for layer in layers} == {expected}
+    model.set_fused(False)
+    assert {layer.fused for layer in layers} == {False}
+    model.set_fused()
+    assert {layer.fused for layer in layers} == {expected}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", [{}, {"tree_per": "stage"}, {"root": "first"}])
