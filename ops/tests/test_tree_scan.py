@@ -168,6 +168,21 @@ def test_feature_maps(compiled_device, kind, height, width):
     check(found, oracles.message_gradients(x, decay, tree, grad), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [700, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_trees_at_a_time(cuda_kernels, batch, dtype):
+    """So many that a GPU walks along whole trees rather than runs; the CPU knows no such difference."""
+    features = torch.randn(batch, 17, 19, 8)
+    tree = grootvl_ops.build_tree(features)
+    x, decay, grad = operands(batch, 17 * 19, 8, "cpu", dtype)
+    expected = Operations.gradients(x, decay, tree, grad)
+    on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
+    found = Operations.gradients(x.to(cuda_kernels), decay.to(cuda_kernels), on_gpu, grad.to(cuda_kernels))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
 def test_deep_and_wide_trees(compiled_device):
     """100,000 vertices in one branch, and below one vertex: no recursion, no stack that a branch could overrun."""
     num_vertices = 100_000
