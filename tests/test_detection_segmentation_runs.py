@@ -163,7 +163,8 @@ def test_layer_decay_and_weight_decay_reach_the_backbone_alone(task: str, tmp_pa
         }
         for part in ("stem.", "stages.0.blocks.0.", "stages.3.blocks.0.")
     }
-    assert rates["stages.3.blocks.0."] == {base_lr * 0.5**2} or rates["stages.3.blocks.0."] == {base_lr * 0.5}
+    backbone_lr = base_lr * {"detection": 1, "segmentation": 0.25}[task]  # the demonstration's heads learn faster
+    assert rates["stages.3.blocks.0."] in ({backbone_lr * 0.5**2}, {backbone_lr * 0.5})
     assert max(rates["stem."]) < max(rates["stages.0.blocks.0."]) < max(rates["stages.3.blocks.0."])
 
 

@@ -55,13 +55,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_iters=2000, val_interval=500)
 # The heads begin with nothing and have few steps; at their rate the backbone's deeper maps would all become the same.
 optimizer = dict(lr=4e-3)
-optim_wrapper = dict(
-    optimizer=optimizer,
-    constructor="DefaultOptimWrapperConstructor",
-    paramwise_cfg=dict(
-        _delete_=True, custom_keys=dict(backbone=dict(lr_mult=0.25)), norm_decay_mult=0.0, bias_decay_mult=0.0
-    ),
-)
+optim_wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(backbone_lr_mult=0.25))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=2000),

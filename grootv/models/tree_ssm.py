@@ -82,8 +82,9 @@ class TreeSSM(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, inner_dim, **dd)
         self.A_log = nn.Parameter(torch.empty(inner_dim, **dd))
         self.D_skip = nn.Parameter(torch.empty(inner_dim, **dd))
-        self.h_norm = PromotedLayerNorm(inner_dim, eps=1e-5, **dd)
-        self.out_norm = PromotedLayerNorm(inner_dim, eps=1e-5, **dd)
+        self.norm_eps = 1e-5
+        self.h_norm = PromotedLayerNorm(inner_dim, eps=self.norm_eps, **dd)
+        self.out_norm = PromotedLayerNorm(inner_dim, eps=self.norm_eps, **dd)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         self.reset_parameters()
 
@@ -142,10 +143,9 @@ class TreeSSM(nn.Module):
         h = grootvl_ops.selective_scan(
             x, dt, self.dt_proj.weight, self.dt_proj.bias, self.A_log, B.squeeze(-1), tree, self.root == "first"
         )
-        h_norm, out_norm = self.h_norm, self.out_norm
         return grootvl_ops.gated_norm(
             h, x, z, C.squeeze(-1), self.D_skip,
-            h_norm.weight, h_norm.bias, out_norm.weight, out_norm.bias, h_norm.eps,
+            self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.norm_eps,
         )  # fmt: skip
 
     def _scan_and_norm(self, x: Tensor, projected: Tensor, tree: Tree) -> Tensor:

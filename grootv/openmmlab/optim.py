@@ -64,34 +64,38 @@ class TimmOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Norms, biases and the backbone's `no_weight_decay()` take no weight decay. With
     `paramwise_cfg=dict(layer_decay=...)` the learning rate falls from layer to layer towards the input
-    (:func:`layer_scales`); parameters outside the backbone keep the base rate.
+    (:func:`layer_scales`), and with `paramwise_cfg=dict(backbone_lr_mult=...)` it is another for the whole backbone;
+    parameters outside the backbone keep the base rate.
 
     Args:
         optim_wrapper_cfg: config of the wrapper, with `optimizer`.
-        paramwise_cfg: `layer_decay` (float, default 1: off).
+        paramwise_cfg: `layer_decay` and `backbone_lr_mult` (floats, default 1: off).
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         paramwise_cfg = dict(paramwise_cfg or {})
-        unknown = paramwise_cfg.keys() - {"layer_decay"}
+        unknown = paramwise_cfg.keys() - {"layer_decay", "backbone_lr_mult"}
         if unknown:
-            raise ValueError(f"paramwise_cfg has unknown keys {sorted(unknown)}; known is layer_decay")
+            raise ValueError(
+                f"paramwise_cfg has unknown keys {sorted(unknown)}; known are layer_decay and backbone_lr_mult"
+            )
         # Not empty, for otherwise mmengine puts all parameters into one group.
         paramwise_cfg.setdefault("layer_decay", 1.0)
+        paramwise_cfg.setdefault("backbone_lr_mult", 1.0)
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         if self.base_lr is None:
             raise ValueError("optim_wrapper.optimizer needs an lr")
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
         """Append the parameter groups of `module` to `params`: one for each learning rate and weight decay."""
-        decay = self.paramwise_cfg["layer_decay"]
-        scales = layer_scales(module, decay) if decay != 1 else {}
+        decay, factor = self.paramwise_cfg["layer_decay"], self.paramwise_cfg["backbone_lr_mult"]
+        scales = layer_scales(module, decay) if (decay, factor) != (1, 1) else {}
         exempt = names_without_weight_decay(module)
         groups: dict[tuple[float, float], dict] = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            key = scales.get(name, 1.0), 0.0 if name in exempt else self.base_wd or 0.0
+            key = factor * scales[name] if name in scales else 1.0, 0.0 if name in exempt else self.base_wd or 0.0
             group = groups.setdefault(key, {"params": [], "lr": self.base_lr * key[0], "weight_decay": key[1]})
             group["params"].append(parameter)
         params.extend(groups.values())
