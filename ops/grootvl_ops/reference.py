@@ -215,6 +215,15 @@ def tree_scan_backward(
     return dx.to(x.dtype), da.to(decay.dtype)
 
 
+def _discretise(
+    dt: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The step size before and after softplus, the rate -exp(A_log), and the decay exp(rate delta)."""
+    raw_delta = F.linear(dt.to(dtype), dt_weight.to(dtype), dt_bias.to(dtype))
+    delta, rate = F.softplus(raw_delta), -A_log.to(dtype).exp()
+    return raw_delta, delta, rate, torch.exp(rate * delta)
+
+
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -231,8 +240,7 @@ def selective_scan(
     """`tree_scan` of delta B x with the decays exp(-exp(A_log) delta), delta = softplus(dt_weight dt + dt_bias)
     (paper, section 3.2). `scan` computes the tree scan."""
     dtype = accumulation_dtype(x.dtype)
-    delta = F.softplus(F.linear(dt.to(dtype), dt_weight.to(dtype), dt_bias.to(dtype)))
-    decay = torch.exp(-A_log.to(dtype).exp() * delta)
+    _, delta, _, decay = _discretise(dt, dt_weight, dt_bias, A_log, dtype)
     inputs = delta * B.to(dtype).unsqueeze(-1) * x.to(dtype)
     return scan(inputs, decay, parent, order, subtree_size, up_only).to(x.dtype)
 
@@ -254,9 +262,7 @@ def selective_scan_backward(
     """Gradients of `selective_scan` for x, dt, dt_weight, (2, D) for dt_bias and A_log, and for B."""
     dtype = accumulation_dtype(x.dtype)
     values, steps, weight = x.to(dtype), dt.to(dtype), dt_weight.to(dtype)
-    raw_delta = F.linear(steps, weight, dt_bias.to(dtype))
-    delta, rate = F.softplus(raw_delta), -A_log.to(dtype).exp()
-    decay = torch.exp(rate * delta)
+    raw_delta, delta, rate, decay = _discretise(dt, dt_weight, dt_bias, A_log, dtype)
     scale = B.to(dtype).unsqueeze(-1)
     dinputs, ddecay = scan_backward(
         grad.to(dtype), delta * scale * values, decay, parent, order, subtree_size, up_only
