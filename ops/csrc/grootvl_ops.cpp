@@ -1,6 +1,6 @@
 // The operations of grootvl_ops, as seen by PyTorch's dispatcher. Kernels register themselves in csrc/cpu and
-// csrc/cuda; shapes for tracing, gradients and autocast are registered in grootvl_ops/_library.py, where each operation
-// is documented.
+// csrc/cuda, gradients in csrc/autograd.cpp; shapes for tracing and autocast are registered in
+// grootvl_ops/_library.py. What each operation does is documented in grootvl_ops/__init__.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(grootvl_ops, m) {

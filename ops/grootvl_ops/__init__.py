@@ -205,11 +205,11 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Te
 
 
 def _check_tree(tree: Tree, x: Tensor) -> None:
+    shape = list(x.shape[:2])
     for indices in (tree.parent, tree.order, tree.subtree_size):
-        if indices.dim() != 2 or indices.size(0) != x.size(0) or indices.size(1) != x.size(1):
+        if list(indices.shape) != shape:
             raise ValueError(
-                f"the tree's fields must be (B, L) = {[x.size(0), x.size(1)]} for x {list(x.shape)}, "
-                f"got {list(indices.shape)}"
+                f"the tree's fields must be (B, L) = {shape} for x {list(x.shape)}, got {list(indices.shape)}"
             )
         if indices.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {indices.dtype}")
@@ -254,7 +254,7 @@ def selective_scan(
     """
     if x.dim() != 3 or dt.dim() != 3:
         raise ValueError(f"x must be (B, L, D) and dt (B, L, R), got {list(x.shape)} and {list(dt.shape)}")
-    batch, length, channels = x.size(0), x.size(1), x.size(2)
+    batch, length, channels = x.shape
     _check_operand("dt", dt, x, [batch, length, dt.size(2)])
     _check_operand("B", B, x, [batch, length])
     _check_parameter("dt_weight", dt_weight, x, [channels, dt.size(2)])
@@ -299,10 +299,10 @@ def gated_norm(
     """
     if h.dim() != 3:
         raise ValueError(f"h must be (B, L, D), got {list(h.shape)}")
-    channels = h.size(2)
-    _check_operand("x", x, h, [h.size(0), h.size(1), channels])
-    _check_operand("z", z, h, [h.size(0), h.size(1), channels])
-    _check_operand("C", C, h, [h.size(0), h.size(1)])
+    batch, length, channels = h.shape
+    _check_operand("x", x, h, [batch, length, channels])
+    _check_operand("z", z, h, [batch, length, channels])
+    _check_operand("C", C, h, [batch, length])
     _check_parameter("D_skip", D_skip, h, [channels])
     _check_parameter("h_weight", h_weight, h, [channels])
     _check_parameter("h_bias", h_bias, h, [channels])

@@ -1,8 +1,8 @@
 """Registration of the operations with torch.library: the compiled library, or the reference where there is none.
 
-The compiled library defines the operations and their CPU (and CUDA) kernels. Everything that does not depend on the
-device stands here: shapes for tracing, gradients, autocast, and the reference as the kernel of last resort, for a
-device that the library has no kernels for.
+The compiled library defines the operations, their CPU (and CUDA) kernels and their gradients. Here stand shapes for
+tracing, autocast, the reference as the kernel of last resort, for a device that the library has no kernels for, and the
+gradients once more, for where there is no library.
 """
 
 from __future__ import annotations
@@ -210,53 +210,36 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tens
     return x.new_empty(x.shape), dparameters
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, decay, parent, order, subtree_size, up_only = inputs
-    ctx.save_for_backward(x, decay, parent, order, subtree_size)
-    ctx.up_only = up_only
-
-
-def _backward(ctx, grad: Tensor):
-    x, decay, parent, order, subtree_size = ctx.saved_tensors
-    dx, ddecay = torch.ops.grootvl_ops.tree_scan_backward(
-        grad, x, decay, parent, order, subtree_size, ctx.up_only
-    )
-    return dx, ddecay, None, None, None, None
-
-
-def _setup_selective_context(ctx, inputs, output) -> None:
+def _save_for_scan(ctx, inputs, output) -> None:
     *tensors, ctx.up_only = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _like(gradients: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """The rows of `gradients` in the dtypes of the parameters they belong to."""
-    return [row.to(parameter.dtype) for row, parameter in zip(gradients, parameters, strict=True)]
-
-
-def _selective_backward(ctx, grad: Tensor):
-    saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
-    _, _, _, dt_bias, A_log, *_ = saved
-    dx, ddt, ddt_weight, dparameters, dB = torch.ops.grootvl_ops.selective_scan_backward(grad, *saved, ctx.up_only)
-    return dx, ddt, ddt_weight, *_like(dparameters, dt_bias, A_log), dB, None, None, None, None
-
-
-def _setup_norm_context(ctx, inputs, output) -> None:
+def _save_for_norm(ctx, inputs, output) -> None:
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), statistics)
 
 
-def _gated_norm_backward(ctx, grad: Tensor, _):
-    saved = ctx.saved_tensors
-    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *saved)
-    return *maps, *_like(dparameters, *saved[4:9]), None
+def _tree_scan_gradients(ctx, grad: Tensor):
+    dx, ddecay = torch.ops.grootvl_ops.tree_scan_backward(grad, *ctx.saved_tensors, ctx.up_only)
+    return dx, ddecay, None, None, None, None
 
 
-def _layer_norm_backward(ctx, grad: Tensor, _):
-    x, weight, bias, statistics = ctx.saved_tensors
+def _selective_scan_gradients(ctx, grad: Tensor):
+    *maps, dparameters, dB = torch.ops.grootvl_ops.selective_scan_backward(grad, *ctx.saved_tensors, ctx.up_only)
+    return *maps, *dparameters, dB, None, None, None, None
+
+
+def _gated_norm_gradients(ctx, grad: Tensor, _):
+    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
+    return *maps, *dparameters, None
+
+
+def _layer_norm_gradients(ctx, grad: Tensor, _):
+    x, weight, _, statistics = ctx.saved_tensors
     dx, dparameters = torch.ops.grootvl_ops.layer_norm_backward(grad, x, weight, statistics)
-    return dx, *_like(dparameters, weight, bias), None, None
+    return dx, *dparameters, None, None
 
 
 def _no_double_backward(name: str):
@@ -266,14 +249,21 @@ def _no_double_backward(name: str):
     return refuse
 
 
-for _name, _gradient, _setup in (
-    ("tree_scan", _backward, _setup_context),
-    ("selective_scan", _selective_backward, _setup_selective_context),
-    ("gated_norm", _gated_norm_backward, _setup_norm_context),
-    ("layer_norm", _layer_norm_backward, _setup_norm_context),
-):
-    torch.library.register_autograd(f"grootvl_ops::{_name}", _gradient, setup_context=_setup)
-    torch.library.register_autograd(f"grootvl_ops::{_name}_backward", _no_double_backward(_name))
+def _register_autograd() -> None:
+    """The same as `csrc/autograd.cpp`, which spares the host most of the time that this takes a call."""
+    for name, save, gradients in (
+        ("tree_scan", _save_for_scan, _tree_scan_gradients),
+        ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("gated_norm", _save_for_norm, _gated_norm_gradients),
+        ("layer_norm", _save_for_norm, _layer_norm_gradients),
+    ):
+        torch.library.register_autograd(f"grootvl_ops::{name}", gradients, setup_context=save)
+        torch.library.register_autograd(f"grootvl_ops::{name}_backward", _no_double_backward(name))
+
+
+# Asked of the dispatcher, because a library that was built from older sources has none either.
+if not torch._C._dispatch_has_kernel_for_dispatch_key("grootvl_ops::tree_scan", "Autograd"):
+    _register_autograd()
 
 
 def _register_autocast(device_type: str, dispatch_key: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import oracles
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from tree_makers import make_tree
 
 import grootvl_ops
@@ -39,9 +42,27 @@ def inputs(batch: int, height: int, width: int, channels: int, device: str) -> t
     return tuple(torch.randn(batch, height, width, channels, device=device, requires_grad=True) for _ in range(2))
 
 
-def run(module, features: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out = module(features, decay)
-    return (out, *torch.autograd.grad(out.square().sum(), (features, decay)))
+def run(function, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """The result and its gradients."""
+    out = function(*arguments)
+    return (out, *torch.autograd.grad(out.square().sum(), arguments))
+
+
+@pytest.fixture(params=["tree_scan", "selective_scan", "gated_norm", "layer_norm"])
+def operation(request, device) -> tuple[Callable, list[Tensor]]:
+    """A differentiable operation, and what it can be differentiated for."""
+    maps, vectors = torch.rand(4, 2, 9, 3, device=device), torch.rand(5, 3, device=device)
+    dt, dt_weight, per_pixel = maps[3, ..., :2], torch.rand(3, 2, device=device), torch.rand(2, 9, device=device)
+    operands = {
+        "tree_scan": [*maps[:2]],
+        "selective_scan": [maps[0], dt, dt_weight, *vectors[:2], per_pixel],
+        "gated_norm": [*maps[:3], per_pixel, *vectors],
+        "layer_norm": [maps[0], *vectors[:2]],
+    }[request.param]
+    function = getattr(grootvl_ops, request.param)
+    if request.param.endswith("scan"):
+        function = partial(function, tree=make_tree("scattered", 2, 9, device))
+    return function, [operand.clone().requires_grad_() for operand in operands]
 
 
 @pytest.fixture
@@ -88,6 +109,27 @@ def test_compile(device, fresh_compiler, up_only):
     arguments = inputs(2, 5, 4, 3, device)
     for result, expected in zip(run(compiled, *arguments), run(module, *arguments), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_each_operation(operation, fresh_compiler, dynamic):
+    function, operands = operation
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for result, expected in zip(run(compiled, *operands), run(function, *operands), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_compiled_autograd(operation, fresh_compiler):
+    """The graph of an operation that ran eagerly is compiled when it is gone through."""
+    function, operands = operation
+    _, *expected = run(function, *operands)
+    loss = function(*operands).square().sum()
+    counters.clear()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss.backward(), backend="eager")()
+    assert counters["compiled_autograd"]["captures"] == 1
+    for operand, gradient in zip(operands, expected, strict=True):
+        torch.testing.assert_close(operand.grad, gradient)
 
 
 def test_compile_with_dynamic_shapes(device, fresh_compiler):
@@ -278,11 +320,81 @@ def test_checkpointing_recomputes_the_same(device):
     arguments = inputs(2, 6, 5, 4, device)
     module = Scan()
 
-    def checkpointed(*arguments):
-        return torch.utils.checkpoint.checkpoint(module, *arguments, use_reentrant=False)
-
+    checkpointed = partial(checkpoint, module, use_reentrant=False)
     for result, expected in zip(run(checkpointed, *arguments), run(module, *arguments), strict=True):
         assert torch.equal(result, expected)
+
+
+def test_checkpointing_each_operation(operation):
+    function, operands = operation
+    checkpointed = partial(checkpoint, function, use_reentrant=False)
+    assert all(map(torch.equal, run(checkpointed, *operands), run(function, *operands)))
+
+
+def test_no_second_derivative(operation):
+    function, operands = operation
+    name = getattr(function, "func", function).__name__
+    for gradient in torch.autograd.grad(function(*operands).square().sum(), operands, create_graph=True):
+        with pytest.raises(RuntimeError, match=rf"^grootvl_ops\.{name} can be differentiated once only"):
+            torch.autograd.grad(gradient.sum(), operands, retain_graph=True)
+
+
+def test_gradient_for_one_input(operation):
+    function, operands = operation
+    _, *expected = run(function, *operands)
+    for number, gradient in enumerate(expected):
+        alone = [operand.detach().requires_grad_(i == number) for i, operand in enumerate(operands)]
+        (found,) = torch.autograd.grad(function(*alone).square().sum(), alone[number])
+        torch.testing.assert_close(found, gradient)
+
+
+def test_gradients_have_the_dtypes_of_parameters(operation):
+    function, operands = operation
+    halved = [o.detach().bfloat16().requires_grad_() if o.dim() == 1 else o for o in operands]
+    expected = run(function, *(o.detach().float().requires_grad_() for o in halved))
+    found = run(function, *halved)
+    assert [gradient.dtype for gradient in found[1:]] == [o.dtype for o in halved]
+    for result, target in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, target.to(result.dtype))
+
+
+class Forget(torch.autograd.Function):
+    """The identity, which hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_arrives(operation):
+    function, operands = operation
+    for gradient in torch.autograd.grad(Forget.apply(function(*operands)).sum(), operands):
+        assert not gradient.any()
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted(operation):
+    function, operands = operation
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        with torch.no_grad():
+            assert not function(*operands).requires_grad
+        assert not function(*(operand.detach() for operand in operands)).requires_grad
+        assert not saved
+        assert function(*operands).requires_grad
+    assert saved
+
+
+def test_statistics_are_not_differentiable(device):
+    h, vector = torch.rand(2, 9, 3, device=device, requires_grad=True), torch.rand(3, device=device, requires_grad=True)
+    for out, statistics in (
+        library.layer_norm(h, vector, vector, 1e-5),
+        library.gated_norm(h, h, h, h[..., 0], *[vector] * 5, 1e-5),
+    ):
+        assert out.requires_grad and not statistics.requires_grad
 
 
 def test_inference_mode(device):

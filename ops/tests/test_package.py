@@ -24,13 +24,22 @@ with warnings.catch_warnings(record=True) as caught:
     import torch, grootvl_ops
     results = []
     for _ in range(2):
-        features = torch.arange(24.0).sin().view(1, 3, 4, 2).requires_grad_()
+        features = torch.arange(36.0).sin().view(1, 3, 4, 3).requires_grad_()
         tree = grootvl_ops.build_tree(features)
-        h = grootvl_ops.tree_scan(features.flatten(1, 2), torch.full((1, 12, 2), 0.5), tree)
-        (gradient,) = torch.autograd.grad(h.square().sum(), features)
+        x, ones = features.flatten(1, 2), torch.ones(3)
+        h = grootvl_ops.tree_scan(x, torch.full_like(x, 0.5), tree)
+        h = grootvl_ops.selective_scan(h, x, torch.eye(3), ones, ones, x[..., 0], tree)
+        h = grootvl_ops.gated_norm(h, x, x, x[..., 1], *[ones] * 5)
+        h = grootvl_ops.layer_norm(h, ones, ones)
+        (gradient,) = torch.autograd.grad(h.exp().sum(), features, create_graph=True)
         results.append([tree.parent.tolist(), h.flatten().tolist(), gradient.flatten().tolist()])
+    try:
+        gradient.sum().backward()
+    except RuntimeError as error:
+        refused = str(error)
 said = [str(w.message) for w in caught if "grootvl_ops" in str(w.message)]
-print(json.dumps({"file": grootvl_ops.__file__, "backend": grootvl_ops.backend(), "said": said, "results": results}))
+found = {"file": grootvl_ops.__file__, "backend": grootvl_ops.backend()}
+print(json.dumps({**found, "said": said, "results": results, "refused": refused}))
 """
 
 
@@ -68,6 +77,7 @@ def check_reference_serves(as_installed: dict, package: Path, *named: str) -> No
     assert len(found["said"]) == 1, found["said"]
     for part in (MEND, *named):
         assert part in found["said"][0]
+    assert "can be differentiated once only: it has no second derivatives" in found["refused"]
     for result in found["results"]:
         for name, value, target in zip(("parent", "h", "gradient"), result, as_installed["results"][0], strict=True):
             torch.testing.assert_close(torch.tensor(value), torch.tensor(target), msg=name)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tree_makers import SHAPES, make_tree
 
 import grootvl_ops
@@ -267,27 +265,6 @@ def test_under_autocast(device):
     expected = grootvl_ops.selective_scan(*operands, tree)
     with torch.autocast(device, torch.bfloat16):
         torch.testing.assert_close(grootvl_ops.selective_scan(*operands, tree), expected)
-
-
-def test_checkpointing_recomputes_the_same(device):
-    tree = make_tree("scattered", 2, 9, device)
-    for function, operands in (
-        (lambda *o: grootvl_ops.selective_scan(*o, tree), scan_operands(2, 9, 3, 2, torch.float32)),
-        (grootvl_ops.gated_norm, norm_operands(2, 9, 3, torch.float32)),
-        (grootvl_ops.layer_norm, [torch.randn(2, 9, 3), torch.randn(3), torch.randn(3)]),
-    ):
-        operands = [o.to(device) for o in operands]
-        grad = torch.randn_like(operands[0])
-        expected = with_gradients(function, operands, grad)
-        actual = with_gradients(partial(checkpoint, function, use_reentrant=False), operands, grad)
-        assert all(map(torch.equal, actual, expected))
-
-
-def test_no_second_derivative(device):
-    operands = [o.to(device).requires_grad_() for o in norm_operands(1, 4, 3, torch.float64)]
-    (grad,) = torch.autograd.grad(grootvl_ops.gated_norm(*operands).sum(), operands[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="gated_norm can be differentiated once only"):
-        grad.sum().backward()
 
 
 def test_nothing_to_do(device):

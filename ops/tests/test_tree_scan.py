@@ -418,16 +418,6 @@ def test_root_does_not_matter_where_all_vertices_are_roots(ops, device):
     torch.testing.assert_close(ops.tree_scan(x, decay, first), ops.tree_scan(x, moved, last))
 
 
-def test_no_second_derivative(device):
-    tree = make_tree("path", 1, 6, device)
-    x, decay, _ = operands(1, 6, 2, device)
-    x.requires_grad_()
-    decay.requires_grad_()
-    (dx,) = torch.autograd.grad(grootvl_ops.tree_scan(x, decay, tree).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once only: it has no second derivatives"):
-        torch.autograd.grad(dx.sum(), x)
-
-
 @pytest.mark.parametrize("size", ["op_2_4_5_7", "op_1_8_14_14"])
 def test_published_implementation(ops, device, size):
     """Tree, result and gradients that the published code gave on a GPU, see golden/README.md."""

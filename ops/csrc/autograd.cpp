@@ -1,0 +1,187 @@
+// Gradients of the operations: what each saves for its backward pass, and the operation that computes this. In C++,
+// because a gradient that is registered in Python takes the host longer than launching all kernels of its operation.
+// grootvl_ops/_library.py has the same in Python, for where there is no compiled library.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace grootvl {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operation(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <class Signature, class... Args>
+auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return operation.call(args...);
+}
+
+// From the gradient of an operation's result and what the operation saved: the gradients of its inputs. These need not
+// have the dtypes of the inputs: autograd converts the ones that are asked for.
+using Gradients = variable_list(const Tensor& grad, const variable_list& saved, bool up_only);
+
+// What a node is made from besides its inputs; in one piece, because autograd takes each bare tensor for an input.
+struct Record {
+  const Tensor& result;
+  variable_list saved;
+  bool up_only;
+};
+
+// Makes the node of an operation in the graph of autograd, after the operation was computed.
+template <Gradients* gradients>
+struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
+  static constexpr bool is_traceable = true;  // for compiled autograd
+
+  static Tensor forward(torch::autograd::AutogradContext* context, at::TensorList /*inputs*/, Record record) {
+    context->save_for_backward(std::move(record.saved));
+    context->saved_data["up_only"] = record.up_only;
+    return record.result;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* context, const variable_list& grads) {
+    const bool up_only = context->saved_data["up_only"].toBool();
+    variable_list results = gradients(grads[0], context->get_saved_variables(), up_only);
+    results.emplace_back();  // for the record
+    return results;
+  }
+};
+
+// `result`, which can be differentiated for the inputs that require it.
+template <Gradients* gradients>
+Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved, bool up_only = false) {
+  if (!torch::autograd::compute_requires_grad(inputs)) return result;
+  return Differentiable<gradients>::apply(inputs, Record{result, saved.vec(), up_only});
+}
+
+variable_list tree_scan_gradients(const Tensor& grad, const variable_list& saved, bool up_only) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                               const Tensor&, const Tensor&, bool);
+  static const auto operation = find_operation<Signature>("grootvl_ops::tree_scan_backward");
+  auto [dx, ddecay] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], up_only);
+  return {dx, ddecay};
+}
+
+Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, const Tensor& order,
+                 const Tensor& subtree_size, bool up_only) {
+  static const auto operation = find_operation<decltype(tree_scan)>("grootvl_ops::tree_scan");
+  const Tensor h = call_below_autograd(operation, x, decay, parent, order, subtree_size, up_only);
+  return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size}, up_only);
+}
+
+variable_list selective_scan_gradients(const Tensor& grad, const variable_list& saved, bool up_only) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, bool);
+  static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
+  auto [dx, ddt, ddt_weight, dparameters, dB] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4],
+                                                               saved[5], saved[6], saved[7], saved[8], up_only);
+  const variable_list rows = dparameters.unbind();  // dt_bias, A_log
+  return {dx, ddt, ddt_weight, rows[0], rows[1], dB};
+}
+
+Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight, const Tensor& dt_bias,
+                      const Tensor& A_log, const Tensor& B, const Tensor& parent, const Tensor& order,
+                      const Tensor& subtree_size, bool up_only) {
+  static const auto operation = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
+  const Tensor h =
+      call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size, up_only);
+  return differentiable<selective_scan_gradients>(h, {x, dt, dt_weight, dt_bias, A_log, B},
+                                                  {x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size},
+                                                  up_only);
+}
+
+variable_list gated_norm_gradients(const Tensor& grad, const variable_list& saved, bool /*up_only*/) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
+  auto [dh, dx, dz, dC, dparameters] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+                                                      saved[6], saved[7], saved[8], saved[9]);
+  const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
+  return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
+}
+
+std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, const Tensor& C,
+                                      const Tensor& D_skip, const Tensor& h_weight, const Tensor& h_bias,
+                                      const Tensor& out_weight, const Tensor& out_bias, double eps) {
+  static const auto operation = find_operation<decltype(gated_norm)>("grootvl_ops::gated_norm");
+  const auto [out, statistics] =
+      call_below_autograd(operation, h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps);
+  return {
+      differentiable<gated_norm_gradients>(out, {h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias},
+                                           {h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, statistics}),
+      statistics};
+}
+
+variable_list layer_norm_gradients(const Tensor& grad, const variable_list& saved, bool /*up_only*/) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  static const auto operation = find_operation<Signature>("grootvl_ops::layer_norm_backward");
+  auto [dx, dparameters] = operation.call(grad, saved[0], saved[1], saved[2]);
+  const variable_list rows = dparameters.unbind();  // weight, bias
+  return {dx, rows[0], rows[1]};
+}
+
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                                      std::optional<at::ScalarType> dtype) {
+  static const auto operation = find_operation<decltype(layer_norm)>("grootvl_ops::layer_norm");
+  const auto [out, statistics] = call_below_autograd(operation, x, weight, bias, eps, dtype);
+  return {differentiable<layer_norm_gradients>(out, {x, weight, bias}, {x, weight, statistics}), statistics};
+}
+
+// Any *_backward: its results pass for differentiable, and say that they are not when that is asked of them.
+void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& schema = operation.schema();
+  std::shared_ptr<torch::autograd::Node> refusal;
+  if (at::GradMode::is_enabled()) {
+    variable_list inputs;
+    for (const c10::IValue& argument : torch::jit::last(*stack, schema.arguments().size())) {
+      if (argument.isTensor()) inputs.push_back(argument.toTensor());
+    }
+    if (torch::autograd::compute_requires_grad(inputs)) {
+      std::string name = schema.name().substr(schema.name().rfind(':') + 1);
+      name.resize(name.rfind("_backward"));
+      refusal.reset(new torch::autograd::Error(
+                        "grootvl_ops." + name + " can be differentiated once only: it has no second derivatives",
+                        torch::autograd::collect_next_edges(inputs)),
+                    torch::autograd::deleteNode);
+    }
+  }
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    operation.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  }
+  if (!refusal) return;
+  for (const c10::IValue& result : torch::jit::last(*stack, schema.returns().size())) {
+    torch::autograd::set_history(result.toTensor(), refusal);
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
+  m.impl("tree_scan", TORCH_FN(tree_scan));
+  m.impl("selective_scan", TORCH_FN(selective_scan));
+  m.impl("gated_norm", TORCH_FN(gated_norm));
+  m.impl("layer_norm", TORCH_FN(layer_norm));
+  for (const char* name :
+       {"tree_scan_backward", "selective_scan_backward", "gated_norm_backward", "layer_norm_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
+  }
+}
+
+}  // namespace grootvl
