@@ -119,7 +119,7 @@ def test_selective_scan_on_trees_of_any_shape(device, shape, up_only):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56)])
+@pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56), (95, 101)])
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, poisoned_memory):
     """On maps large enough to be cut into runs: discretisation by PyTorch, and the tree scan, in float64."""

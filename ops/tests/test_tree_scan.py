@@ -183,6 +183,28 @@ def test_many_trees_at_a_time(cuda_kernels, batch, dtype):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
 
 
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", ["path", "star", "comb", "binary", "scattered"])
+@pytest.mark.parametrize("num_vertices, channels", [(60, 40), (200, 72), (1500, 40), (9000, 24), (40_000, 41)])
+def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, up_only, poisoned_memory):
+    """Trees of each size that a GPU treats in its own way: sums kept on chip, whole trees, runs, sections of runs; with
+    rows that are copied in chunks of 16 bytes, and rows that cannot be. The CPU computes in float64, the GPU thrice."""
+    tree = make_tree(shape, 2, num_vertices)
+    x, decay, grad = operands(2, num_vertices, channels, "cpu", dtype)
+    expected = Operations.gradients(x.double(), decay.double(), tree, grad.double(), up_only)
+    on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
+    runs = [
+        Operations.gradients(*(o.to(cuda_kernels) for o in (x, decay)), on_gpu, grad.to(cuda_kernels), up_only)
+        for _ in range(3)
+    ]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    scale = max(result.abs().max().item() for result in expected)
+    accumulation = (1e-12 if dtype == torch.float64 else 2e-6) * max(scale, 10)
+    rounding = torch.finfo(dtype).eps if dtype in HALF else 1e-6
+    check([result.cpu() for result in runs[0]], expected, rtol=rounding, atol=accumulation)
+
+
 def test_deep_and_wide_trees(compiled_device):
     """100,000 vertices in one branch, and below one vertex: no recursion, no stack that a branch could overrun."""
     num_vertices = 100_000

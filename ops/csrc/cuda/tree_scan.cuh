@@ -4,8 +4,8 @@
 // that walks along it for 32 channels, a lane each, needs no more than a running sum: at a vertex the sum over its
 // children is complete. Only where a leaf begins a new path is the sum put on a stack, and at a vertex with a larger
 // sibling it is taken back. Larger siblings at least double a subtree, so no more than log2(L) sums wait. On the way
-// down it is the reverse. All the rows of a walk are known ahead, so they can be on their way from memory long before
-// they are needed.
+// down it is the reverse. All the rows of a walk are known ahead, so they are on their way from memory long before they
+// are needed (feed.cuh).
 //
 // One warp on each tree and 32 channels is enough for large batches. Otherwise the postorder is cut into *runs*, pieces
 // of consecutive vertices that can be walked side by side. With S the run length aimed at and n_v the subtree size of
@@ -25,7 +25,9 @@
 //     own share left out
 //
 // Three kernels: (1) summarise_runs finds U, beta and P of each run; (2) join_runs walks over the runs alone and finds
-// E and h_bottom; (3) finish_runs walks each run with these. A tree of one run needs the last one only.
+// E and h_bottom; (3) finish_runs walks each run with these. A tree of one run needs the last one only. Many runs are
+// joined on two levels: the postorder of runs is cut into *sections* by the same rule with a larger S; a section
+// answers as a run does, so that first the sections are summarised and joined, then the runs of each section.
 //
 // A *selective* scan computes its x and decay from the values of a pixel when it reads them, in float32 or better, so
 // neither ever stands in memory; its gradients are those of the values (discretise.cuh).
@@ -70,6 +72,7 @@ struct ScanData {
   int64_t batch;
   int num_vertices;
   int channels;
+  bool aligned;  // rows begin at multiples of 16 bytes
 };
 
 // A vertex of the postorder with what a walk must know of it.
@@ -78,24 +81,41 @@ constexpr uint32_t kVertexMask = (1u << kVertexBits) - 1;
 constexpr uint32_t kPush =
     1u << 27;  // begins a path that ends at a light vertex; as the end of a run: no run hangs below it
 constexpr uint32_t kLight = 1u << 28;  // has a sibling before it in the postorder
-constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run
+constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run; of the end of a run: as a section
 constexpr uint32_t kRoot = 1u << 30;
 constexpr uint32_t kPast = 1u << 31;  // fills up a batch after the end of a run: nothing is to be done
 
-// All arrays per image, over vertices in postorder or over runs (at most `runs`).
-struct Plan {
-  uint32_t* nodes;        // (B, L)
-  int32_t* cuts;          // (B, L): 1 where a run ends; null, as all that follows, if each tree is one run
-  const int32_t* run_id;  // (B, L): runs that end up to here, itself included
-  int32_t* run_end;       // (B, runs): one past its last vertex
-  uint32_t* run_nodes;    // (B, runs): its last vertex
-  int runs;
-  int log2_run;
+// Pieces that each consist of consecutive elements: runs of vertices in postorder, or sections of runs. All arrays per
+// image, over the elements or over the pieces, of which there are at most `capacity`.
+struct Pieces {
+  int32_t* cuts;      // (B, elements): 1 where a piece ends; null, as all that follows, if there is but one
+  const int32_t* id;  // (B, elements): pieces that end up to here, itself included
+  int32_t* end;       // (B, capacity): one past its last element
+  uint32_t* nodes;    // (B, capacity): its last vertex
+  int32_t* first;     // (B, capacity): of runs, the one in which the subtree of that vertex begins
+  int elements;
+  int capacity;
+  int log2_size;
+
+  __device__ int count(int64_t image) const {  // a damaged tree must not lead outside of the arrays
+    return cuts == nullptr ? 1 : min(id[(image + 1) * elements - 1], capacity);
+  }
+  __device__ int begin(int64_t image, int piece) const { return piece > 0 ? end[image * capacity + piece - 1] : 0; }
+  // Whether a vertex with n in its subtree, of which `above` is the parent's, ends a piece.
+  __device__ bool cut(int n, bool root, int above) const {
+    return n >> log2_size > 0 && (root || n >> log2_size != above >> log2_size);
+  }
 };
 
-constexpr int64_t max_runs(int64_t num_vertices, int log2_run) { return 2 * (num_vertices >> log2_run) + 2; }
+struct Plan {
+  uint32_t* nodes;  // (B, L)
+  Pieces runs, sections;
+};
 
-// What the phases hand to each other: (B, runs, D) each, and a stream's `stride` further for the second stream.
+constexpr int64_t max_pieces(int64_t num_vertices, int log2_size) { return 2 * (num_vertices >> log2_size) + 2; }
+
+// What the phases hand to each other of runs, or of sections: (B, capacity, D) each, and a stream's `stride` further
+// for the second stream.
 template <typename acc_t>
 struct RunData {
   acc_t* beta;
@@ -105,6 +125,8 @@ struct RunData {
   acc_t* below;   // E
   int64_t stride;
 };
+
+constexpr int kPlanThreads = 256;
 
 template <typename T, typename acc_t>
 __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
@@ -125,26 +147,46 @@ __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
   // A leaf, but the last one of its tree, whose path ends at the root.
   const unsigned next = k + 1 < length ? min(unsigned(order[k + 1]), limit) : 0;
   const bool push = n == 1 && k + 1 < length && unsigned(parent[next]) != next;
-  const int size_in_runs = n >> plan.log2_run;
-  plan.nodes[i] = v | (push ? kPush : 0) | (light ? kLight : 0) | (size_in_runs > 0 ? kChain : 0) | (root ? kRoot : 0);
-  if (plan.cuts == nullptr) return;
+  const bool chain = n >> plan.runs.log2_size > 0;
+  plan.nodes[i] = v | (push ? kPush : 0) | (light ? kLight : 0) | (chain ? kChain : 0) | (root ? kRoot : 0);
+  if (plan.runs.cuts == nullptr) return;
   // Roots of small trees in a forest end no run, the end of the postorder does.
-  plan.cuts[i] = t == length - 1 || (size_in_runs > 0 && (root || size_in_runs != size[p] >> plan.log2_run));
+  plan.runs.cuts[i] = t == length - 1 || plan.runs.cut(n, root, size[p]);
 }
 
 template <typename T, typename acc_t>
 __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
-  if (i >= data.batch * length || !plan.cuts[i]) return;
+  const Pieces &runs = plan.runs, &sections = plan.sections;
+  if (i >= data.batch * length || !runs.cuts[i]) return;
   const int64_t image = i / length, rows = image * length;
-  const int t = i % length, run = plan.run_id[i] - 1;
-  if (run >= plan.runs) return;
-  const uint32_t node = plan.nodes[i];
-  const int first = max(t + 1 - data.subtree_size[rows + (node & kVertexMask)], 0);  // of its subtree
-  const bool leaf = plan.run_id[rows + first] - plan.cuts[rows + first] == run;
-  plan.run_end[image * plan.runs + run] = t + 1;
-  plan.run_nodes[image * plan.runs + run] = (node & ~kPush) | (leaf ? kPush : 0);
+  const int t = i % length, run = runs.id[i] - 1;
+  if (run >= runs.capacity) return;
+  const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
+  const int n = data.subtree_size[rows + vertex];
+  const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
+  const int first = runs.id[at_first] - runs.cuts[at_first];
+  const int64_t at = image * runs.capacity + run;
+  const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
+  runs.end[at] = t + 1;
+  runs.nodes[at] = (node & ~(kPush | kChain)) | (first == run ? kPush : 0) | (chain ? kChain : 0);
+  if (sections.cuts == nullptr) return;
+  const unsigned above = min(unsigned(data.parent[rows + vertex]), unsigned(length - 1));
+  runs.first[at] = min(first, run);
+  sections.cuts[at] = t == length - 1 || sections.cut(n, node & kRoot, data.subtree_size[rows + above]);
+}
+
+__global__ inline void list_sections(Plan plan, int64_t batch) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const Pieces &runs = plan.runs, &sections = plan.sections;
+  if (i >= batch * runs.capacity || !sections.cuts[i]) return;
+  const int64_t image = i / runs.capacity, first = image * runs.capacity + runs.first[i];
+  const int section = sections.id[i] - 1;
+  if (section >= sections.capacity) return;
+  const bool leaf = sections.id[first] - sections.cuts[first] == section;
+  sections.end[image * sections.capacity + section] = i % runs.capacity + 1;
+  sections.nodes[image * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
 }
 
 }  // namespace grootvl

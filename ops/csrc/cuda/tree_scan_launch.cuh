@@ -9,25 +9,36 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 #include "tree_scan_walk.cuh"
 
 namespace grootvl {
 
-// Whether there are so many warps for each multiprocessor of the GPU.
-inline bool has_warps(int64_t warps, int64_t wanted) {
-  return warps >= wanted * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+// Whether each tree is walked in one piece: a scan with so many warps a multiprocessor keeps the memory busy.
+inline bool in_one_run(int64_t warps, int64_t length) {
+  return length <= 256 || warps >= 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
 }
 
-// log2 of the run length for a scan of this size; 31 for one run a tree.
-inline int choose_log2_run(int64_t warps, int64_t length, bool backward) {
-  // So few warps a multiprocessor keep the memory busy; forward half as many, with more rows in flight for each.
-  if (has_warps(warps, backward ? 8 : 4) || length <= 256) return 31;
-  // About the square root of the length: walking one run then takes about as long as walking over all runs.
-  int log2_run = 5;
-  while ((int64_t{1} << (2 * log2_run + 1)) < length) ++log2_run;
-  return log2_run;
+// log2 of the run length aimed at: short runs make many warps, long ones less to join.
+inline int choose_log2_run(int64_t length) { return length > 2048 ? 6 : 5; }
+
+// log2 of the section length, with about as many runs in a section as there are sections; 31 for few runs, which take
+// less time to join one after the other.
+inline int choose_log2_section(int64_t length, int log2_run) {
+  if (length < 8192) return 31;
+  int log2_runs = 0;
+  while ((int64_t{1} << (2 * log2_runs + 1)) < length >> log2_run) ++log2_runs;
+  return log2_run + log2_runs;
+}
+
+// Whether the rows of all matrices that are walked through begin at multiples of 16 bytes.
+template <typename T, typename acc_t>
+bool aligned(const ScanData<T, acc_t>& data) {
+  const auto fits = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return data.channels * sizeof(T) % 16 == 0 && fits(data.x) && fits(data.decay) && fits(data.grad) &&
+         fits(data.sums[0]) && fits(data.sums[1]);
 }
 
 // The gradients of a selective scan's parameters, unset for other scans.
@@ -47,91 +58,117 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
     return {at::zeros({batch, length}, options), at::zeros({2, channels}, accumulation)};
   }
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
-  TORCH_CHECK_VALUE(length * channels <= UINT32_MAX, "an image may have up to 2^32 values on CUDA, got ", length, " x ",
-                    channels);
   const auto stream = at::cuda::getCurrentCUDAStream();
-  const auto blocks = [](int64_t threads) {
-    const int64_t count = (threads + kWalkThreads - 1) / kWalkThreads;
-    TORCH_CHECK(count <= INT32_MAX / 4, "the tensors are too large for one scan");  // warps are counted in 32 bits
+  const auto blocks = [](int64_t threads, int threads_of_block) {
+    const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
+    TORCH_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
     return static_cast<unsigned>(count);
   };
   const auto ints = options.dtype(at::kInt);
 
-  // Between the sweeps the sums wait in the outputs, if these are as precise.
+  const int64_t groups = (channels + 31) / 32;
+  const bool several_runs = !in_one_run(batch * groups, length);
+  Plan plan{};
+  plan.runs.log2_size = several_runs ? choose_log2_run(length) : 31;
+  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : 31;
+  const bool several_sections = plan.sections.log2_size < 31;
+  std::vector<at::Tensor> storage;
+  const auto indices = [&](int64_t count) {
+    storage.push_back(at::empty({batch, count}, ints));
+    return storage.back().mutable_data_ptr<int32_t>();
+  };
+  const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) {
+    pieces.elements = static_cast<int>(elements);
+    pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
+    if (!several) return;
+    pieces.cuts = indices(elements);
+    if (&pieces == &plan.sections) storage.back().zero_();  // there are fewer runs than room for them
+    pieces.end = indices(pieces.capacity);
+    pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
+    pieces.first = indices(pieces.capacity);
+  };
+  make_room(plan.runs, length, several_runs);
+  make_room(plan.sections, plan.runs.capacity, several_sections);
+
+  // Where the sums wait between the sweeps: on chip, where a column is short enough (what a longer one saves in memory
+  // it costs in warps, of which a selective scan needs more), in the outputs, if these are as precise, or beside them.
+  const bool on_chip = !is_backward(pass) && !several_runs && length <= (kSelective ? 64 : 256);
   at::Tensor sums;
-  if constexpr (!std::is_same_v<T, acc_t>) {
-    if (pass != Pass::kUp) {
-      sums = at::empty({kStreams, batch, length, channels}, accumulation);
-      for (int s = 0; s < kStreams; ++s) data.sums[s] = sums.mutable_data_ptr<acc_t>() + s * batch * length * channels;
-    }
-  } else {
+  if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay : data.out;
     data.sums[1] = data.out;
+  } else if (pass != Pass::kUp && !on_chip) {
+    sums = at::empty({kStreams, batch, length, channels}, accumulation);
+    for (int s = 0; s < kStreams; ++s) data.sums[s] = sums.mutable_data_ptr<acc_t>() + s * batch * length * channels;
   }
+  data.aligned = aligned(data);
 
-  Plan plan{};
-  const int64_t groups = (channels + 31) / 32, warps = batch * groups;
-  plan.log2_run = choose_log2_run(warps, length, is_backward(pass));
-  const bool several_runs = plan.log2_run < 31;
-  plan.runs = several_runs ? static_cast<int>(max_runs(length, plan.log2_run)) : 1;
   at::Tensor dinput_weight, dparameters;
   if constexpr (kParameters) {
     dinput_weight = at::empty({groups, batch, length}, accumulation);
     // There may be fewer runs than room for them.
-    dparameters = several_runs ? at::zeros({2, batch * plan.runs, channels}, accumulation)
-                               : at::empty({2, batch * plan.runs, channels}, accumulation);
+    dparameters = several_runs ? at::zeros({2, batch * plan.runs.capacity, channels}, accumulation)
+                               : at::empty({2, batch * plan.runs.capacity, channels}, accumulation);
     data.dinput_weight = dinput_weight.mutable_data_ptr<acc_t>();
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
   const at::Tensor nodes = at::empty({batch, length}, ints);
   plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
-  at::Tensor cuts, run_id, run_end, run_nodes, run_storage;
-  if (several_runs) {
-    cuts = at::empty({batch, length}, ints);
-    plan.cuts = cuts.mutable_data_ptr<int32_t>();
-  }
-  mark_nodes<<<blocks(batch * length), kWalkThreads, 0, stream>>>(data, plan);
+  mark_nodes<<<blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream>>>(data, plan);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 
-  const int capacity = stack_capacity(length);
-  const unsigned run_blocks = blocks(batch * plan.runs * groups * 32);
-  const size_t stack_bytes = sizeof(acc_t) * capacity * kWalkThreads;
-  RunData<acc_t> runs{};
+  const int log2_run = plan.runs.log2_size;
+  const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
+  const unsigned run_blocks = blocks(batch * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
+  const size_t walk_bytes = stack_bytes<acc_t>(kStreams, capacity) + ring_bytes_of<pass, kSelective, T, acc_t>();
+  RunData<acc_t> runs{}, sections{};
   if (several_runs) {
-    run_id = at::cumsum(cuts, 1, at::kInt);
-    run_end = at::empty({batch, plan.runs}, ints);
-    run_nodes = at::empty({batch, plan.runs}, ints);
-    plan.run_id = run_id.const_data_ptr<int32_t>();
-    plan.run_end = run_end.mutable_data_ptr<int32_t>();
-    plan.run_nodes = reinterpret_cast<uint32_t*>(run_nodes.mutable_data_ptr<int32_t>());
-    list_runs<<<blocks(batch * length), kWalkThreads, 0, stream>>>(data, plan);
+    const auto number = [&](Pieces& pieces) {
+      const at::Tensor cuts = at::from_blob(pieces.cuts, {batch, pieces.elements}, ints);
+      storage.push_back(at::cumsum(cuts, 1, at::kInt));
+      pieces.id = storage.back().const_data_ptr<int32_t>();
+    };
+    const auto data_of = [&](const Pieces& pieces) {
+      storage.push_back(at::empty({2 + 3 * kStreams, batch, pieces.capacity, channels}, accumulation));
+      RunData<acc_t> result{};
+      result.stride = batch * pieces.capacity * channels;
+      result.beta = storage.back().template mutable_data_ptr<acc_t>();
+      result.decay = result.beta + result.stride;
+      result.end = result.decay + result.stride;
+      result.bottom = result.end + kStreams * result.stride;
+      result.below = result.bottom + kStreams * result.stride;
+      return result;
+    };
+    number(plan.runs);
+    list_runs<<<blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream>>>(data, plan);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    runs = data_of(plan.runs);
+    summarise_runs<pass, kSelective><<<run_blocks, kWalkThreads, walk_bytes, stream>>>(data, plan, runs, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 
-    run_storage = at::empty({2 + 3 * kStreams, batch, plan.runs, channels}, accumulation);
-    runs.stride = batch * plan.runs * channels;
-    runs.beta = run_storage.mutable_data_ptr<acc_t>();
-    runs.decay = runs.beta + runs.stride;
-    runs.end = runs.decay + runs.stride;
-    runs.bottom = runs.end + kStreams * runs.stride;
-    runs.below = runs.bottom + kStreams * runs.stride;
-    summarise_runs<pass, kSelective>
-        <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    join_runs<pass>
-        <<<blocks(kStreams * batch * channels), kWalkThreads, stack_bytes, stream>>>(data, plan, runs, capacity);
+    const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
+    const unsigned section_blocks = blocks(kStreams * batch * plan.sections.capacity * channels, kWalkThreads);
+    if (several_sections) {
+      number(plan.sections);
+      list_sections<<<blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream>>>(plan, batch);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      sections = data_of(plan.sections);
+      summarise_sections<pass>
+          <<<section_blocks, kWalkThreads, join_bytes, stream>>>(data, plan, runs, sections, capacity);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      join_sections<pass><<<blocks(kStreams * batch * channels, kWalkThreads), kWalkThreads, join_bytes, stream>>>(
+          data, plan, sections, capacity);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    join_runs<pass><<<section_blocks, kWalkThreads, join_bytes, stream>>>(data, plan, runs, sections, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  const auto finish = [&](auto rows) {
-    finish_runs<rows(), pass, kSelective>
-        <<<run_blocks, kWalkThreads, kStreams * stack_bytes, stream>>>(data, plan, runs, capacity);
-  };
-  // Longer batches need more registers: they pay off where warps are few, or data wide and rows cheap.
-  const bool wide = !kSelective && sizeof(T) >= 4;
-  if (is_backward(pass) || several_runs || length < 8 * kLongBatch || (has_warps(warps, 8) && !wide)) {
-    finish(std::integral_constant<int, kBatch>());
-  } else if constexpr (!is_backward(pass)) {
-    finish(std::integral_constant<int, kLongBatch>());
-  }
+  const auto finish =
+      on_chip ? finish_runs<true, pass, kSelective, T, acc_t> : finish_runs<false, pass, kSelective, T, acc_t>;
+  const size_t kept_bytes = on_chip ? sizeof(acc_t) * kStreams * length * 32 : 0;
+  C10_CUDA_CHECK(cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(walk_bytes + kept_bytes)));
+  finish<<<run_blocks, kWalkThreads, walk_bytes + kept_bytes, stream>>>(data, plan, runs, capacity);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (!kParameters) return {};
   return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};

@@ -2,42 +2,50 @@
 #pragma once
 
 #include "discretise.cuh"
+#include "feed.cuh"
 #include "tree_scan.cuh"
 
 namespace grootvl {
 
-constexpr int kWalkThreads = 128;
-// Rows whose loads are in flight together, while as many are worked on.
-constexpr int kBatch = 8, kLongBatch = 16;
+// A warp a block: blocks of several would leave some multiprocessors idle.
+constexpr int kWalkThreads = 32;
 
 // Sums that wait, one for each lane: the top in a register, the others in shared memory. Without branches, since a walk
-// decides at every row whether to push or to pop.
+// decides at every row whether to push or to pop. A valid tree stays within the capacity; for a damaged one there is
+// room for a batch of pushes or pops on either side, and `stay_inside` between the batches.
 template <typename acc_t>
 class Stack {
  public:
-  Stack() = default;
-  // `column` is this lane's first entry, `stride` the distance to the next.
-  __device__ Stack(acc_t* column, int stride, int capacity) : column_(column), stride_(stride), capacity_(capacity) {}
+  // Of stack `stream` of this thread.
+  __device__ Stack(int stream, int capacity)
+      : step_(kWalkThreads * sizeof(acc_t)),
+        first_(shared_address() +
+               ((stream * (capacity + 2 * kBatch) + kBatch) * kWalkThreads + threadIdx.x) * uint32_t(sizeof(acc_t))),
+        last_(first_ + (capacity - 1) * step_) {
+    clear();
+  }
 
   __device__ __forceinline__ void push_if(bool condition, acc_t value) {
-    if (condition) column_[size_ * stride_] = top_;
-    size_ = min(size_ + condition, capacity_ - 1);  // a valid tree does not fill it
-    top_ = condition ? value : top_;
+    if (condition) {
+      store_shared(next_, top_);
+      next_ += step_;
+      top_ = value;
+    }
   }
   // The top, which is taken off if the condition holds.
   __device__ __forceinline__ acc_t pop_if(bool condition) {
     const acc_t value = top_;
-    size_ = max(size_ - condition, 0);  // the last vertex of a run may find nothing waiting
-    if (condition) top_ = column_[size_ * stride_];
+    if (condition) {
+      next_ -= step_;
+      load_shared(next_, top_);
+    }
     return value;
   }
-  __device__ void clear() { size_ = 0; }
+  __device__ __forceinline__ void stay_inside() { next_ = min(max(next_, first_), last_); }
+  __device__ void clear() { next_ = first_; }
 
  private:
-  acc_t* column_;
-  int stride_;
-  int capacity_;
-  int size_ = 0;
+  uint32_t step_, first_, last_, next_;  // addresses in shared memory
   acc_t top_ = 0;
 };
 
@@ -48,12 +56,26 @@ inline int stack_capacity(int64_t num_vertices) {
   return capacity;
 }
 
-// The stacks of a block's threads in dynamic shared memory.
+// Shared memory of the stacks of a block.
 template <typename acc_t>
-__device__ Stack<acc_t> thread_stack(int stream, int capacity) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  acc_t* column = reinterpret_cast<acc_t*>(memory) + stream * capacity * blockDim.x + threadIdx.x;
-  return Stack<acc_t>(column, blockDim.x, capacity);
+__host__ __device__ inline uint32_t stack_bytes(int streams, int capacity) {
+  return sizeof(acc_t) * streams * (capacity + 2 * kBatch) * kWalkThreads;
+}
+
+// Shared memory of a walk's ring: batches of rows of so many matrices, with their nodes and input weights.
+template <typename T, typename acc_t>
+__host__ __device__ constexpr uint32_t ring_bytes(int data, int sums, bool weights) {
+  return kDepth * kBatch * (32 * (data * sizeof(T) + sums * sizeof(acc_t)) + 4) +
+         kNodeSlots * 32 * (4 + weights * sizeof(acc_t));
+}
+// The largest that a pass needs, up or down.
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+__host__ __device__ constexpr uint32_t ring_bytes_of() {
+  constexpr int kStreams = num_streams(pass);
+  constexpr bool kParameters = kSelective && is_backward(pass);
+  const uint32_t up = ring_bytes<T, acc_t>(1 + kStreams, 0, kSelective);
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kParameters, kStreams, kParameters);
+  return up > down ? up : down;
 }
 
 // The run that a warp walks, and its lane's channel.
@@ -62,99 +84,160 @@ struct RunItem {
   int64_t column;  // the channel in that row of (B, L, D)
   int64_t at_run;  // of run and channel in (B, runs, D)
   int begin, end, channel;
-  unsigned group;  // of 32 channels
-  bool valid;      // there is such a run
-  bool active;     // and such a channel
+  unsigned group;      // of 32 channels
+  int group_channels;  // that there are in it
+  bool valid;          // there is such a run
+  bool active;         // and such a channel
 
   template <typename T, typename acc_t>
   __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
     const unsigned groups = (data.channels + 31) / 32;
-    const unsigned warp = blockIdx.x * (kWalkThreads / 32) + threadIdx.x / 32;
-    const unsigned image = warp / groups / plan.runs, run = warp / groups % plan.runs;
-    group = warp % groups;
-    channel = group * 32 + threadIdx.x % 32;
+    const unsigned image = blockIdx.x / groups / plan.runs.capacity, run = blockIdx.x / groups % plan.runs.capacity;
+    group = blockIdx.x % groups;
+    channel = group * 32 + threadIdx.x;
+    group_channels = min(data.channels - int(group) * 32, 32);
     active = channel < data.channels;
     channel = min(channel, data.channels - 1);  // idle lanes read along, and write nothing
     rows = int64_t(image) * data.num_vertices;
-    const int64_t run_rows = int64_t(image) * plan.runs;
     column = rows * data.channels + channel;
-    at_run = (run_rows + run) * data.channels + channel;
-    valid = image < data.batch;
+    at_run = (int64_t(image) * plan.runs.capacity + run) * data.channels + channel;
+    valid = run < plan.runs.count(image);
     if (!valid) return;
     begin = 0, end = data.num_vertices;
-    if (plan.cuts == nullptr) return;
-    valid = run < plan.run_id[rows + data.num_vertices - 1];
-    if (!valid) return;
-    if (run > 0) begin = plan.run_end[run_rows + run - 1];
-    end = plan.run_end[run_rows + run];
+    if (plan.runs.cuts == nullptr) return;
+    begin = plan.runs.begin(image, run);
+    end = plan.runs.end[int64_t(image) * plan.runs.capacity + run];
   }
 };
 
-// A batch of rows on its way from memory.
-template <int kRows, typename T, typename V, int kStreams>
-struct Rows {
-  uint32_t node[kRows];
-  T decay[kRows];
-  V value[kStreams][kRows];
-  T x[kRows], input_weight[kRows];
-};
-
-// Sums of eight values, each over a warp: value i / 4 for lane i.
+// Sums of a batch of values, each over a warp: value i / (32 / kBatch) for lane i.
 template <typename acc_t>
-__device__ __forceinline__ acc_t warp_sums(const acc_t (&values)[8]) {
-  acc_t four[4], two[2];
-  const auto halve = [](acc_t first, acc_t second, int distance) {  // half of the lanes go on with the first value
+__device__ __forceinline__ acc_t warp_sums(acc_t (&values)[kBatch]) {
+  int distance = 16;
+#pragma unroll
+  for (int rows = kBatch / 2; rows > 0; rows /= 2) {  // half of the lanes go on with the first half of the values
     const bool upper = threadIdx.x & distance;
-    return (upper ? second : first) + __shfl_xor_sync(0xffffffff, upper ? first : second, distance);
-  };
 #pragma unroll
-  for (int i = 0; i < 4; ++i) four[i] = halve(values[i], values[i + 4], 16);
+    for (int i = 0; i < rows; ++i) {
+      const acc_t kept = upper ? values[i + rows] : values[i], given = upper ? values[i] : values[i + rows];
+      values[i] = kept + __shfl_xor_sync(0xffffffff, given, distance);
+    }
+    distance /= 2;
+  }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) two[i] = halve(four[i], four[i + 2], 8);
-  acc_t sum = halve(two[0], two[1], 4);
-  sum += __shfl_xor_sync(0xffffffff, sum, 2);
-  return sum + __shfl_xor_sync(0xffffffff, sum, 1);
+  for (; distance > 0; distance /= 2) values[0] += __shfl_xor_sync(0xffffffff, values[0], distance);
+  return values[0];
 }
 
-// Goes over the rows of a run, forwards or backwards in the postorder. `load(batch, j, vertex)` fills row j of a batch,
-// `visit(batch, j)` is called for each row in turn, `finish(batch)` after each batch. The last batch is filled up with
-// the last row, marked kPast: a walk without branches is faster than one that stops on the row. All lanes of a warp
-// take the same way.
-template <bool kForwards, int kRows, typename Batch, typename Load, typename Visit, typename Finish>
-__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, Load load, Visit visit, Finish finish) {
-  const int count = item.end - item.begin;
-  const uint32_t* nodes = plan.nodes + item.rows + (kForwards ? item.begin : item.end - 1);
-  const int lane = threadIdx.x % kRows;
-  // The nodes of a batch, one in each of the first lanes.
-  const auto nodes_from = [&](int first) {
-    const int i = min(first + lane, count - 1);
-    const uint32_t node = nodes[kForwards ? i : -i];
-    return first + lane < count ? node : (node & kVertexMask) | kPast;
+// What a walk reads of a row.
+template <typename T, typename acc_t>
+struct Row {
+  uint32_t node;
+  T data[3];
+  acc_t sums[2];
+  acc_t input_weight;
+};
+
+// Goes over the rows of a run, forwards or backwards in the postorder. `visit(row, j, i)` is called for each row in
+// turn, j its place in a batch and i its place in the run, after `read(row, i)` for the rows of a batch, which may add
+// what does not pass through the ring; `finish(rows)` after each batch. The last batch is filled up with the last row,
+// marked kPast, with places outside of the run: a walk without branches is faster than one that stops on the row. All
+// lanes of a warp take the same way. `input_weights` is null where they are not wanted. The rows pass through `ring` in
+// shared memory.
+template <bool kForwards, bool kWeights, typename T, int kData, int kLastData, typename acc_t, int kSums, int kLastSums,
+          typename Read, typename Visit, typename Finish>
+__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, const RowFeed<T, kData, kLastData>& data,
+                                     const RowFeed<acc_t, kSums, kLastSums>& sums, const T* input_weights,
+                                     uint32_t input_weight_bytes, uint32_t ring, Read read, Visit visit,
+                                     Finish finish) {
+  constexpr uint32_t kSumsAt = RowFeed<T, kData, kLastData>::kBatchBytes,
+                     kNodesAt = kSumsAt + RowFeed<acc_t, kSums, kLastSums>::kBatchBytes,
+                     kSlotBytes = kNodesAt + kBatch * 4;
+  static_assert(kDepth * kSlotBytes + kNodeSlots * 32 * (4 + kWeights * sizeof(acc_t)) ==
+                ring_bytes<T, acc_t>(kData, kSums, kWeights));
+  const int count = item.end - item.begin, last = count - 1;
+  const auto place = [&](int i) { return kForwards ? i : last - i; };
+  const uint32_t* run_nodes = plan.nodes + item.rows + item.begin;
+  // The nodes of 32 rows, a lane each, come to shared memory, too, in good time.
+  const uint32_t nodes_at = ring + kDepth * kSlotBytes + threadIdx.x * 4;
+  const auto node_slot = [&](int first) { return nodes_at + first / 32 % kNodeSlots * 128; };
+  const auto fetch_nodes = [&](int first) {
+    copy_async_4_bytes(node_slot(first), &run_nodes[place(min(first + int(threadIdx.x), last))]);
   };
-  const auto load_batch = [&](Batch& batch, uint32_t batch_nodes) {
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      batch.node[j] = __shfl_sync(0xffffffff, batch_nodes, j);
-      load(batch, j, batch.node[j] & kVertexMask);
+  const auto nodes_of = [&](int first) {
+    uint32_t node;
+    load_shared(node_slot(first), node);
+    return node;
+  };
+  // Their input weights, too, but through a register, since they may be too small for an asynchronous copy.
+  const uint32_t weights_at = ring + kDepth * kSlotBytes + kNodeSlots * 128;
+  const auto weight_slot = [&](int first) {
+    return weights_at + first / 32 % kNodeSlots * uint32_t(32 * sizeof(acc_t));
+  };
+  T weight{};
+  const auto load_weights = [&](int first) {
+    if constexpr (kWeights) weight = at_vertex(input_weights, nodes_of(first) & kVertexMask, input_weight_bytes);
+  };
+  const auto store_weights = [&](int first) {
+    if constexpr (kWeights) {
+      store_shared(weight_slot(first) + threadIdx.x * uint32_t(sizeof(acc_t)), static_cast<acc_t>(weight));
     }
   };
-  const auto visit_batch = [&](const Batch& batch) {
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) visit(batch, j);
-    finish(batch);
+  uint32_t slot = ring;
+  // Sends for the batch at `first` of the run, whose nodes are in the lanes from `lane` on.
+  const auto fetch = [&](uint32_t nodes, int first, int lane) {
+    if (first < count) {
+      const auto vertex_of = [&](int j) { return __shfl_sync(0xffffffff, nodes, lane + j) & kVertexMask; };
+      data.fetch(slot, vertex_of);
+      sums.fetch(slot + kSumsAt, vertex_of);
+      const int j = threadIdx.x % kBatch;
+      const uint32_t node = __shfl_sync(0xffffffff, nodes, lane + j);
+      if (threadIdx.x < kBatch) {
+        store_shared(slot + kNodesAt + j * 4, first + j < count ? node : (node & kVertexMask) | kPast);
+      }
+    }
+    commit_async_copies();
+    slot = slot == ring + (kDepth - 1) * kSlotBytes ? ring : slot + kSlotBytes;
   };
-  // One batch is on its way while the other is worked on.
-  Batch even, odd;
-  load_batch(even, nodes_from(0));
-  uint32_t nodes_ahead = nodes_from(kRows);
-  for (int first = 0; first < count; first += 2 * kRows) {
-    load_batch(odd, nodes_ahead);
-    nodes_ahead = nodes_from(first + 2 * kRows);
-    visit_batch(even);
-    if (first + kRows >= count) return;
-    load_batch(even, nodes_ahead);
-    nodes_ahead = nodes_from(first + 3 * kRows);
-    visit_batch(odd);
+
+  if constexpr (kSums > 0) __threadfence();  // asynchronous copies know no order with the stores of the sums
+  __syncwarp();                              // the ring may have been read by a walk before
+  for (int first = 0; first < 32 * (kNodeSlots - 1); first += 32) fetch_nodes(first);
+  commit_async_copies();
+  await_async_copies<0>();
+  for (int first = 0; first < 32; first += kBatch) fetch(nodes_of(0), first, first);
+  load_weights(0);
+  store_weights(0);
+  load_weights(32);
+  for (int first_of_32 = 0; first_of_32 < count; first_of_32 += 32) {
+    await_async_copies<kDepth - 1>();
+    fetch_nodes(first_of_32 + 32 * (kNodeSlots - 1));
+    const uint32_t nodes = nodes_of(first_of_32 + 32);
+    store_weights(first_of_32 + 32);
+    load_weights(first_of_32 + 64);
+#pragma unroll 1
+    for (int lane = 0; lane < 32; lane += kBatch) {
+      const int first = first_of_32 + lane;
+      if (first >= count) break;
+      await_async_copies<kDepth - 1>();
+      __syncwarp();
+      Row<T, acc_t> rows[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        load_shared(slot + kNodesAt + j * 4, rows[j].node);
+        for (int m = 0; m < kData; ++m) data.read(slot, m, j, rows[j].data[m]);
+        for (int m = 0; m < kSums; ++m) sums.read(slot + kSumsAt, m, j, rows[j].sums[m]);
+        if constexpr (kWeights) {
+          load_shared(weight_slot(first_of_32) + (lane + j) * uint32_t(sizeof(acc_t)), rows[j].input_weight);
+        }
+        read(rows[j], place(first + j));
+      }
+      __syncwarp();
+      fetch(nodes, first + 32, lane);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) visit(rows[j], j, place(first + j));
+      finish(rows);
+    }
   }
 }
 
@@ -165,54 +248,52 @@ __device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T
   return {0, 0};
 }
 
-// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, decay, u, contribution)`.
-template <int kRows, Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
+// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, i, decay, u, contribution)`.
+template <int kLast, Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
-                                        Stack<acc_t> (&stacks)[num_streams(pass)],
+                                        uint32_t ring, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
-  using Batch = Rows<kRows, T, T, kStreams>;
-  const uint32_t channels = data.channels;
-  const T* decays = data.decay + item.column;
-  const T* values[2] = {data.x + item.column, is_backward(pass) ? data.grad + item.column : nullptr};
+  const T* columns[] = {data.decay + item.column, data.x + item.column, data.grad + item.column};
+  const RowFeed<T, 1 + kStreams, kLast> feed(columns, item.channel % 32, item.group_channels, data.channels,
+                                             data.aligned);
+  const RowFeed<acc_t, 0, 0> no_sums(nullptr, 0, 0, 0, true);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
   const auto discretise = discretisation<kSelective>(data, item);
   acc_t sum[kStreams];
   for (int s = 0; s < kStreams; ++s) sum[s] = entering[s];
-  const auto load = [&](Batch& batch, int j, uint32_t vertex) {
-    const uint32_t at = vertex * channels;
-    batch.decay[j] = decays[at];
-#pragma unroll
-    for (int s = 0; s < kStreams; ++s) batch.value[s][j] = values[s][at];
-    if constexpr (kSelective) batch.input_weight[j] = input_weights[vertex * data.input_weight_stride];
-  };
-  const auto visit_row = [&](const Batch& batch, int j) {
-    const uint32_t node = batch.node[j];
+  const auto visit_row = [&](const Row<T, acc_t>& row, int, int i) {
+    const uint32_t node = row.node;
     const bool push = node & kPush, light = node & kLight;
-    acc_t decay = static_cast<acc_t>(batch.decay[j]), own[kStreams];
+    acc_t decay = static_cast<acc_t>(row.data[0]), own[kStreams];
 #pragma unroll
-    for (int s = 0; s < kStreams; ++s) own[s] = static_cast<acc_t>(batch.value[s][j]);
+    for (int s = 0; s < kStreams; ++s) own[s] = static_cast<acc_t>(row.data[1 + s]);
     if constexpr (kSelective) {
       const auto step = discretise(decay);
-      own[0] *= step.delta * static_cast<acc_t>(batch.input_weight[j]);
+      own[0] *= step.delta * row.input_weight;
       decay = step.decay;
     }
     if (node & kRoot) decay = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
       if (!sweeps_up(pass, s)) {  // a vertex's own value is all there is
-        visit(s, node, decay, own[s], acc_t(0));
+        visit(s, node, i, decay, own[s], acc_t(0));
         continue;
       }
       stacks[s].push_if(push, sum[s]);
       const acc_t u = push ? own[s] : own[s] + sum[s];
       const acc_t contribution = decay * u;
-      visit(s, node, decay, u, contribution);
+      visit(s, node, i, decay, u, contribution);
       const acc_t waiting = stacks[s].pop_if(light);
       sum[s] = light ? contribution + waiting : contribution;
     }
   };
-  walk<true, kRows, Batch>(plan, item, load, visit_row, [](const Batch&) {});
+  walk<true, kSelective>(
+      plan, item, feed, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring, [](auto&, int) {},
+      visit_row,
+      [&](const auto&) {
+        for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
+      });
 }
 
 // (1) Each run by itself.
@@ -222,23 +303,23 @@ __global__ void __launch_bounds__(kWalkThreads)
   constexpr int kStreams = num_streams(pass);
   const RunItem item(data, plan);
   if (!item.valid) return;
-  Stack<acc_t> stacks[kStreams];
-  for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
+  Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
-  walk_up<kBatch, pass, kSelective>(data, plan, item, stacks, nothing,
-                                    [&](int s, uint32_t node, acc_t decay, acc_t u, acc_t contribution) {
-                                      if (!(node & kPast)) end[s] = u;
-                                      if (node & kChain) {
-                                        bottom[s] += product * (u - chain[s]);
-                                        chain[s] = contribution;
-                                        if (s == kStreams - 1) {
-                                          before = product;
-                                          product *= decay;
-                                        }
-                                      }
-                                      if (s == 0 && !(node & kPast)) last_decay = decay;
-                                    });
+  const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
+  walk_up<3, pass, kSelective>(data, plan, item, ring, stacks, nothing,
+                               [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution) {
+                                 if (!(node & kPast)) end[s] = u;
+                                 if (node & kChain) {
+                                   bottom[s] += product * (u - chain[s]);
+                                   chain[s] = contribution;
+                                   if (s == kStreams - 1) {
+                                     before = product;
+                                     product *= decay;
+                                   }
+                                 }
+                                 if (s == 0 && !(node & kPast)) last_decay = decay;
+                               });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
   runs.decay[item.at_run] = last_decay;
@@ -248,131 +329,237 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
 }
 
-// (2) The runs among themselves: a thread for each stream, image and channel.
-template <Pass pass, typename T, typename acc_t>
-__global__ void __launch_bounds__(kWalkThreads)
-    join_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int channel = thread % data.channels;
-  const int64_t image = thread / data.channels % data.batch;
-  const int stream = thread / data.channels / data.batch;
-  if (stream >= num_streams(pass)) return;
-  const bool up = sweeps_up(pass, stream);
-  const int count = plan.run_id[(image + 1) * data.num_vertices - 1];
-  const uint32_t* nodes = plan.run_nodes + image * plan.runs;
-  const int64_t offset = image * plan.runs * data.channels + channel;
-  const acc_t* beta = runs.beta + offset;
-  const acc_t* decay = runs.decay + offset;
-  const acc_t* end = runs.end + stream * runs.stride + offset;
-  acc_t* bottom = runs.bottom + stream * runs.stride + offset;
-  acc_t* below = runs.below + stream * runs.stride + offset;
-  Stack<acc_t> stack = thread_stack<acc_t>(0, capacity);
+// The pieces, or some of them, that a thread joins for a stream and a channel.
+template <typename acc_t>
+struct Column {
+  const uint32_t* nodes;
+  int64_t channels;
+  const acc_t *beta, *decay, *end;
+  acc_t *bottom, *below;
 
-  acc_t sum = 0;
-  for (int first = 0; first < count; first += kBatch) {
+  __device__ Column(const Pieces& pieces, const RunData<acc_t>& data, int64_t image, int stream, int channel,
+                    int channels)
+      : nodes(pieces.nodes + image * pieces.capacity), channels(channels) {
+    const int64_t offset = image * pieces.capacity * channels + channel;
+    beta = data.beta + offset;
+    decay = data.decay + offset;
+    end = data.end + stream * data.stride + offset;
+    bottom = data.bottom + stream * data.stride + offset;
+    below = data.below + stream * data.stride + offset;
+  }
+};
+
+// (2) Pieces among themselves, from `begin` to `end`, with what enters from below and from above.
+template <Pass pass, typename acc_t>
+__device__ __forceinline__ void join(const Column<acc_t>& at, int begin, int end, bool up, acc_t entering, acc_t above,
+                                     Stack<acc_t> stack) {
+  acc_t sum = entering;
+  for (int first = begin; first < end; first += kBatch) {
     uint32_t node[kBatch];
     acc_t u[kBatch], b[kBatch], a[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int run = min(first + j, count - 1);
-      const int64_t at = int64_t(run) * data.channels;
-      node[j] = nodes[run], u[j] = end[at], b[j] = beta[at], a[j] = decay[at];
+      const int piece = min(first + j, end - 1);
+      const int64_t i = piece * at.channels;
+      node[j] = at.nodes[piece], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i];
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= count) break;
+      if (first + j >= end) break;
       stack.push_if(node[j] & kPush, sum);
       if (node[j] & kPush) sum = 0;
-      below[int64_t(first + j) * data.channels] = up ? sum : acc_t(0);
+      at.below[(first + j) * at.channels] = up ? sum : acc_t(0);
       const acc_t contribution = a[j] * (u[j] + b[j] * sum), waiting = stack.pop_if(node[j] & kLight);
       sum = node[j] & kLight ? contribution + waiting : contribution;
       if (node[j] & kRoot) stack.clear();
     }
+    stack.stay_inside();
   }
   if (pass == Pass::kUp) return;
 
   stack.clear();
-  acc_t h = 0;  // at the bottom of the run above
-  for (int first = count - 1; first >= 0; first -= kBatch) {
+  acc_t h = above;  // at the bottom of the piece above
+  for (int first = end - 1; first >= begin; first -= kBatch) {
     uint32_t node[kBatch];
     acc_t u[kBatch], b[kBatch], a[kBatch], e[kBatch], p[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int run = max(first - j, 0);
-      const int64_t at = int64_t(run) * data.channels;
-      node[j] = nodes[run], u[j] = end[at], b[j] = beta[at], a[j] = decay[at], e[j] = below[at], p[j] = bottom[at];
+      const int piece = max(first - j, begin);
+      const int64_t i = piece * at.channels;
+      node[j] = at.nodes[piece], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i];
+      e[j] = at.below[i], p[j] = at.bottom[i];
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first - j < 0) break;
+      if (first - j < begin) break;
       if (node[j] & kRoot) h = 0;
       stack.push_if(node[j] & kLight, h);
-      bottom[int64_t(first - j) * data.channels] = h;
+      at.bottom[(first - j) * at.channels] = h;
       const acc_t from_above = up ? h - a[j] * (u[j] + b[j] * e[j]) : h;
       h = e[j] + p[j] + b[j] * a[j] * from_above;
       const acc_t waiting = stack.pop_if(node[j] & kPush);
       if (node[j] & kPush) h = waiting;
     }
+    stack.stay_inside();
   }
 }
 
-// (3) Each run, with what enters it: nothing, if it is the whole tree.
-template <int kRows, Pass pass, bool kSelective, typename T, typename acc_t>
+// Which stream, image, section and channel a thread of a grid works on.
+struct SectionItem {
+  int stream, section, channel;
+  int64_t image;
+  bool valid;
+  int begin, end;  // the section's runs
+
+  template <typename T, typename acc_t>
+  __device__ SectionItem(const ScanData<T, acc_t>& data, const Plan& plan, int streams) {
+    int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    channel = thread % data.channels, thread /= data.channels;
+    section = thread % plan.sections.capacity, thread /= plan.sections.capacity;
+    image = thread % data.batch, stream = thread / data.batch;
+    valid = stream < streams && section < plan.sections.count(image);
+    if (!valid) return;
+    begin = 0, end = plan.runs.count(image);
+    if (plan.sections.cuts == nullptr) return;
+    begin = plan.sections.begin(image, section);
+    end = plan.sections.end[image * plan.sections.capacity + section];
+  }
+};
+
+// Each section by itself, as summarise_runs does it for each run.
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    summarise_sections(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, RunData<acc_t> sections, int capacity) {
+  const SectionItem item(data, plan, num_streams(pass));
+  if (!item.valid) return;
+  const bool up = sweeps_up(pass, item.stream);
+  const Column<acc_t> at(plan.runs, runs, item.image, item.stream, item.channel, data.channels);
+  Stack<acc_t> stack(0, capacity);
+  acc_t sum = 0, product = 1, before = 1, last_decay = 0, end = 0, chain = 0, bottom = 0;
+  for (int first = item.begin; first < item.end; first += kBatch) {
+    uint32_t node[kBatch];
+    acc_t u[kBatch], b[kBatch], a[kBatch], p[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int run = min(first + j, item.end - 1);
+      const int64_t i = run * at.channels;
+      node[j] = at.nodes[run], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i], p[j] = at.bottom[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j >= item.end) break;
+      stack.push_if(node[j] & kPush, sum);
+      const acc_t entering = up && !(node[j] & kPush) ? sum : acc_t(0);
+      end = u[j] + b[j] * entering;
+      last_decay = a[j];
+      const acc_t contribution = up ? a[j] * end : acc_t(0);
+      if (node[j] & kChain) {
+        bottom += product * (p[j] + entering - chain);
+        chain = contribution;
+        before = product * b[j];
+        product = before * a[j];
+      }
+      const acc_t waiting = stack.pop_if(node[j] & kLight);
+      sum = node[j] & kLight ? contribution + waiting : contribution;
+      if (node[j] & kRoot) stack.clear();
+    }
+    stack.stay_inside();
+  }
+  const int64_t i = (item.image * plan.sections.capacity + item.section) * data.channels + item.channel;
+  if (item.stream == 0) sections.beta[i] = before, sections.decay[i] = last_decay;
+  sections.end[item.stream * sections.stride + i] = end;
+  sections.bottom[item.stream * sections.stride + i] = bottom;
+}
+
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    join_sections(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> sections, int capacity) {
+  int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int channel = thread % data.channels;
+  const int64_t image = thread / data.channels % data.batch;
+  const int stream = thread / data.channels / data.batch;
+  if (stream >= num_streams(pass)) return;
+  const Column<acc_t> at(plan.sections, sections, image, stream, channel, data.channels);
+  join<pass>(at, 0, plan.sections.count(image), sweeps_up(pass, stream), acc_t(0), acc_t(0), Stack<acc_t>(0, capacity));
+}
+
+// The runs of each section, with what enters it.
+template <Pass pass, typename T, typename acc_t>
+__global__ void __launch_bounds__(kWalkThreads)
+    join_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, RunData<acc_t> sections, int capacity) {
+  const SectionItem item(data, plan, num_streams(pass));
+  if (!item.valid) return;
+  acc_t entering = 0, above = 0;
+  if (plan.sections.cuts != nullptr) {
+    const int64_t i = item.stream * sections.stride +
+                      (item.image * plan.sections.capacity + item.section) * data.channels + item.channel;
+    entering = sections.below[i], above = sections.bottom[i];
+  }
+  const Column<acc_t> at(plan.runs, runs, item.image, item.stream, item.channel, data.channels);
+  join<pass>(at, item.begin, item.end, sweeps_up(pass, item.stream), entering, above, Stack<acc_t>(0, capacity));
+}
+
+// (3) Each run, with what enters it: nothing, if it is the whole tree. Of small trees (kOnChip) the sums wait in shared
+// memory between the sweeps.
+template <bool kOnChip, Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
   constexpr int kStreams = num_streams(pass);
   const RunItem item(data, plan);
   if (!item.valid) return;
-  const uint32_t channels = data.channels;
-  Stack<acc_t> stacks[kStreams];
-  for (int s = 0; s < kStreams; ++s) stacks[s] = thread_stack<acc_t>(s, capacity);
+  const uint32_t row_bytes = data.channels * sizeof(T), sum_row_bytes = data.channels * sizeof(acc_t);
+  const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
+  const uint32_t kept = ring + ring_bytes_of<pass, kSelective, T, acc_t>() + threadIdx.x * uint32_t(sizeof(acc_t));
+  const auto kept_at = [&](int s, int i) { return kept + (s * data.num_vertices + i) * uint32_t(32 * sizeof(acc_t)); };
+  Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
   acc_t entering[kStreams] = {};
-  if (plan.cuts != nullptr) {
+  if (plan.runs.cuts != nullptr) {
     for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
   }
+  constexpr bool kParameters = kSelective && is_backward(pass);
   T* out = data.out + item.column;
-  acc_t* sums[2] = {data.sums[0] + item.column, is_backward(pass) ? data.sums[1] + item.column : nullptr};
-  walk_up<kRows, pass, kSelective>(data, plan, item, stacks, entering,
-                                   [&](int s, uint32_t node, acc_t, acc_t u, acc_t) {
-                                     if (!item.active || node & kPast) return;
-                                     const uint32_t at = (node & kVertexMask) * channels;
-                                     if constexpr (pass == Pass::kUp) {
-                                       out[at] = static_cast<T>(u);
-                                     } else {
-                                       sums[s][at] = u;
-                                     }
-                                   });
+  acc_t* sums[2] = {data.sums[0] + item.column, data.sums[1] + item.column};
+  walk_up<kParameters ? 2 : 1, pass, kSelective>(data, plan, item, ring, stacks, entering,
+                                                 [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t) {
+                                                   if (!item.active || node & kPast) return;
+                                                   const uint32_t vertex = node & kVertexMask;
+                                                   if constexpr (pass == Pass::kUp) {
+                                                     at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
+                                                   } else if constexpr (kOnChip) {
+                                                     store_shared(kept_at(s, i), u);
+                                                   } else {
+                                                     at_vertex(sums[s], vertex, sum_row_bytes) = u;
+                                                   }
+                                                 });
   if constexpr (pass == Pass::kUp) return;
 
-  using Batch = Rows<kRows, T, acc_t, kStreams>;
-  const T* decays = data.decay + item.column;
-  const T* xs = data.x + item.column;
+  constexpr int kSumsRead = kOnChip ? 0 : kStreams;
+  const T* columns[] = {data.decay + item.column, data.x + item.column};
+  const acc_t* sum_columns[] = {sums[0], sums[1]};
+  const RowFeed<T, 1 + kParameters, 0> feed(columns, item.channel % 32, item.group_channels, data.channels,
+                                            data.aligned);
+  const RowFeed<acc_t, kSumsRead, 0> sum_feed(sum_columns, item.channel % 32, item.group_channels, data.channels,
+                                              data.aligned);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
-  T* ddecay = is_backward(pass) ? data.ddecay + item.column : nullptr;
+  T* ddecay = data.ddecay + item.column;
   acc_t* dinput_weights = data.dinput_weight + (item.group * data.batch * data.num_vertices + item.rows);
   const auto discretise = discretisation<kSelective>(data, item);
-  constexpr bool kParameters = kSelective && is_backward(pass);
-  acc_t dbias = 0, dA_log = 0, dinput_weight[kRows];
+  acc_t dbias = 0, dA_log = 0, dinput_weight[kBatch];
   acc_t h[kStreams] = {};
   for (int s = 0; s < kStreams; ++s) {
-    if (plan.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
+    if (plan.runs.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
     stacks[s].clear();
   }
-  const auto load = [&](Batch& batch, int j, uint32_t vertex) {
-    const uint32_t at = vertex * channels;
-    batch.decay[j] = decays[at];
-#pragma unroll
-    for (int s = 0; s < kStreams; ++s) batch.value[s][j] = sums[s][at];
-    if constexpr (kParameters) {
-      batch.x[j] = xs[at];
-      batch.input_weight[j] = input_weights[vertex * data.input_weight_stride];
+  const auto read_kept = [&](Row<T, acc_t>& row, int i) {
+    if constexpr (kOnChip) {
+      for (int s = 0; s < kStreams; ++s) load_shared(kept_at(s, i), row.sums[s]);
     }
   };
-  const auto visit_row = [&](const Batch& batch, int j) {
-    const uint32_t node = batch.node[j], at = (node & kVertexMask) * channels;
+  const auto visit_row = [&](const Row<T, acc_t>& row, int j, int) {
+    const uint32_t node = row.node, vertex = node & kVertexMask;
     const bool push = node & kPush, light = node & kLight, root = node & kRoot;
     const bool write = item.active && !(node & kPast);
-    acc_t decay = static_cast<acc_t>(batch.decay[j]);
+    acc_t decay = static_cast<acc_t>(row.data[0]);
     typename Discretisation<acc_t>::Step step{};
     if constexpr (kSelective) {
       step = discretise(decay);
@@ -381,30 +568,32 @@ __global__ void __launch_bounds__(kWalkThreads)
     acc_t from_above[kStreams];
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      const acc_t u = batch.value[s][j];
+      const acc_t u = row.sums[s];
       stacks[s].push_if(light, h[s]);
       from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
       h[s] = root ? u : u + decay * from_above[s];
     }
     acc_t gradient = 0;  // of the decay
     if constexpr (kStreams == 2) {
-      gradient = batch.value[0][j] * from_above[1];
-      if constexpr (sweeps_up(pass, 1)) gradient += batch.value[1][j] * from_above[0];
+      gradient = row.sums[0] * from_above[1];
+      if constexpr (sweeps_up(pass, 1)) gradient += row.sums[1] * from_above[0];
       if (root) gradient = 0;
     }
     if constexpr (!kParameters) {
       if (write) {
-        out[at] = static_cast<T>(h[kStreams - 1]);
-        if constexpr (kStreams == 2) ddecay[at] = static_cast<T>(gradient);
+        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(h[kStreams - 1]));
+        if constexpr (kStreams == 2) {
+          store_streaming(at_vertex(ddecay, vertex, row_bytes), static_cast<T>(gradient));
+        }
       }
     } else {
-      const acc_t x = static_cast<acc_t>(batch.x[j]), input_weight = static_cast<acc_t>(batch.input_weight[j]);
+      const acc_t x = static_cast<acc_t>(row.data[1]);
       const acc_t dinput = h[1], by_rate = gradient * decay * discretise.rate;
-      const acc_t ddelta = (dinput * x * input_weight + by_rate) * step.slope;
+      const acc_t ddelta = (dinput * x * row.input_weight + by_rate) * step.slope;
       dinput_weight[j] = write ? dinput * x * step.delta : 0;
       if (write) {
-        out[at] = static_cast<T>(dinput * step.delta * input_weight);
-        ddecay[at] = static_cast<T>(ddelta);
+        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(dinput * step.delta * row.input_weight));
+        store_streaming(at_vertex(ddecay, vertex, row_bytes), static_cast<T>(ddelta));
         dbias += ddelta;
         dA_log += by_rate * step.delta;
       }
@@ -415,22 +604,25 @@ __global__ void __launch_bounds__(kWalkThreads)
       h[s] = push ? waiting : h[s];
     }
   };
-  walk<false, kRows, Batch>(plan, item, load, visit_row, [&](const Batch& batch) {
-    if constexpr (kParameters) {
-      const acc_t sum = warp_sums(dinput_weight);
-      const int lane = threadIdx.x % 32;
-      uint32_t node = batch.node[0];
+  walk<false, kParameters>(plan, item, feed, sum_feed, input_weights, data.input_weight_stride * sizeof(T), ring,
+                           read_kept, visit_row, [&](const Row<T, acc_t>(&rows)[kBatch]) {
+                             for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
+                             if constexpr (kParameters) {
+                               const acc_t sum = warp_sums(dinput_weight);
+                               constexpr int kLanesOfRow = 32 / kBatch;
+                               uint32_t node = rows[0].node;
 #pragma unroll
-      for (int j = 1; j < kRows; ++j) {
-        if (lane / 4 == j) node = batch.node[j];
-      }
-      if (lane % 4 == 0 && !(node & kPast)) dinput_weights[node & kVertexMask] = sum;
-    }
-  });
+                               for (int j = 1; j < kBatch; ++j) {
+                                 if (threadIdx.x / kLanesOfRow == j) node = rows[j].node;
+                               }
+                               if (threadIdx.x % kLanesOfRow == 0 && !(node & kPast))
+                                 dinput_weights[node & kVertexMask] = sum;
+                             }
+                           });
   if constexpr (kParameters) {
     if (!item.active) return;
     data.dparameters[item.at_run] = dbias;
-    data.dparameters[data.batch * plan.runs * data.channels + item.at_run] = dA_log;
+    data.dparameters[data.batch * plan.runs.capacity * data.channels + item.at_run] = dA_log;
   }
 }
 
