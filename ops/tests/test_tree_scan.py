@@ -200,7 +200,7 @@ def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, up_
     ]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     scale = max(result.abs().max().item() for result in expected)
-    accumulation = (1e-12 if dtype == torch.float64 else 2e-6) * max(scale, 10)
+    accumulation = (1e-12 if dtype == torch.float64 else 1e-5) * max(scale, 10)  # a star's root sums 40,000 terms
     rounding = torch.finfo(dtype).eps if dtype in HALF else 1e-6
     check([result.cpu() for result in runs[0]], expected, rtol=rounding, atol=accumulation)
 

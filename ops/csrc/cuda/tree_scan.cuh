@@ -89,7 +89,7 @@ constexpr uint32_t kPast = 1u << 31;  // fills up a batch after the end of a run
 // image, over the elements or over the pieces, of which there are at most `capacity`.
 struct Pieces {
   int32_t* cuts;      // (B, elements): 1 where a piece ends; null, as all that follows, if there is but one
-  const int32_t* id;  // (B, elements): pieces that end up to here, itself included
+  const int32_t* id;  // (B, elements): pieces of all images that end up to here, itself included
   int32_t* end;       // (B, capacity): one past its last element
   uint32_t* nodes;    // (B, capacity): its last vertex
   int32_t* first;     // (B, capacity): of runs, the one in which the subtree of that vertex begins
@@ -98,8 +98,11 @@ struct Pieces {
   int log2_size;
 
   __device__ int count(int64_t image) const {  // a damaged tree must not lead outside of the arrays
-    return cuts == nullptr ? 1 : min(id[(image + 1) * elements - 1], capacity);
+    return cuts == nullptr ? 1 : min(id[(image + 1) * elements - 1] - before(image), capacity);
   }
+  __device__ int before(int64_t image) const { return image > 0 ? id[image * elements - 1] : 0; }
+  // Which of its image's pieces an element, the i-th of all images, is in.
+  __device__ int piece(int64_t image, int64_t i) const { return id[i] - cuts[i] - before(image); }
   __device__ int begin(int64_t image, int piece) const { return piece > 0 ? end[image * capacity + piece - 1] : 0; }
   // Whether a vertex with n in its subtree, of which `above` is the parent's, ends a piece.
   __device__ bool cut(int n, bool root, int above) const {
@@ -161,12 +164,12 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   const Pieces &runs = plan.runs, &sections = plan.sections;
   if (i >= data.batch * length || !runs.cuts[i]) return;
   const int64_t image = i / length, rows = image * length;
-  const int t = i % length, run = runs.id[i] - 1;
+  const int t = i % length, run = runs.piece(image, i);
   if (run >= runs.capacity) return;
   const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
   const int n = data.subtree_size[rows + vertex];
   const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
-  const int first = runs.id[at_first] - runs.cuts[at_first];
+  const int first = runs.piece(image, at_first);
   const int64_t at = image * runs.capacity + run;
   const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
   runs.end[at] = t + 1;
@@ -182,9 +185,9 @@ __global__ inline void list_sections(Plan plan, int64_t batch) {
   const Pieces &runs = plan.runs, &sections = plan.sections;
   if (i >= batch * runs.capacity || !sections.cuts[i]) return;
   const int64_t image = i / runs.capacity, first = image * runs.capacity + runs.first[i];
-  const int section = sections.id[i] - 1;
+  const int section = sections.piece(image, i);
   if (section >= sections.capacity) return;
-  const bool leaf = sections.id[first] - sections.cuts[first] == section;
+  const bool leaf = sections.piece(image, first) == section;
   sections.end[image * sections.capacity + section] = i % runs.capacity + 1;
   sections.nodes[image * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
 }

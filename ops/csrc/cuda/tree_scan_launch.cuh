@@ -124,8 +124,8 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
     const auto number = [&](Pieces& pieces) {
-      const at::Tensor cuts = at::from_blob(pieces.cuts, {batch, pieces.elements}, ints);
-      storage.push_back(at::cumsum(cuts, 1, at::kInt));
+      // Over all images at once, since rows of a matrix would each be summed by one block.
+      storage.push_back(at::cumsum(at::from_blob(pieces.cuts, {batch * pieces.elements}, ints), 0, at::kInt));
       pieces.id = storage.back().const_data_ptr<int32_t>();
     };
     const auto data_of = [&](const Pieces& pieces) {

@@ -200,8 +200,10 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
     slot = slot == ring + (kDepth - 1) * kSlotBytes ? ring : slot + kSlotBytes;
   };
 
+  // A walk before may have read the ring, and nodes that it did not need may be on their way.
+  await_async_copies<0>();
   if constexpr (kSums > 0) __threadfence();  // asynchronous copies know no order with the stores of the sums
-  __syncwarp();                              // the ring may have been read by a walk before
+  __syncwarp();
   for (int first = 0; first < 32 * (kNodeSlots - 1); first += 32) fetch_nodes(first);
   commit_async_copies();
   await_async_copies<0>();
