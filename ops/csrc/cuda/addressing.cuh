@@ -17,12 +17,13 @@ __device__ __forceinline__ T& at_vertex(T* column, uint32_t vertex, uint32_t row
   return *static_cast<T*>(__cvta_global_to_generic(address));
 }
 
-// Stores what will not be read soon.
+// Stores what will not be read soon. Rows of 16-bit values are half a line of the cache, which should wait for the
+// other half.
 template <typename T>
 __device__ __forceinline__ void store_streaming(T& to, T value) {
   const auto global = __cvta_generic_to_global(&to);
   if constexpr (sizeof(T) == 2) {
-    asm volatile("st.global.cs.b16 [%0], %1;" ::"l"(global), "h"(reinterpret_cast<const uint16_t&>(value)) : "memory");
+    to = value;
   } else if constexpr (sizeof(T) == 4) {
     asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(global), "r"(reinterpret_cast<const uint32_t&>(value)) : "memory");
   } else {

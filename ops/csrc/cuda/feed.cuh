@@ -1,6 +1,5 @@
-// Rows of a walk on their way from memory: copied asynchronously into shared
-// memory, 32 rows ahead, in chunks of 16 bytes, so that neither registers nor
-// many instructions are spent on them.
+// Rows of a walk on their way from memory: copied asynchronously into shared memory, 32 rows ahead, in chunks of 16
+// bytes, so that neither registers nor many instructions are spent on them.
 #pragma once
 
 #include "addressing.cuh"
@@ -15,19 +14,8 @@ constexpr int kNodeSlots = 4;        // 32 rows each, whose nodes are there or o
 __device__ __forceinline__ void copy_async_4_bytes(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
-// Past the first-level cache; what is not read again need not stay in the
-// second.
-template <bool kLastTime>
-__device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {
-  const auto global = __cvta_generic_to_global(from);
-  if constexpr (kLastTime) {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  }
+__device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {  // past the first-level cache
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 __device__ __forceinline__ void commit_async_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until only so many of the groups committed last may be on their way.
@@ -39,7 +27,6 @@ __device__ __forceinline__ void await_async_copies() {
 __device__ __forceinline__ void copy_async_4_bytes(uint32_t to, const void* from) {
   store_shared(to, *static_cast<const uint32_t*>(from));
 }
-template <bool kLastTime>
 __device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {
   const uint64_t* halves = static_cast<const uint64_t*>(from);
   store_shared(to, halves[0]);
@@ -50,16 +37,13 @@ template <int kGroups>
 __device__ __forceinline__ void await_async_copies() {}
 #endif
 
-// Rows of 32 channels of kMatrices (vertices, channels) matrices of one type,
-// of which each lane reads its channel. Those from kLast on are read for the
-// last time.
-template <typename T, int kMatrices, int kLast>
+// Rows of 32 channels of kMatrices (vertices, channels) matrices of one type, of which each lane reads its channel.
+template <typename T, int kMatrices>
 class RowFeed {
  public:
   static constexpr int kBatchBytes = kMatrices * kBatch * 32 * sizeof(T);
 
-  // `columns` point to this lane's channel at the first vertex. Whole chunks of
-  // 16 bytes are copied if `aligned`.
+  // `columns` point to this lane's channel at the first vertex. Whole chunks of 16 bytes are copied if `aligned`.
   __device__ RowFeed(const T* const* columns, int channel_in_row, int channels_in_row, int channels, bool aligned)
       : row_bytes_(channels * sizeof(T)), aligned_(aligned) {
     const int chunk = min(int(threadIdx.x) % kChunks, max(channels_in_row * int(sizeof(T)) / 16 - 1, 0));
@@ -68,8 +52,7 @@ class RowFeed {
     }
   }
 
-  // Brings a batch of rows to `to`, now or later; `vertex_of(j)` is the j-th
-  // row's vertex.
+  // Brings a batch of rows to `to`, now or later; `vertex_of(j)` is the j-th row's vertex.
   template <typename VertexOf>
   __device__ __forceinline__ void fetch(uint32_t to, VertexOf vertex_of) const {
     if constexpr (kMatrices == 0) return;
@@ -79,8 +62,8 @@ class RowFeed {
         const uint32_t vertex = vertex_of(first + threadIdx.x / kChunks);
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
-          const auto copy = m >= kLast ? copy_async_16_bytes<true> : copy_async_16_bytes<false>;
-          copy(to + (m * kBatch + first) * kRowBytes + threadIdx.x * 16, &at_vertex(columns_[m], vertex, row_bytes_));
+          copy_async_16_bytes(to + (m * kBatch + first) * kRowBytes + threadIdx.x * 16,
+                              &at_vertex(columns_[m], vertex, row_bytes_));
         }
       }
       return;

@@ -144,14 +144,13 @@ struct Row {
 // marked kPast, with places outside of the run: a walk without branches is faster than one that stops on the row. All
 // lanes of a warp take the same way. `input_weights` is null where they are not wanted. The rows pass through `ring` in
 // shared memory.
-template <bool kForwards, bool kWeights, typename T, int kData, int kLastData, typename acc_t, int kSums, int kLastSums,
-          typename Read, typename Visit, typename Finish>
-__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, const RowFeed<T, kData, kLastData>& data,
-                                     const RowFeed<acc_t, kSums, kLastSums>& sums, const T* input_weights,
+template <bool kForwards, bool kWeights, typename T, int kData, typename acc_t, int kSums, typename Read,
+          typename Visit, typename Finish>
+__device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, const RowFeed<T, kData>& data,
+                                     const RowFeed<acc_t, kSums>& sums, const T* input_weights,
                                      uint32_t input_weight_bytes, uint32_t ring, Read read, Visit visit,
                                      Finish finish) {
-  constexpr uint32_t kSumsAt = RowFeed<T, kData, kLastData>::kBatchBytes,
-                     kNodesAt = kSumsAt + RowFeed<acc_t, kSums, kLastSums>::kBatchBytes,
+  constexpr uint32_t kSumsAt = RowFeed<T, kData>::kBatchBytes, kNodesAt = kSumsAt + RowFeed<acc_t, kSums>::kBatchBytes,
                      kSlotBytes = kNodesAt + kBatch * 4;
   static_assert(kDepth * kSlotBytes + kNodeSlots * 32 * (4 + kWeights * sizeof(acc_t)) ==
                 ring_bytes<T, acc_t>(kData, kSums, kWeights));
@@ -251,15 +250,14 @@ __device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T
 }
 
 // The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, i, decay, u, contribution)`.
-template <int kLast, Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
+template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
                                         uint32_t ring, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
   const T* columns[] = {data.decay + item.column, data.x + item.column, data.grad + item.column};
-  const RowFeed<T, 1 + kStreams, kLast> feed(columns, item.channel % 32, item.group_channels, data.channels,
-                                             data.aligned);
-  const RowFeed<acc_t, 0, 0> no_sums(nullptr, 0, 0, 0, true);
+  const RowFeed<T, 1 + kStreams> feed(columns, item.channel % 32, item.group_channels, data.channels, data.aligned);
+  const RowFeed<acc_t, 0> no_sums(nullptr, 0, 0, 0, true);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
   const auto discretise = discretisation<kSelective>(data, item);
   acc_t sum[kStreams];
@@ -309,19 +307,19 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
-  walk_up<3, pass, kSelective>(data, plan, item, ring, stacks, nothing,
-                               [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution) {
-                                 if (!(node & kPast)) end[s] = u;
-                                 if (node & kChain) {
-                                   bottom[s] += product * (u - chain[s]);
-                                   chain[s] = contribution;
-                                   if (s == kStreams - 1) {
-                                     before = product;
-                                     product *= decay;
-                                   }
-                                 }
-                                 if (s == 0 && !(node & kPast)) last_decay = decay;
-                               });
+  walk_up<pass, kSelective>(data, plan, item, ring, stacks, nothing,
+                            [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution) {
+                              if (!(node & kPast)) end[s] = u;
+                              if (node & kChain) {
+                                bottom[s] += product * (u - chain[s]);
+                                chain[s] = contribution;
+                                if (s == kStreams - 1) {
+                                  before = product;
+                                  product *= decay;
+                                }
+                              }
+                              if (s == 0 && !(node & kPast)) last_decay = decay;
+                            });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
   runs.decay[item.at_run] = last_decay;
@@ -521,27 +519,26 @@ __global__ void __launch_bounds__(kWalkThreads)
   constexpr bool kParameters = kSelective && is_backward(pass);
   T* out = data.out + item.column;
   acc_t* sums[2] = {data.sums[0] + item.column, data.sums[1] + item.column};
-  walk_up<kParameters ? 2 : 1, pass, kSelective>(data, plan, item, ring, stacks, entering,
-                                                 [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t) {
-                                                   if (!item.active || node & kPast) return;
-                                                   const uint32_t vertex = node & kVertexMask;
-                                                   if constexpr (pass == Pass::kUp) {
-                                                     at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
-                                                   } else if constexpr (kOnChip) {
-                                                     store_shared(kept_at(s, i), u);
-                                                   } else {
-                                                     at_vertex(sums[s], vertex, sum_row_bytes) = u;
-                                                   }
-                                                 });
+  walk_up<pass, kSelective>(data, plan, item, ring, stacks, entering,
+                            [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t) {
+                              if (!item.active || node & kPast) return;
+                              const uint32_t vertex = node & kVertexMask;
+                              if constexpr (pass == Pass::kUp) {
+                                at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
+                              } else if constexpr (kOnChip) {
+                                store_shared(kept_at(s, i), u);
+                              } else {
+                                at_vertex(sums[s], vertex, sum_row_bytes) = u;
+                              }
+                            });
   if constexpr (pass == Pass::kUp) return;
 
   constexpr int kSumsRead = kOnChip ? 0 : kStreams;
   const T* columns[] = {data.decay + item.column, data.x + item.column};
   const acc_t* sum_columns[] = {sums[0], sums[1]};
-  const RowFeed<T, 1 + kParameters, 0> feed(columns, item.channel % 32, item.group_channels, data.channels,
-                                            data.aligned);
-  const RowFeed<acc_t, kSumsRead, 0> sum_feed(sum_columns, item.channel % 32, item.group_channels, data.channels,
-                                              data.aligned);
+  const RowFeed<T, 1 + kParameters> feed(columns, item.channel % 32, item.group_channels, data.channels, data.aligned);
+  const RowFeed<acc_t, kSumsRead> sum_feed(sum_columns, item.channel % 32, item.group_channels, data.channels,
+                                           data.aligned);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
   T* ddecay = data.ddecay + item.column;
   acc_t* dinput_weights = data.dinput_weight + (item.group * data.batch * data.num_vertices + item.rows);
