@@ -64,7 +64,8 @@ def main() -> None:
         launcher = f"torchrun --standalone --nproc-per-node {world} benchmarks/distributed.py"
         command = " ".join([launcher, *shown_arguments()])
         sections = [text, table(["GPUs", "images/s", "speed-up"], rows)]
-        publish("Training on several GPUs", "distributed", sections, command, args.commit)
+        name = "distributed" if args.batch == 128 else f"distributed-batch-{args.batch}"
+        publish("Training on several GPUs", name, sections, command, args.commit)
     dist.destroy_process_group()
 
 
