@@ -65,8 +65,11 @@ def publish(title: str, name: str, sections: Sequence[str], command: str, commit
     return path
 
 
-def graph_milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
-    """Median milliseconds of one call, from replays of a CUDA graph of all `calls` (best on different data)."""
+def graph_milliseconds(calls: Sequence[Callable[[], object]], rounds: int = 10, repeats: int = 15) -> float:
+    """Median milliseconds of one call, from replays of a CUDA graph of all `calls` (best on different data).
+
+    The graph has the calls `rounds` times, since to start it takes some microseconds.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -74,14 +77,15 @@ def graph_milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 15)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
+            for _ in range(rounds):
+                for call in calls:
+                    call()
     graph.replay()
-    return event_milliseconds(graph.replay, repeats) / len(calls)
+    return event_milliseconds(graph.replay, repeats) / (rounds * len(calls))
 
 
-def event_milliseconds(call: Callable[[], object], repeats: int, warmup: int = 1) -> float:
-    """Median milliseconds of a call on the GPU, by events."""
+def event_milliseconds(call: Callable[[], object], repeats: int, warmup: int = 1, in_a_row: int = 1) -> float:
+    """Median milliseconds of a call on the GPU, by events around so many calls in a row."""
     for _ in range(warmup):
         call()
     torch.cuda.synchronize()
@@ -89,10 +93,11 @@ def event_milliseconds(call: Callable[[], object], repeats: int, warmup: int = 1
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        for _ in range(in_a_row):
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / in_a_row)
     return sorted(times)[len(times) // 2]
 
 

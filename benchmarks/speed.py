@@ -22,12 +22,12 @@ PUBLISHED_TREE = {56: 15.0, 28: 6.0, 14: 6.0, 7: 5.1}  # milliseconds of tree an
 
 def model_rows(repeats: int) -> list[list[str]]:
     """Throughput and memory at batch 128, 224 x 224."""
-    peer = Run(PEER, 128, (224, 224))
+    peer = Run(PEER, 128)
     peer_inference, peer_training = (peer.throughput(training, True, repeats) for training in (False, True))
     del peer
     rows = []
     for name, (published_inference, published_training) in PUBLISHED.items():
-        run = Run(name, 128, (224, 224))
+        run = Run(name, 128)
         (inference, _), (training, memory) = (run.throughput(t, True, repeats) for t in (False, True))
         for what, images, of_peer, published in (
             ("inference", inference, peer_inference[0], published_inference),
@@ -62,9 +62,9 @@ def latency_rows() -> list[list[str]]:
     """Batch 1, from replays of a CUDA graph: what the GPU takes, without the host."""
     times = []
     for name in (PEER, "grootv_tiny"):
-        run = Run(name, 1, (224, 224))
+        run = Run(name, 1)
         run.model.eval()
-        times.append(graph_milliseconds([lambda run=run: run.infer(True)]))
+        times.append(graph_milliseconds([lambda run=run: run.infer(True)], rounds=1))
     ratio = f"{times[1] / times[0]:.2f} × the time"
     return [["grootv_tiny latency, batch 1, CUDA graph", f"{times[1]:.2f} ms", ratio, ""]]
 

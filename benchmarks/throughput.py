@@ -2,9 +2,10 @@
 
     python benchmarks/throughput.py                                  # all sizes against swin_tiny, batch 128, 224 x 224
     python benchmarks/throughput.py --models grootv_tiny --batch 2 --size 800 1344
+    python benchmarks/throughput.py --models grootv_tiny --compile reduce-overhead --precisions float16
 
 Inference in inference mode; training is forward, loss and backward, without an optimizer. float32 lets matrix products
-use TF32, float16 is autocast.
+use TF32, float16 is autocast. Nothing waits for the GPU between batches, as in a training that reads its loss rarely.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ PEER = "swin_tiny_patch4_window7_224"
 
 
 class Run:
-    """One model with a batch of images, on the GPU."""
+    """One model with a batch of images, on the GPU; `compile` is a mode of torch.compile."""
 
-    def __init__(self, name: str, batch: int, size: tuple[int, int], compiled: bool = False) -> None:
+    def __init__(
+        self, name: str, batch: int, size: tuple[int, int] = (224, 224), compile: str | None = None, adamw: bool = False
+    ) -> None:
         peer_size = {"img_size": size} if name == PEER and size != (224, 224) else {}
         model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
-        self.model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if adamw else None
+        self.model = torch.compile(model, fullgraph=True, dynamic=False, mode=compile) if compile else model
         self.images = torch.randn(batch, 3, *size, device="cuda").contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(1000, (batch,), device="cuda")
 
@@ -40,16 +44,28 @@ class Run:
         with torch.autocast("cuda", torch.float16, enabled=half):
             loss = F.cross_entropy(self.model(self.images), self.labels)
         (loss * 1024.0).backward()  # as a gradient scaler would
+        if self.optimizer is not None:
+            self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
+
+    def milliseconds(self, training: bool, half: bool, repeats: int) -> float:
+        """Median time of a batch."""
+        self.model.train(training)
+        step = self.train if training else self.infer
+        return event_milliseconds(lambda: step(half), repeats, warmup=8, in_a_row=5)
 
     def throughput(self, training: bool, half: bool, repeats: int) -> tuple[float, float]:
         """Images a second, and the peak memory in GiB."""
-        self.model.train(training)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = self.train if training else self.infer
-        milliseconds = event_milliseconds(lambda: step(half), repeats, warmup=3)
-        return 1e3 * len(self.images) / milliseconds, torch.cuda.max_memory_allocated() / 2**30
+        images = 1e3 * len(self.images) / self.milliseconds(training, half, repeats)
+        return images, torch.cuda.max_memory_allocated() / 2**30
+
+
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    """--compile [MODE]."""
+    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    parser.add_argument("--compile", nargs="?", const="default", choices=modes, help="torch.compile, in this mode")
 
 
 def main() -> None:
@@ -58,8 +74,9 @@ def main() -> None:
     parser.add_argument("--peer", default=PEER)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, nargs="+", default=[224], help="side of square images, or height and width")
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--precisions", nargs="+", default=["float32", "float16"], choices=["float32", "float16"])
+    parser.add_argument("--repeats", type=int, default=5, help="of five batches in a row each")
+    add_compile_option(parser)
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     if len(args.size) > 2:
@@ -70,13 +87,14 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    columns = [(training, precision) for training in (False, True) for precision in args.precisions]
     rows = []
     peer: list[float] = []
     for name in [args.peer, *args.models]:
         run = Run(name, args.batch, size, args.compile)
         cells = [name]
-        for i, (training, half) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
-            images, memory = run.throughput(training, half, args.repeats)
+        for i, (training, precision) in enumerate(columns):
+            images, memory = run.throughput(training, precision == "float16", args.repeats)
             if name == args.peer:
                 peer.append(images)
             cells.append(f"{images:.0f} ({images / peer[i]:.2f} ×)")
@@ -84,22 +102,16 @@ def main() -> None:
         rows.append(cells)
         del run
         torch.cuda.empty_cache()
-    head = [
-        "model",
-        "inference float32",
-        "inference float16",
-        "training float32",
-        "training float16",
-        "GiB, training float16",
-    ]
+    head = ["model", *(f"{'training' if training else 'inference'} {precision}" for training, precision in columns)]
+    head.append(f"GiB, {head[-1]}")
     text = (
         f"Images a second, batch {args.batch}, {height} × {width}, in brackets the ratio to {args.peer} in the "
         "same run. Training is forward, loss and backward. float32 with TF32 matrix products, float16 by autocast."
     )
-    name = "throughput" + ("-compiled" if args.compile else "")
+    name = "throughput" + (f"-compile-{args.compile}" if args.compile else "")
     if (args.batch, *size) != (128, 224, 224):
         name += f"-{args.batch}x{height}" + (f"x{width}" if width != height else "")
-    title = "Throughput on a GPU" + (" with torch.compile" if args.compile else "")
+    title = "Throughput on a GPU" + (f" with torch.compile, mode {args.compile}" if args.compile else "")
     command = " ".join(["python benchmarks/throughput.py", *shown_arguments()])
     publish(title, name, [text, table(head, rows)], command, args.commit)
 

@@ -12,6 +12,7 @@ import grootvl_ops
 
 SIZES = [
     (2, 7, 7, 40, torch.float32),
+    (20, 17, 16, 864, torch.float32),
     (2, 20, 21, 40, torch.float32),
     (1, 96, 97, 33, torch.float32),
     (2, 20, 21, 40, torch.float16),
