@@ -84,22 +84,18 @@ struct Row {
   acc_t input_weight;
 };
 
-// Whether batches without root or end, most of them, have code of their own; that of a selective scan's backward pass
-// is too long for it.
-template <Pass pass, bool kSelective>
-constexpr bool kPlainApart = !(kSelective && is_backward(pass));
-
 // Goes over the rows of a run, forwards or backwards in the postorder. `visit(row, j, i, plain)` is called for each row
-// in turn, j its place in a batch, i its place in the run, and `plain` true_type in batches that are known to have
-// neither root nor end, after `read(row, i)` for the rows of a batch, which may add what does not pass through the
-// ring; `finish(rows)` after each batch. The last batch is filled up with the last row, marked kPast, with places
-// outside of the run: a walk without branches is faster than one that stops on the row. All lanes of a warp take the
-// same way. `input_weights` is null where they are not wanted. The rows pass through `ring` in shared memory.
-template <bool kForwards, bool kWeights, bool kPlainApart, typename T, int kData, typename acc_t, int kSums,
-          typename Read, typename Visit, typename Finish>
+// in turn, j its place in a batch and i its place in the run, after `read(row, i)` for the rows of a batch, which may
+// add what does not pass through the ring; `finish(rows)` after each batch. The last batch is filled up with the last
+// row, marked kPast, with places outside of the run: a walk without branches is faster than one that stops on the row.
+// All lanes of a warp take the same way. If `long_run`, batches with neither root nor end, most of them then, have code
+// of their own, for which `plain` is true_type; in short runs the two would only contend for the instruction cache.
+// `input_weights` is null where they are not wanted. The rows pass through `ring` in shared memory.
+template <bool kForwards, bool kWeights, typename T, int kData, typename acc_t, int kSums, typename Read,
+          typename Visit, typename Finish>
 __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, const RowFeed<T, kData>& data,
                                      const RowFeed<acc_t, kSums>& sums, const T* input_weights,
-                                     uint32_t input_weight_bytes, uint32_t ring, Read read, Visit visit,
+                                     uint32_t input_weight_bytes, uint32_t ring, bool long_run, Read read, Visit visit,
                                      Finish finish) {
   constexpr uint32_t kSumsAt = RowFeed<T, kData>::kBatchBytes,
                      kSlotBytes = kSumsAt + RowFeed<acc_t, kSums>::kBatchBytes;
@@ -189,7 +185,7 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
       }
       __syncwarp();
       fetch(nodes, first + 32, lane);
-      if (!kPlainApart || flags & (kRoot | kPast)) {
+      if (!long_run || flags & (kRoot | kPast)) {
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) visit(rows[j], j, place(first + j), std::false_type());
       } else {
@@ -212,7 +208,7 @@ __device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T
 // plain)`.
 template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
-                                        uint32_t ring, Stack<acc_t> (&stacks)[2],
+                                        uint32_t ring, bool long_run, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
   const T* columns[] = {data.decay + item.column, data.x + item.column, data.grad + item.column};
@@ -246,8 +242,8 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
       stacks[s].template pop_and_add<kLight>(node, sum[s]);
     }
   };
-  walk<true, kSelective, kPlainApart<pass, kSelective>>(
-      plan, item, feed, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring, [](auto&, int) {},
+  walk<true, kSelective>(
+      plan, item, feed, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring, long_run, [](auto&, int) {},
       visit_row,
       [&](const auto&) {
         for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
@@ -266,7 +262,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
-  walk_up<pass, kSelective>(data, plan, item, ring, stacks, nothing,
+  walk_up<pass, kSelective>(data, plan, item, ring, false, stacks, nothing,
                             [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution, auto plain) {
                               const bool past = !plain && node & kPast;
                               if (!past) end[s] = u;
@@ -475,14 +471,15 @@ __global__ void __launch_bounds__(kWalkThreads)
   const uint32_t kept = ring + ring_bytes_of<pass, kSelective, T, acc_t>() + threadIdx.x * uint32_t(sizeof(acc_t));
   const auto kept_at = [&](int s, int i) { return kept + (s * data.num_vertices + i) * uint32_t(32 * sizeof(acc_t)); };
   Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
+  const bool whole_tree = plan.runs.cuts == nullptr;
   acc_t entering[kStreams] = {};
-  if (plan.runs.cuts != nullptr) {
+  if (!whole_tree) {
     for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
   }
   constexpr bool kParameters = kSelective && is_backward(pass);
   T* out = data.out + item.column;
   acc_t* sums[2] = {data.sums[0] + item.column, data.sums[1] + item.column};
-  walk_up<pass, kSelective>(data, plan, item, ring, stacks, entering,
+  walk_up<pass, kSelective>(data, plan, item, ring, whole_tree, stacks, entering,
                             [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t, auto plain) {
                               if (!plain && node & kPast) return;
                               if constexpr (kOnChip) {
@@ -512,7 +509,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t dbias = 0, dA_log = 0, dinput_weight[kBatch];
   acc_t h[kStreams] = {};
   for (int s = 0; s < kStreams; ++s) {
-    if (plan.runs.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
+    if (!whole_tree) h[s] = runs.bottom[s * runs.stride + item.at_run];
     stacks[s].clear();
   }
   const auto read_kept = [&](Row<T, acc_t>& row, int i) {
@@ -565,22 +562,21 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) stacks[s].template pop_if<kPush>(node, h[s]);
   };
-  walk<false, kParameters, kPlainApart<pass, kSelective>>(plan, item, feed, sum_feed, input_weights,
-                                                          data.input_weight_stride * sizeof(T), ring, read_kept,
-                                                          visit_row, [&](const Row<T, acc_t>(&rows)[kBatch]) {
-                                                            for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
-                                                            if constexpr (kParameters) {
-                                                              const acc_t sum = warp_sums(dinput_weight);
-                                                              constexpr int kLanesOfRow = 32 / kBatch;
-                                                              uint32_t node = rows[0].node;
+  walk<false, kParameters>(plan, item, feed, sum_feed, input_weights, data.input_weight_stride * sizeof(T), ring,
+                           whole_tree, read_kept, visit_row, [&](const Row<T, acc_t>(&rows)[kBatch]) {
+                             for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
+                             if constexpr (kParameters) {
+                               const acc_t sum = warp_sums(dinput_weight);
+                               constexpr int kLanesOfRow = 32 / kBatch;
+                               uint32_t node = rows[0].node;
 #pragma unroll
-                                                              for (int j = 1; j < kBatch; ++j) {
-                                                                if (threadIdx.x / kLanesOfRow == j) node = rows[j].node;
-                                                              }
-                                                              if (threadIdx.x % kLanesOfRow == 0 && !(node & kPast))
-                                                                dinput_weights[node & kVertexMask] = sum;
-                                                            }
-                                                          });
+                               for (int j = 1; j < kBatch; ++j) {
+                                 if (threadIdx.x / kLanesOfRow == j) node = rows[j].node;
+                               }
+                               if (threadIdx.x % kLanesOfRow == 0 && !(node & kPast))
+                                 dinput_weights[node & kVertexMask] = sum;
+                             }
+                           });
   if constexpr (kParameters) {
     if (!item.active) return;
     data.dparameters[item.at_run] = dbias;
