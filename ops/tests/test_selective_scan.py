@@ -118,26 +118,42 @@ def test_selective_scan_on_trees_of_any_shape(device, shape, up_only):
     check_scan(make_tree(shape, 2, 23), scan_operands(2, 23, 5, 2, torch.float32), device, up_only)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56), (95, 101)])
-@pytest.mark.parametrize("kind", ["random", "constant"])
-def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, poisoned_memory):
-    """On maps large enough to be cut into runs: discretisation by PyTorch, and the tree scan, in float64."""
-    features = torch.randn(2, height, width, 40) if kind == "random" else torch.ones(2, height, width, 40)
-    tree = grootvl_ops.build_tree(features.to(device))
-    operands = [o.to(device) for o in scan_operands(2, height * width, 40, 3, dtype)]
+def check_parts(kind: str, size: tuple[int, int, int], dtype: torch.dtype, up_only: bool, device: str) -> None:
+    """Against discretisation by PyTorch and the tree scan, on a CPU in float64; the same bits thrice."""
+    batch, height, width = size
+    features = torch.randn(*size, 40) if kind == "random" else torch.ones(*size, 40)
+    tree = grootvl_ops.build_tree(features)
+    operands = scan_operands(batch, height * width, 40, 3, dtype)
     grad = torch.randn(operands[0].shape).to(operands[0])
 
     def parts(x, dt, dt_weight, dt_bias, A_log, B):
         delta = F.softplus(dt @ dt_weight.T + dt_bias)
-        return grootvl_ops.tree_scan(delta * B.unsqueeze(-1) * x, torch.exp(-A_log.exp() * delta), tree)
+        return grootvl_ops.tree_scan(delta * B.unsqueeze(-1) * x, torch.exp(-A_log.exp() * delta), tree, up_only)
 
     expected = with_gradients(parts, [o.double() for o in operands], grad.double())
-    actual = with_gradients(grootvl_ops.selective_scan, operands, grad, tree)
-    assert_near(actual, [e.cpu() for e in expected], dtype)
-    for _ in range(2):
-        again = with_gradients(grootvl_ops.selective_scan, operands, grad, tree)
-        assert all(map(torch.equal, actual, again))
+    operands, grad = [o.to(device) for o in operands], grad.to(device)
+    on_device = Tree(*(field.to(device) for field in tree))
+    actual, *again = (with_gradients(grootvl_ops.selective_scan, operands, grad, on_device, up_only) for _ in range(3))
+    assert_near(actual, expected, dtype)
+    assert all(torch.equal(a, b) for run in again for a, b in zip(actual, run, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtype, up_only",
+    [(torch.float64, False), (torch.float64, True), (torch.float32, False), (torch.bfloat16, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56), (95, 101)])
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, up_only, poisoned_memory):
+    """On maps large enough to be cut into runs."""
+    check_parts(kind, (2, height, width), dtype, up_only, device)
+
+
+@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
+def test_selective_scan_of_a_large_map_in_float64(cuda_kernels, up_only):
+    """The largest values and the deepest stacks: more shared memory than a kernel has without asking for it."""
+    check_parts("random", (1, 300, 300), torch.float64, up_only, cuda_kernels)
 
 
 @DTYPES
@@ -184,9 +200,7 @@ def test_layer_norm(device, size, dtype, out_dtype, poisoned_memory):
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
     expected = with_gradients(defined, [o.double() for o in operands], grad.double())
-    actual = with_gradients(
-        grootvl_ops.layer_norm, [o.to(device) for o in operands], grad.to(device), 1e-6, out_dtype
-    )
+    actual = with_gradients(grootvl_ops.layer_norm, [o.to(device) for o in operands], grad.to(device), 1e-6, out_dtype)
     assert [a.dtype for a in actual] == [out_dtype, *(o.dtype for o in operands)]
     if size[-1] == 1:  # the gradient before the norm is zero but for rounding
         actual, expected = ([r for i, r in enumerate(results) if i not in (1, 2)] for results in (actual, expected))

@@ -120,7 +120,8 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   const int log2_run = plan.runs.log2_size;
   const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
   const unsigned run_blocks = blocks(batch * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
-  const size_t walk_bytes = stack_bytes<acc_t>(kStreams, capacity) + ring_bytes_of<pass, kSelective, T, acc_t>();
+  const size_t stacks_bytes = stack_bytes<acc_t>(kStreams, capacity);
+  const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
     const auto number = [&](Pieces& pieces) {
@@ -143,7 +144,9 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
     list_runs<<<blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream>>>(data, plan);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     runs = data_of(plan.runs);
-    summarise_runs<pass, kSelective><<<run_blocks, kWalkThreads, walk_bytes, stream>>>(data, plan, runs, capacity);
+    // Up to 48 KiB, the most that a kernel may use without asking for it.
+    const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
+    summarise_runs<pass, kSelective><<<run_blocks, kWalkThreads, up_bytes, stream>>>(data, plan, runs, capacity);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 
     const size_t join_bytes = stack_bytes<acc_t>(1, capacity);

@@ -68,13 +68,16 @@ __host__ __device__ constexpr uint32_t ring_bytes(int data, int sums, bool weigh
   return kDepth * kBatch * (32 * (data * sizeof(T) + sums * sizeof(acc_t)) + 4) +
          kNodeSlots * 32 * (4 + weights * sizeof(acc_t));
 }
-// The largest that a pass needs, up or down.
+// What the sweep up needs, and the larger of both sweeps.
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+__host__ __device__ constexpr uint32_t ring_bytes_up() {
+  return ring_bytes<T, acc_t>(1 + num_streams(pass), 0, kSelective);
+}
 template <Pass pass, bool kSelective, typename T, typename acc_t>
 __host__ __device__ constexpr uint32_t ring_bytes_of() {
-  constexpr int kStreams = num_streams(pass);
   constexpr bool kParameters = kSelective && is_backward(pass);
-  const uint32_t up = ring_bytes<T, acc_t>(1 + kStreams, 0, kSelective);
-  const uint32_t down = ring_bytes<T, acc_t>(1 + kParameters, kStreams, kParameters);
+  const uint32_t up = ring_bytes_up<pass, kSelective, T, acc_t>();
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kParameters, num_streams(pass), kParameters);
   return up > down ? up : down;
 }
 
