@@ -28,15 +28,14 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     rank, world = dist.get_rank(), dist.get_world_size()
     run = Run(args.model, args.batch, compile=args.compile, adamw=True)
     alone = run.milliseconds(True, True, args.repeats) if rank == 0 else 0.0
     dist.barrier()
-    run.model = nn.parallel.DistributedDataParallel(
-        run.model, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True
-    )
+    run.model = nn.parallel.DistributedDataParallel(run.model, device_ids=[device], gradient_as_bucket_view=True)
     together = run.milliseconds(True, True, args.repeats)
     if rank == 0:
         rows = [

@@ -140,7 +140,13 @@ def check_parts(kind: str, size: tuple[int, int, int], dtype: torch.dtype, up_on
 
 @pytest.mark.parametrize(
     "dtype, up_only",
-    [(torch.float64, False), (torch.float64, True), (torch.float32, False), (torch.bfloat16, True)],
+    [
+        (torch.float64, False),
+        (torch.float64, True),
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56), (95, 101)])
