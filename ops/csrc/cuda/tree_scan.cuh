@@ -33,8 +33,7 @@
 // neither ever stands in memory; its gradients are those of the values (discretise.cuh).
 #pragma once
 
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
+#include "launch.cuh"
 
 namespace grootvl {
 
@@ -133,6 +132,7 @@ constexpr int kPlanThreads = 256;
 
 template <typename T, typename acc_t>
 __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
+  await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
   if (i >= data.batch * length) return;
@@ -159,6 +159,7 @@ __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
 
 template <typename T, typename acc_t>
 __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
+  await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
   const Pieces &runs = plan.runs, &sections = plan.sections;
@@ -181,6 +182,7 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
 }
 
 __global__ inline void list_sections(Plan plan, int64_t batch) {
+  await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const Pieces &runs = plan.runs, &sections = plan.sections;
   if (i >= batch * runs.capacity || !sections.cuts[i]) return;

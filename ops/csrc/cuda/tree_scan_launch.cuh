@@ -33,6 +33,19 @@ inline int choose_log2_section(int64_t length, int log2_run) {
   return log2_run + log2_runs;
 }
 
+// Shared memory to ask for, of which a block needs `bytes`, so that the blocks are spread evenly over the
+// multiprocessors, no more than `at_most` on one at a time: launched early, they would crowd on those that the kernel
+// before has left first.
+inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
+  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t available = properties->sharedMemPerMultiprocessor, reserved = properties->reservedSharedMemPerBlock;
+  const int64_t fitting = std::clamp<int64_t>(available / (bytes + reserved), 1, at_most);
+  const int64_t all = divide(blocks, properties->multiProcessorCount), at_a_time = divide(all, divide(all, fitting));
+  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, properties->sharedMemPerBlockOptin);
+  return std::max<int64_t>(share / 1024 * 1024, bytes);
+}
+
 // Whether the rows of all matrices that are walked through begin at multiples of 16 bytes.
 template <typename T, typename acc_t>
 bool aligned(const ScanData<T, acc_t>& data) {
@@ -85,14 +98,14 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
     if (&pieces == &plan.sections) storage.back().zero_();  // there are fewer runs than room for them
     pieces.end = indices(pieces.capacity);
     pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
-    pieces.first = indices(pieces.capacity);
+    if (&pieces == &plan.runs && several_sections) pieces.first = indices(pieces.capacity);
   };
   make_room(plan.runs, length, several_runs);
   make_room(plan.sections, plan.runs.capacity, several_sections);
 
   // Where the sums wait between the sweeps: on chip, where a column is short enough (what a longer one saves in memory
   // it costs in warps, of which a selective scan needs more), in the outputs, if these are as precise, or beside them.
-  const bool on_chip = !is_backward(pass) && !several_runs && length <= (kSelective ? 64 : 256);
+  const bool on_chip = pass == Pass::kFull && !several_runs && length <= (kSelective ? 64 : 256);
   at::Tensor sums;
   if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay : data.out;
@@ -114,8 +127,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   }
   const at::Tensor nodes = at::empty({batch, length}, ints);
   plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
-  mark_nodes<<<blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream>>>(data, plan);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(mark_nodes<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
 
   const int log2_run = plan.runs.log2_size;
   const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
@@ -141,38 +153,38 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
       return result;
     };
     number(plan.runs);
-    list_runs<<<blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream>>>(data, plan);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(list_runs<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
     runs = data_of(plan.runs);
     // Up to 48 KiB, the most that a kernel may use without asking for it.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
-    summarise_runs<pass, kSelective><<<run_blocks, kWalkThreads, up_bytes, stream>>>(data, plan, runs, capacity);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan, runs,
+           capacity);
 
     const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
     const unsigned section_blocks = blocks(kStreams * batch * plan.sections.capacity * channels, kWalkThreads);
     if (several_sections) {
       number(plan.sections);
-      list_sections<<<blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream>>>(plan, batch);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(list_sections, blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, batch);
       sections = data_of(plan.sections);
-      summarise_sections<pass>
-          <<<section_blocks, kWalkThreads, join_bytes, stream>>>(data, plan, runs, sections, capacity);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-      join_sections<pass><<<blocks(kStreams * batch * channels, kWalkThreads), kWalkThreads, join_bytes, stream>>>(
-          data, plan, sections, capacity);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
+             sections, capacity);
+      launch(join_sections<pass, T, acc_t>, blocks(kStreams * batch * channels, kWalkThreads), kWalkThreads, join_bytes,
+             stream, data, plan, sections, capacity);
     }
-    join_runs<pass><<<section_blocks, kWalkThreads, join_bytes, stream>>>(data, plan, runs, sections, capacity);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
+           capacity);
   }
-  const auto finish =
-      on_chip ? finish_runs<true, pass, kSelective, T, acc_t> : finish_runs<false, pass, kSelective, T, acc_t>;
-  const size_t kept_bytes = on_chip ? sizeof(acc_t) * kStreams * length * 32 : 0;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(walk_bytes + kept_bytes)));
-  finish<<<run_blocks, kWalkThreads, walk_bytes + kept_bytes, stream>>>(data, plan, runs, capacity);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  auto finish = finish_runs<false, pass, kSelective, T, acc_t>;
+  if constexpr (pass == Pass::kFull) {
+    if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
+  }
+  // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer are on their way.
+  const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
+  size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kStreams * length * 32 : 0);
+  if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : 32, finish_bytes);
+  C10_CUDA_CHECK(
+      cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
+  launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
   if (!kParameters) return {};
   return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};
 }

@@ -3,69 +3,15 @@
 
 #include "discretise.cuh"
 #include "feed.cuh"
+#include "stack.cuh"
 #include "tree_scan.cuh"
 
 namespace grootvl {
 
-// A warp a block: blocks of several would leave some multiprocessors idle.
-constexpr int kWalkThreads = 32;
-
-// Sums that wait, one for each lane: the top in a register, the others in shared memory. Without branches, since a walk
-// decides at every row whether to push or to pop. A valid tree stays within the capacity; for a damaged one there is
-// room for a batch of pushes or pops on either side, and `stay_inside` between the batches.
-template <typename acc_t>
-class Stack {
- public:
-  // Of stack `stream` of this thread.
-  __device__ Stack(int stream, int capacity)
-      : step_(kWalkThreads * sizeof(acc_t)),
-        first_(shared_address() +
-               ((stream * (capacity + 2 * kBatch) + kBatch) * kWalkThreads + threadIdx.x) * uint32_t(sizeof(acc_t))),
-        last_(first_ + (capacity - 1) * step_) {
-    clear();
-  }
-
-  __device__ __forceinline__ void push_if(bool condition, acc_t value) {
-    if (condition) {
-      store_shared(next_, top_);
-      next_ += step_;
-      top_ = value;
-    }
-  }
-  // The top, which is taken off if the condition holds.
-  __device__ __forceinline__ acc_t pop_if(bool condition) {
-    const acc_t value = top_;
-    if (condition) {
-      next_ -= step_;
-      load_shared(next_, top_);
-    }
-    return value;
-  }
-  __device__ __forceinline__ void stay_inside() { next_ = min(max(next_, first_), last_); }
-  __device__ void clear() { next_ = first_; }
-
- private:
-  uint32_t step_, first_, last_, next_;  // addresses in shared memory
-  acc_t top_ = 0;
-};
-
-// Entries of a stack for trees of a size: the sums that wait, the one that an empty stack holds, and one to spare.
-inline int stack_capacity(int64_t num_vertices) {
-  int capacity = 3;
-  while ((int64_t{1} << (capacity - 3)) < num_vertices) ++capacity;
-  return capacity;
-}
-
-// Shared memory of the stacks of a block.
-template <typename acc_t>
-__host__ __device__ inline uint32_t stack_bytes(int streams, int capacity) {
-  return sizeof(acc_t) * streams * (capacity + 2 * kBatch) * kWalkThreads;
-}
-
-// Shared memory of a walk's ring: batches of rows of so many matrices, with their nodes and input weights.
+// Shared memory of a walk's ring: batches of rows of so many matrices, and nodes and input weights of rows.
 template <typename T, typename acc_t>
 __host__ __device__ constexpr uint32_t ring_bytes(int data, int sums, bool weights) {
-  return kDepth * kBatch * (32 * (data * sizeof(T) + sums * sizeof(acc_t)) + 4) +
+  return kDepth * kBatch * 32 * (data * sizeof(T) + sums * sizeof(acc_t)) +
          kNodeSlots * 32 * (4 + weights * sizeof(acc_t));
 }
 // What the sweep up needs, and the larger of both sweeps.
@@ -141,35 +87,39 @@ struct Row {
   acc_t input_weight;
 };
 
-// Goes over the rows of a run, forwards or backwards in the postorder. `visit(row, j, i)` is called for each row in
-// turn, j its place in a batch and i its place in the run, after `read(row, i)` for the rows of a batch, which may add
-// what does not pass through the ring; `finish(rows)` after each batch. The last batch is filled up with the last row,
-// marked kPast, with places outside of the run: a walk without branches is faster than one that stops on the row. All
-// lanes of a warp take the same way. `input_weights` is null where they are not wanted. The rows pass through `ring` in
-// shared memory.
+// Goes over the rows of a run, forwards or backwards in the postorder. `visit(row, j, i, plain)` is called for each row
+// in turn, j its place in a batch and i its place in the run, after `read(row, i)` for the rows of a batch, which may
+// add what does not pass through the ring; `finish(rows)` after each batch. The last batch is filled up with the last
+// row, marked kPast, with places outside of the run: a walk without branches is faster than one that stops on the row.
+// All lanes of a warp take the same way. If `long_run`, batches with neither root nor end, most of them then, have code
+// of their own, for which `plain` is true_type; in short runs the two would only contend for the instruction cache.
+// `input_weights` is null where they are not wanted. The rows pass through `ring` in shared memory.
 template <bool kForwards, bool kWeights, typename T, int kData, typename acc_t, int kSums, typename Read,
           typename Visit, typename Finish>
 __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, const RowFeed<T, kData>& data,
                                      const RowFeed<acc_t, kSums>& sums, const T* input_weights,
-                                     uint32_t input_weight_bytes, uint32_t ring, Read read, Visit visit,
+                                     uint32_t input_weight_bytes, uint32_t ring, bool long_run, Read read, Visit visit,
                                      Finish finish) {
-  constexpr uint32_t kSumsAt = RowFeed<T, kData>::kBatchBytes, kNodesAt = kSumsAt + RowFeed<acc_t, kSums>::kBatchBytes,
-                     kSlotBytes = kNodesAt + kBatch * 4;
+  constexpr uint32_t kSumsAt = RowFeed<T, kData>::kBatchBytes,
+                     kSlotBytes = kSumsAt + RowFeed<acc_t, kSums>::kBatchBytes;
   static_assert(kDepth * kSlotBytes + kNodeSlots * 32 * (4 + kWeights * sizeof(acc_t)) ==
                 ring_bytes<T, acc_t>(kData, kSums, kWeights));
   const int count = item.end - item.begin, last = count - 1;
   const auto place = [&](int i) { return kForwards ? i : last - i; };
   const uint32_t* run_nodes = plan.nodes + item.rows + item.begin;
-  // The nodes of 32 rows, a lane each, come to shared memory, too, in good time.
-  const uint32_t nodes_at = ring + kDepth * kSlotBytes + threadIdx.x * 4;
+  // The nodes of 32 rows, a lane each, come to shared memory, too, in good time, and are marked there if need be.
+  const uint32_t nodes_at = ring + kDepth * kSlotBytes, lane_at = threadIdx.x * 4;
   const auto node_slot = [&](int first) { return nodes_at + first / 32 % kNodeSlots * 128; };
   const auto fetch_nodes = [&](int first) {
-    copy_async_4_bytes(node_slot(first), &run_nodes[place(min(first + int(threadIdx.x), last))]);
+    copy_async_4_bytes(node_slot(first) + lane_at, &run_nodes[place(min(first + int(threadIdx.x), last))]);
   };
   const auto nodes_of = [&](int first) {
     uint32_t node;
-    load_shared(node_slot(first), node);
+    load_shared(node_slot(first) + lane_at, node);
     return node;
+  };
+  const auto mark_past = [&](uint32_t node, int first) {
+    if (first + int(threadIdx.x) >= count) store_shared(node_slot(first) + lane_at, (node & kVertexMask) | kPast);
   };
   // Their input weights, too, but through a register, since they may be too small for an asynchronous copy.
   const uint32_t weights_at = ring + kDepth * kSlotBytes + kNodeSlots * 128;
@@ -192,11 +142,6 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
       const auto vertex_of = [&](int j) { return __shfl_sync(0xffffffff, nodes, lane + j) & kVertexMask; };
       data.fetch(slot, vertex_of);
       sums.fetch(slot + kSumsAt, vertex_of);
-      const int j = threadIdx.x % kBatch;
-      const uint32_t node = __shfl_sync(0xffffffff, nodes, lane + j);
-      if (threadIdx.x < kBatch) {
-        store_shared(slot + kNodesAt + j * 4, first + j < count ? node : (node & kVertexMask) | kPast);
-      }
     }
     commit_async_copies();
     slot = slot == ring + (kDepth - 1) * kSlotBytes ? ring : slot + kSlotBytes;
@@ -209,7 +154,9 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
   for (int first = 0; first < 32 * (kNodeSlots - 1); first += 32) fetch_nodes(first);
   commit_async_copies();
   await_async_copies<0>();
-  for (int first = 0; first < 32; first += kBatch) fetch(nodes_of(0), first, first);
+  const uint32_t first_nodes = nodes_of(0);
+  mark_past(first_nodes, 0);
+  for (int first = 0; first < 32; first += kBatch) fetch(first_nodes, first, first);
   load_weights(0);
   store_weights(0);
   load_weights(32);
@@ -217,6 +164,7 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
     await_async_copies<kDepth - 1>();
     fetch_nodes(first_of_32 + 32 * (kNodeSlots - 1));
     const uint32_t nodes = nodes_of(first_of_32 + 32);
+    mark_past(nodes, first_of_32 + 32);
     store_weights(first_of_32 + 32);
     load_weights(first_of_32 + 64);
 #pragma unroll 1
@@ -226,9 +174,11 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
       await_async_copies<kDepth - 1>();
       __syncwarp();
       Row<T, acc_t> rows[kBatch];
+      uint32_t flags = 0;
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        load_shared(slot + kNodesAt + j * 4, rows[j].node);
+        load_shared(node_slot(first_of_32) + (lane + j) * 4, rows[j].node);
+        flags |= rows[j].node;
         for (int m = 0; m < kData; ++m) data.read(slot, m, j, rows[j].data[m]);
         for (int m = 0; m < kSums; ++m) sums.read(slot + kSumsAt, m, j, rows[j].sums[m]);
         if constexpr (kWeights) {
@@ -238,8 +188,13 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
       }
       __syncwarp();
       fetch(nodes, first + 32, lane);
+      if (!long_run || flags & (kRoot | kPast)) {
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) visit(rows[j], j, place(first + j));
+        for (int j = 0; j < kBatch; ++j) visit(rows[j], j, place(first + j), std::false_type());
+      } else {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) visit(rows[j], j, place(first + j), std::true_type());
+      }
       finish(rows);
     }
   }
@@ -252,10 +207,11 @@ __device__ __forceinline__ Discretisation<acc_t> discretisation(const ScanData<T
   return {0, 0};
 }
 
-// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, i, decay, u, contribution)`.
+// The sweep up a run. `entering` is what the runs below bring; `visit(stream, node, i, decay, u, contribution,
+// plain)`.
 template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
 __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
-                                        uint32_t ring, Stack<acc_t> (&stacks)[2],
+                                        uint32_t ring, bool long_run, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&entering)[num_streams(pass)], Visit visit) {
   constexpr int kStreams = num_streams(pass);
   const T* columns[] = {data.decay + item.column, data.x + item.column, data.grad + item.column};
@@ -265,9 +221,8 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
   const auto discretise = discretisation<kSelective>(data, item);
   acc_t sum[kStreams];
   for (int s = 0; s < kStreams; ++s) sum[s] = entering[s];
-  const auto visit_row = [&](const Row<T, acc_t>& row, int, int i) {
+  const auto visit_row = [&](const Row<T, acc_t>& row, int, int i, auto plain) {
     const uint32_t node = row.node;
-    const bool push = node & kPush, light = node & kLight;
     acc_t decay = static_cast<acc_t>(row.data[0]), own[kStreams];
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) own[s] = static_cast<acc_t>(row.data[1 + s]);
@@ -276,23 +231,22 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
       own[0] *= step.delta * row.input_weight;
       decay = step.decay;
     }
-    if (node & kRoot) decay = 0;
+    if (!plain && node & kRoot) decay = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
+      acc_t u = own[s];
       if (!sweeps_up(pass, s)) {  // a vertex's own value is all there is
-        visit(s, node, i, decay, own[s], acc_t(0));
+        visit(s, node, i, decay, u, acc_t(0), plain);
         continue;
       }
-      stacks[s].push_if(push, sum[s]);
-      const acc_t u = push ? own[s] : own[s] + sum[s];
-      const acc_t contribution = decay * u;
-      visit(s, node, i, decay, u, contribution);
-      const acc_t waiting = stacks[s].pop_if(light);
-      sum[s] = light ? contribution + waiting : contribution;
+      stacks[s].template push_or_add<kPush>(node, sum[s], u);
+      sum[s] = decay * u;
+      visit(s, node, i, decay, u, sum[s], plain);
+      stacks[s].template pop_and_add<kLight>(node, sum[s]);
     }
   };
   walk<true, kSelective>(
-      plan, item, feed, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring, [](auto&, int) {},
+      plan, item, feed, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring, long_run, [](auto&, int) {},
       visit_row,
       [&](const auto&) {
         for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
@@ -303,6 +257,7 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
 template <Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     summarise_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
+  await_kernels_before();
   constexpr int kStreams = num_streams(pass);
   const RunItem item(data, plan);
   if (!item.valid) return;
@@ -310,9 +265,10 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
-  walk_up<pass, kSelective>(data, plan, item, ring, stacks, nothing,
-                            [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution) {
-                              if (!(node & kPast)) end[s] = u;
+  walk_up<pass, kSelective>(data, plan, item, ring, false, stacks, nothing,
+                            [&](int s, uint32_t node, int, acc_t decay, acc_t u, acc_t contribution, auto plain) {
+                              const bool past = !plain && node & kPast;
+                              if (!past) end[s] = u;
                               if (node & kChain) {
                                 bottom[s] += product * (u - chain[s]);
                                 chain[s] = contribution;
@@ -321,7 +277,7 @@ __global__ void __launch_bounds__(kWalkThreads)
                                   product *= decay;
                                 }
                               }
-                              if (s == 0 && !(node & kPast)) last_decay = decay;
+                              if (s == 0 && !past) last_decay = decay;
                             });
   if (!item.active) return;
   runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
@@ -369,11 +325,11 @@ __device__ __forceinline__ void join(const Column<acc_t>& at, int begin, int end
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (first + j >= end) break;
-      stack.push_if(node[j] & kPush, sum);
-      if (node[j] & kPush) sum = 0;
-      at.below[(first + j) * at.channels] = up ? sum : acc_t(0);
-      const acc_t contribution = a[j] * (u[j] + b[j] * sum), waiting = stack.pop_if(node[j] & kLight);
-      sum = node[j] & kLight ? contribution + waiting : contribution;
+      acc_t entering_piece = 0;
+      stack.template push_or_add<kPush>(node[j], sum, entering_piece);
+      at.below[(first + j) * at.channels] = up ? entering_piece : acc_t(0);
+      sum = a[j] * (u[j] + b[j] * entering_piece);
+      stack.template pop_and_add<kLight>(node[j], sum);
       if (node[j] & kRoot) stack.clear();
     }
     stack.stay_inside();
@@ -396,12 +352,11 @@ __device__ __forceinline__ void join(const Column<acc_t>& at, int begin, int end
     for (int j = 0; j < kBatch; ++j) {
       if (first - j < begin) break;
       if (node[j] & kRoot) h = 0;
-      stack.push_if(node[j] & kLight, h);
+      stack.template push_if<kLight>(node[j], h);
       at.bottom[(first - j) * at.channels] = h;
       const acc_t from_above = up ? h - a[j] * (u[j] + b[j] * e[j]) : h;
       h = e[j] + p[j] + b[j] * a[j] * from_above;
-      const acc_t waiting = stack.pop_if(node[j] & kPush);
-      if (node[j] & kPush) h = waiting;
+      stack.template pop_if<kPush>(node[j], h);
     }
     stack.stay_inside();
   }
@@ -433,6 +388,7 @@ struct SectionItem {
 template <Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     summarise_sections(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, RunData<acc_t> sections, int capacity) {
+  await_kernels_before();
   const SectionItem item(data, plan, num_streams(pass));
   if (!item.valid) return;
   const bool up = sweeps_up(pass, item.stream);
@@ -451,8 +407,8 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (first + j >= item.end) break;
-      stack.push_if(node[j] & kPush, sum);
-      const acc_t entering = up && !(node[j] & kPush) ? sum : acc_t(0);
+      acc_t entering = 0;
+      stack.template push_or_add<kPush>(node[j], sum, entering);
       end = u[j] + b[j] * entering;
       last_decay = a[j];
       const acc_t contribution = up ? a[j] * end : acc_t(0);
@@ -462,8 +418,8 @@ __global__ void __launch_bounds__(kWalkThreads)
         before = product * b[j];
         product = before * a[j];
       }
-      const acc_t waiting = stack.pop_if(node[j] & kLight);
-      sum = node[j] & kLight ? contribution + waiting : contribution;
+      sum = contribution;
+      stack.template pop_and_add<kLight>(node[j], sum);
       if (node[j] & kRoot) stack.clear();
     }
     stack.stay_inside();
@@ -477,6 +433,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 template <Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     join_sections(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> sections, int capacity) {
+  await_kernels_before();
   int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int channel = thread % data.channels;
   const int64_t image = thread / data.channels % data.batch;
@@ -490,6 +447,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 template <Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     join_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, RunData<acc_t> sections, int capacity) {
+  await_kernels_before();
   const SectionItem item(data, plan, num_streams(pass));
   if (!item.valid) return;
   acc_t entering = 0, above = 0;
@@ -507,6 +465,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 template <bool kOnChip, Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
+  await_kernels_before();
   constexpr int kStreams = num_streams(pass);
   const RunItem item(data, plan);
   if (!item.valid) return;
@@ -515,21 +474,25 @@ __global__ void __launch_bounds__(kWalkThreads)
   const uint32_t kept = ring + ring_bytes_of<pass, kSelective, T, acc_t>() + threadIdx.x * uint32_t(sizeof(acc_t));
   const auto kept_at = [&](int s, int i) { return kept + (s * data.num_vertices + i) * uint32_t(32 * sizeof(acc_t)); };
   Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
+  const bool whole_tree = plan.runs.cuts == nullptr;
   acc_t entering[kStreams] = {};
-  if (plan.runs.cuts != nullptr) {
+  if (!whole_tree) {
     for (int s = 0; s < kStreams; ++s) entering[s] = runs.below[s * runs.stride + item.at_run];
   }
   constexpr bool kParameters = kSelective && is_backward(pass);
   T* out = data.out + item.column;
   acc_t* sums[2] = {data.sums[0] + item.column, data.sums[1] + item.column};
-  walk_up<pass, kSelective>(data, plan, item, ring, stacks, entering,
-                            [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t) {
-                              if (!item.active || node & kPast) return;
+  walk_up<pass, kSelective>(data, plan, item, ring, whole_tree, stacks, entering,
+                            [&](int s, uint32_t node, int i, acc_t, acc_t u, acc_t, auto plain) {
+                              if (!plain && node & kPast) return;
+                              if constexpr (kOnChip) {
+                                store_shared(kept_at(s, i), u);
+                                return;
+                              }
+                              if (!item.active) return;
                               const uint32_t vertex = node & kVertexMask;
                               if constexpr (pass == Pass::kUp) {
                                 at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
-                              } else if constexpr (kOnChip) {
-                                store_shared(kept_at(s, i), u);
                               } else {
                                 at_vertex(sums[s], vertex, sum_row_bytes) = u;
                               }
@@ -549,7 +512,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t dbias = 0, dA_log = 0, dinput_weight[kBatch];
   acc_t h[kStreams] = {};
   for (int s = 0; s < kStreams; ++s) {
-    if (plan.runs.cuts != nullptr) h[s] = runs.bottom[s * runs.stride + item.at_run];
+    if (!whole_tree) h[s] = runs.bottom[s * runs.stride + item.at_run];
     stacks[s].clear();
   }
   const auto read_kept = [&](Row<T, acc_t>& row, int i) {
@@ -557,10 +520,9 @@ __global__ void __launch_bounds__(kWalkThreads)
       for (int s = 0; s < kStreams; ++s) load_shared(kept_at(s, i), row.sums[s]);
     }
   };
-  const auto visit_row = [&](const Row<T, acc_t>& row, int j, int) {
+  const auto visit_row = [&](const Row<T, acc_t>& row, int j, int, auto plain) {
     const uint32_t node = row.node, vertex = node & kVertexMask;
-    const bool push = node & kPush, light = node & kLight, root = node & kRoot;
-    const bool write = item.active && !(node & kPast);
+    const bool root = !plain && node & kRoot, write = item.active && (plain || !(node & kPast));
     acc_t decay = static_cast<acc_t>(row.data[0]);
     typename Discretisation<acc_t>::Step step{};
     if constexpr (kSelective) {
@@ -571,7 +533,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
       const acc_t u = row.sums[s];
-      stacks[s].push_if(light, h[s]);
+      stacks[s].template push_if<kLight>(node, h[s]);
       from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
       h[s] = root ? u : u + decay * from_above[s];
     }
@@ -601,13 +563,10 @@ __global__ void __launch_bounds__(kWalkThreads)
       }
     }
 #pragma unroll
-    for (int s = 0; s < kStreams; ++s) {
-      const acc_t waiting = stacks[s].pop_if(push);
-      h[s] = push ? waiting : h[s];
-    }
+    for (int s = 0; s < kStreams; ++s) stacks[s].template pop_if<kPush>(node, h[s]);
   };
   walk<false, kParameters>(plan, item, feed, sum_feed, input_weights, data.input_weight_stride * sizeof(T), ring,
-                           read_kept, visit_row, [&](const Row<T, acc_t>(&rows)[kBatch]) {
+                           whole_tree, read_kept, visit_row, [&](const Row<T, acc_t>(&rows)[kBatch]) {
                              for (int s = 0; s < kStreams; ++s) stacks[s].stay_inside();
                              if constexpr (kParameters) {
                                const acc_t sum = warp_sums(dinput_weight);

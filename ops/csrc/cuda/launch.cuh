@@ -1,0 +1,47 @@
+// Kernels that follow each other without a gap: the next one is set up while the one before still runs.
+#pragma once
+
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+
+namespace grootvl {
+
+// To begin a kernel that is launched with `launch`: waits until the kernels before it on the stream have ended and what
+// they wrote can be read, then lets the kernel after it be set up.
+__device__ __forceinline__ void await_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Whether the current GPU runs code of this build that knows how to wait.
+inline bool can_await_kernels() {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  for (const int architecture : architectures) {
+    if (architecture >= 900 && architecture <= 100 * properties->major + 10 * properties->minor) return true;
+  }
+#endif
+  return false;
+}
+
+// Every kernel launched with this must begin with await_kernels_before.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = can_await_kernels() ? 1 : 0;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace grootvl

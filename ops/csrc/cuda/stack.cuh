@@ -1,0 +1,124 @@
+// The sums that wait during a walk.
+#pragma once
+
+#include "feed.cuh"
+
+namespace grootvl {
+
+// A warp a block: blocks of several would leave some multiprocessors idle.
+constexpr int kWalkThreads = 32;
+
+// Sums that wait, one for each lane: the top in a register, the others in shared memory. Each operation is done if the
+// vertex, `node`, has kFlag. A walk decides at every row whether to push or to pop, so these are a few instructions
+// under a predicate, without branches, and in assembly, since the compiler finds the predicate anew for each of them. A
+// valid tree stays within the capacity; for a damaged one there is room for a batch of pushes or pops on either side,
+// and `stay_inside` between the batches.
+template <typename acc_t>
+class Stack {
+ public:
+  // Of stack `stream` of this thread.
+  __device__ Stack(int stream, int capacity)
+      : first_(shared_address() +
+               ((stream * (capacity + 2 * kBatch) + kBatch) * kWalkThreads + threadIdx.x) * uint32_t(sizeof(acc_t))),
+        last_(first_ + (capacity - 1) * kStep) {
+    clear();
+  }
+
+  template <uint32_t kFlag>
+  __device__ __forceinline__ void push_if(uint32_t node, acc_t value) {
+    if constexpr (sizeof(acc_t) == 4) {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p st.shared.f32 [%1], %0;\n @p mov.f32 %0, %2;\n @p add.u32 %1, %1, %5; }"
+          : "+f"(top_), "+r"(next_)
+          : "f"(value), "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    } else {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p st.shared.f64 [%1], %0;\n @p mov.f64 %0, %2;\n @p add.u32 %1, %1, %5; }"
+          : "+d"(top_), "+r"(next_)
+          : "d"(value), "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    }
+  }
+  // Pushes `value`, or else adds it to `sum`.
+  template <uint32_t kFlag>
+  __device__ __forceinline__ void push_or_add(uint32_t node, acc_t value, acc_t& sum) {
+    if constexpr (sizeof(acc_t) == 4) {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %4, %5; setp.ne.u32 p, t, 0;\n"
+          "@p st.shared.f32 [%1], %0;\n @p mov.f32 %0, %3;\n @p add.u32 %1, %1, %6;\n @!p add.f32 %2, %2, %3; }"
+          : "+f"(top_), "+r"(next_), "+f"(sum)
+          : "f"(value), "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    } else {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %4, %5; setp.ne.u32 p, t, 0;\n"
+          "@p st.shared.f64 [%1], %0;\n @p mov.f64 %0, %3;\n @p add.u32 %1, %1, %6;\n @!p add.f64 %2, %2, %3; }"
+          : "+d"(top_), "+r"(next_), "+d"(sum)
+          : "d"(value), "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    }
+  }
+  // Replaces `value` by the top, which is taken off.
+  template <uint32_t kFlag>
+  __device__ __forceinline__ void pop_if(uint32_t node, acc_t& value) {
+    if constexpr (sizeof(acc_t) == 4) {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p mov.f32 %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f32 %0, [%1]; }"
+          : "+f"(top_), "+r"(next_), "+f"(value)
+          : "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    } else {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p mov.f64 %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f64 %0, [%1]; }"
+          : "+d"(top_), "+r"(next_), "+d"(value)
+          : "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    }
+  }
+  // Adds the top to `sum`, and takes it off.
+  template <uint32_t kFlag>
+  __device__ __forceinline__ void pop_and_add(uint32_t node, acc_t& sum) {
+    if constexpr (sizeof(acc_t) == 4) {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p add.f32 %2, %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f32 %0, [%1]; }"
+          : "+f"(top_), "+r"(next_), "+f"(sum)
+          : "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    } else {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
+          "@p add.f64 %2, %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f64 %0, [%1]; }"
+          : "+d"(top_), "+r"(next_), "+d"(sum)
+          : "r"(node), "n"(kFlag), "n"(kStep)
+          : "memory");
+    }
+  }
+  __device__ __forceinline__ void stay_inside() { next_ = min(max(next_, first_), last_); }
+  __device__ void clear() { next_ = first_; }
+
+ private:
+  static constexpr uint32_t kStep = kWalkThreads * sizeof(acc_t);
+  uint32_t first_, last_, next_;  // addresses in shared memory
+  acc_t top_ = 0;
+};
+
+// Entries of a stack for trees of a size: the sums that wait, the one that an empty stack holds, and one to spare.
+inline int stack_capacity(int64_t num_vertices) {
+  int capacity = 3;
+  while ((int64_t{1} << (capacity - 3)) < num_vertices) ++capacity;
+  return capacity;
+}
+
+// Shared memory of the stacks of a block.
+template <typename acc_t>
+__host__ __device__ inline uint32_t stack_bytes(int streams, int capacity) {
+  return sizeof(acc_t) * streams * (capacity + 2 * kBatch) * kWalkThreads;
+}
+
+}  // namespace grootvl
