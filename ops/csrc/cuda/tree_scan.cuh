@@ -181,7 +181,7 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   sections.cuts[at] = t == length - 1 || sections.cut(n, node & kRoot, data.subtree_size[rows + above]);
 }
 
-__global__ inline void list_sections(Plan plan, int64_t batch) {
+static __global__ void list_sections(Plan plan, int64_t batch) {
   await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const Pieces &runs = plan.runs, &sections = plan.sections;

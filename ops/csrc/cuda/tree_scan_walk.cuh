@@ -147,8 +147,6 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
     slot = slot == ring + (kDepth - 1) * kSlotBytes ? ring : slot + kSlotBytes;
   };
 
-  // A walk before may have read the ring, and nodes that it did not need may be on their way.
-  await_async_copies<0>();
   if constexpr (kSums > 0) __threadfence();  // asynchronous copies know no order with the stores of the sums
   __syncwarp();
   for (int first = 0; first < 32 * (kNodeSlots - 1); first += 32) fetch_nodes(first);
@@ -198,6 +196,7 @@ __device__ __forceinline__ void walk(const Plan& plan, const RunItem& item, cons
       finish(rows);
     }
   }
+  await_async_copies<0>();  // nodes that were not needed may be on their way to what will be used for something else
 }
 
 // The discretisation for a lane's channel; none if x and decay are given.
@@ -262,7 +261,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   const RunItem item(data, plan);
   if (!item.valid) return;
   Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
-  acc_t product = 1, before = 1, last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
+  acc_t product = 1, factor = 1;  // of the decays along the chain, and the last one, which is not in it yet
+  acc_t last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
   walk_up<pass, kSelective>(data, plan, item, ring, false, stacks, nothing,
@@ -270,17 +270,14 @@ __global__ void __launch_bounds__(kWalkThreads)
                               const bool past = !plain && node & kPast;
                               if (!past) end[s] = u;
                               if (node & kChain) {
+                                if (s == 0) product *= factor, factor = decay;
                                 bottom[s] += product * (u - chain[s]);
                                 chain[s] = contribution;
-                                if (s == kStreams - 1) {
-                                  before = product;
-                                  product *= decay;
-                                }
                               }
                               if (s == 0 && !past) last_decay = decay;
                             });
   if (!item.active) return;
-  runs.beta[item.at_run] = before;  // without the decay of the last vertex, which is on the chain
+  runs.beta[item.at_run] = product;  // without the decay of the last vertex, which is on the chain
   runs.decay[item.at_run] = last_decay;
   for (int s = 0; s < kStreams; ++s) {
     runs.end[s * runs.stride + item.at_run] = end[s];
@@ -296,6 +293,11 @@ struct Column {
   const acc_t *beta, *decay, *end;
   acc_t *bottom, *below;
 
+  struct Piece {
+    uint32_t node;
+    acc_t beta, decay, end, bottom, below;
+  };
+
   __device__ Column(const Pieces& pieces, const RunData<acc_t>& data, int64_t image, int stream, int channel,
                     int channels)
       : nodes(pieces.nodes + image * pieces.capacity), channels(channels) {
@@ -306,60 +308,65 @@ struct Column {
     bottom = data.bottom + stream * data.stride + offset;
     below = data.below + stream * data.stride + offset;
   }
+
+  __device__ __forceinline__ Piece read(int piece) const {
+    const int64_t i = piece * channels;
+    return {nodes[piece], beta[i], decay[i], end[i], bottom[i], below[i]};
+  }
+
+  // Calls `visit(piece, values)` for each piece from `first` to `last`, or backwards, with its values, of which only
+  // those that it uses are read, a batch ahead. The stack stays inside.
+  template <bool kForwards, typename Visit>
+  __device__ __forceinline__ void walk(int first, int last, Stack<acc_t>& stack, Visit visit) const {
+    const int count = last - first;
+    if (count <= 0) return;
+    const auto place = [&](int i) { return kForwards ? first + i : last - 1 - i; };
+    Piece ahead[kBatch];
+    const auto read_ahead = [&](int i) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) ahead[j] = read(place(min(i + j, count - 1)));
+    };
+    read_ahead(0);
+    for (int i = 0; i < count; i += kBatch) {
+      Piece values[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) values[j] = ahead[j];
+      read_ahead(i + kBatch);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (i + j < count) visit(place(i + j), values[j]);
+      }
+      stack.stay_inside();
+    }
+  }
 };
 
-// (2) Pieces among themselves, from `begin` to `end`, with what enters from below and from above.
+// (2) Pieces among themselves, from `first` to `last`, with what enters from below and from above.
 template <Pass pass, typename acc_t>
-__device__ __forceinline__ void join(const Column<acc_t>& at, int begin, int end, bool up, acc_t entering, acc_t above,
+__device__ __forceinline__ void join(const Column<acc_t>& at, int first, int last, bool up, acc_t entering, acc_t above,
                                      Stack<acc_t> stack) {
+  using Piece = typename Column<acc_t>::Piece;
   acc_t sum = entering;
-  for (int first = begin; first < end; first += kBatch) {
-    uint32_t node[kBatch];
-    acc_t u[kBatch], b[kBatch], a[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int piece = min(first + j, end - 1);
-      const int64_t i = piece * at.channels;
-      node[j] = at.nodes[piece], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i];
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= end) break;
-      acc_t entering_piece = 0;
-      stack.template push_or_add<kPush>(node[j], sum, entering_piece);
-      at.below[(first + j) * at.channels] = up ? entering_piece : acc_t(0);
-      sum = a[j] * (u[j] + b[j] * entering_piece);
-      stack.template pop_and_add<kLight>(node[j], sum);
-      if (node[j] & kRoot) stack.clear();
-    }
-    stack.stay_inside();
-  }
+  at.template walk<true>(first, last, stack, [&](int piece, const Piece& values) {
+    acc_t below = 0;
+    stack.template push_or_add<kPush>(values.node, sum, below);
+    at.below[piece * at.channels] = up ? below : acc_t(0);
+    sum = values.decay * (values.end + values.beta * below);
+    stack.template pop_and_add<kLight>(values.node, sum);
+    if (values.node & kRoot) stack.clear();
+  });
   if (pass == Pass::kUp) return;
 
   stack.clear();
   acc_t h = above;  // at the bottom of the piece above
-  for (int first = end - 1; first >= begin; first -= kBatch) {
-    uint32_t node[kBatch];
-    acc_t u[kBatch], b[kBatch], a[kBatch], e[kBatch], p[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int piece = max(first - j, begin);
-      const int64_t i = piece * at.channels;
-      node[j] = at.nodes[piece], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i];
-      e[j] = at.below[i], p[j] = at.bottom[i];
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first - j < begin) break;
-      if (node[j] & kRoot) h = 0;
-      stack.template push_if<kLight>(node[j], h);
-      at.bottom[(first - j) * at.channels] = h;
-      const acc_t from_above = up ? h - a[j] * (u[j] + b[j] * e[j]) : h;
-      h = e[j] + p[j] + b[j] * a[j] * from_above;
-      stack.template pop_if<kPush>(node[j], h);
-    }
-    stack.stay_inside();
-  }
+  at.template walk<false>(first, last, stack, [&](int piece, const Piece& values) {
+    if (values.node & kRoot) h = 0;
+    stack.template push_if<kLight>(values.node, h);
+    at.bottom[piece * at.channels] = h;
+    const acc_t from_above = up ? h - values.decay * (values.end + values.beta * values.below) : h;
+    h = values.below + values.bottom + values.beta * values.decay * from_above;
+    stack.template pop_if<kPush>(values.node, h);
+  });
 }
 
 // Which stream, image, section and channel a thread of a grid works on.
@@ -394,38 +401,24 @@ __global__ void __launch_bounds__(kWalkThreads)
   const bool up = sweeps_up(pass, item.stream);
   const Column<acc_t> at(plan.runs, runs, item.image, item.stream, item.channel, data.channels);
   Stack<acc_t> stack(0, capacity);
-  acc_t sum = 0, product = 1, before = 1, last_decay = 0, end = 0, chain = 0, bottom = 0;
-  for (int first = item.begin; first < item.end; first += kBatch) {
-    uint32_t node[kBatch];
-    acc_t u[kBatch], b[kBatch], a[kBatch], p[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int run = min(first + j, item.end - 1);
-      const int64_t i = run * at.channels;
-      node[j] = at.nodes[run], u[j] = at.end[i], b[j] = at.beta[i], a[j] = at.decay[i], p[j] = at.bottom[i];
+  acc_t sum = 0, product = 1, factor = 1, last_decay = 0, end = 0, chain = 0, bottom = 0;
+  at.template walk<true>(item.begin, item.end, stack, [&](int, const typename Column<acc_t>::Piece& run) {
+    acc_t below = 0;
+    stack.template push_or_add<kPush>(run.node, sum, below);
+    end = run.end + run.beta * below;
+    last_decay = run.decay;
+    sum = up ? last_decay * end : acc_t(0);
+    if (run.node & kChain) {
+      product *= factor;
+      bottom += product * (run.bottom + below - chain);
+      chain = sum;
+      product *= run.beta, factor = last_decay;
     }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= item.end) break;
-      acc_t entering = 0;
-      stack.template push_or_add<kPush>(node[j], sum, entering);
-      end = u[j] + b[j] * entering;
-      last_decay = a[j];
-      const acc_t contribution = up ? a[j] * end : acc_t(0);
-      if (node[j] & kChain) {
-        bottom += product * (p[j] + entering - chain);
-        chain = contribution;
-        before = product * b[j];
-        product = before * a[j];
-      }
-      sum = contribution;
-      stack.template pop_and_add<kLight>(node[j], sum);
-      if (node[j] & kRoot) stack.clear();
-    }
-    stack.stay_inside();
-  }
+    stack.template pop_and_add<kLight>(run.node, sum);
+    if (run.node & kRoot) stack.clear();
+  });
   const int64_t i = (item.image * plan.sections.capacity + item.section) * data.channels + item.channel;
-  if (item.stream == 0) sections.beta[i] = before, sections.decay[i] = last_decay;
+  if (item.stream == 0) sections.beta[i] = product, sections.decay[i] = last_decay;
   sections.end[item.stream * sections.stride + i] = end;
   sections.bottom[item.stream * sections.stride + i] = bottom;
 }
@@ -524,7 +517,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     const uint32_t node = row.node, vertex = node & kVertexMask;
     const bool root = !plain && node & kRoot, write = item.active && (plain || !(node & kPast));
     acc_t decay = static_cast<acc_t>(row.data[0]);
-    typename Discretisation<acc_t>::Step step{};
+    [[maybe_unused]] typename Discretisation<acc_t>::Step step{};
     if constexpr (kSelective) {
       step = discretise(decay);
       decay = step.decay;
@@ -537,7 +530,7 @@ __global__ void __launch_bounds__(kWalkThreads)
       from_above[s] = sweeps_up(pass, s) ? h[s] - decay * u : h[s];
       h[s] = root ? u : u + decay * from_above[s];
     }
-    acc_t gradient = 0;  // of the decay
+    [[maybe_unused]] acc_t gradient = 0;  // of the decay
     if constexpr (kStreams == 2) {
       gradient = row.sums[0] * from_above[1];
       if constexpr (sweeps_up(pass, 1)) gradient += row.sums[1] * from_above[0];
