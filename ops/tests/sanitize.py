@@ -3,6 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --kernel-name kns=grootvl \\
         python ops/tests/sanitize.py
 
+For the tool initcheck leave out the kernel names: it takes what other kernels write for uninitialised otherwise.
 Sums on chip, whole trees, runs, sections of runs; rows that are copied in chunks of 16 bytes, and rows that cannot be.
 """
 
