@@ -82,9 +82,8 @@ class TreeSSM(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, inner_dim, **dd)
         self.A_log = nn.Parameter(torch.empty(inner_dim, **dd))
         self.D_skip = nn.Parameter(torch.empty(inner_dim, **dd))
-        self.norm_eps = 1e-5
-        self.h_norm = PromotedLayerNorm(inner_dim, eps=self.norm_eps, **dd)
-        self.out_norm = PromotedLayerNorm(inner_dim, eps=self.norm_eps, **dd)
+        self.h_norm = PromotedLayerNorm(inner_dim, **dd)
+        self.out_norm = PromotedLayerNorm(inner_dim, **dd)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         self.reset_parameters()
 
@@ -145,7 +144,7 @@ class TreeSSM(nn.Module):
         )
         return grootvl_ops.gated_norm(
             h, x, z, C.squeeze(-1), self.D_skip,
-            self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.norm_eps,
+            self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.h_norm.eps,
         )  # fmt: skip
 
     def _scan_and_norm(self, x: Tensor, projected: Tensor, tree: Tree) -> Tensor:

@@ -93,11 +93,8 @@ inline void check_parameter(const char* name, const at::Tensor& tensor, const ch
 
 inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
                        const at::Tensor& subtree_size) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
-  TORCH_CHECK_VALUE(decay.sizes() == x.sizes(), "decay must have the shape of x, ", x.sizes(), ", got ", decay.sizes());
-  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
-  check_like("decay", decay, "x", x, x.sizes());
   check_tree(x, parent, order, subtree_size);
+  check_like("decay", decay, "x", x, x.sizes());
 }
 
 inline void check_selective_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& dt_weight,
@@ -134,14 +131,6 @@ inline void check_layer_norm(const at::Tensor& x, const at::Tensor& weight, cons
   TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
   check_parameter("weight", weight, "x", x, {x.size(-1)});
   check_parameter("bias", bias, "x", x, {x.size(-1)});
-}
-
-inline void check_scan_grad(const at::Tensor& grad, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
-  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x, ", x.scalar_type(), ", got ",
-                   grad.scalar_type());
-  TORCH_CHECK_VALUE(grad.device() == x.device(), "grad and x must be on one device, got ", grad.device(), " and ",
-                    x.device());
 }
 
 }  // namespace grootvl

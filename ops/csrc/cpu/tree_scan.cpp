@@ -163,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad, co
                                                       const at::Tensor& order_, const at::Tensor& subtree_size,
                                                       bool up_only) {
   check_scan(x, decay, parent_, order_, subtree_size);
-  check_scan_grad(grad, x);
+  check_like("grad", grad, "x", x, x.sizes());
   check_indices(parent_, order_);
   const auto type = accumulation_type(x);
   const auto options = x.options().dtype(type);

@@ -11,7 +11,7 @@ Gradients selective_scan_backward(const at::Tensor& grad_, const at::Tensor& x, 
                                   const at::Tensor& B, const at::Tensor& parent, const at::Tensor& order,
                                   const at::Tensor& subtree_size, bool up_only) {
   check_selective_scan(x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size);
-  check_scan_grad(grad_, x);
+  check_like("grad", grad_, "x", x, x.sizes());
   const c10::cuda::CUDAGuard guard(x.device());
   const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size);
   const at::Tensor grad = grad_.contiguous();

@@ -9,7 +9,7 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
                                                       const at::Tensor& order_, const at::Tensor& subtree_size_,
                                                       bool up_only) {
   check_scan(x_, decay_, parent_, order_, subtree_size_);
-  check_scan_grad(grad_, x_);
+  check_like("grad", grad_, "x", x_, x_.sizes());
   const c10::cuda::CUDAGuard guard(x_.device());
   const at::Tensor grad = grad_.contiguous(), x = x_.contiguous(), decay = decay_.contiguous(),
                    parent = parent_.contiguous(), order = order_.contiguous(),
