@@ -2,7 +2,7 @@
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool racecheck --kernel-name kns=grootvl python ops/tests/sanitize.py
-    compute-sanitizer --tool initcheck --show-backtrace no python ops/tests/sanitize.py scans trees
+    compute-sanitizer --tool initcheck --show-backtrace no python ops/tests/sanitize.py --parts scans trees
 
 memcheck and synccheck go as racecheck. initcheck goes without the kernels' names, since it takes what other kernels
 write for uninitialised otherwise; in norms it reports PyTorch's own sum over blocks, as it does for a sum of ones.
@@ -81,13 +81,10 @@ PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_nor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     args = parser.parse_args()
-    unknown = set(args.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown parts {sorted(unknown)}, there are {', '.join(PARTS)}")
     torch.manual_seed(0)
-    for part in args.parts or PARTS:
+    for part in args.parts:
         PARTS[part]()
         torch.cuda.synchronize()
         print(f"{part}: done")

@@ -261,7 +261,9 @@ __global__ void __launch_bounds__(kWalkThreads)
   const RunItem item(data, plan);
   if (!item.valid) return;
   Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
-  acc_t product = 1, factor = 1;  // of the decays along the chain, and the last one, which is not in it yet
+  // The product of the decays along the chain, and the last one, which is not in it yet. Kept with and without the last
+  // one instead, ptxas 13.0 takes the wrong one in float64 (docs/kernels.md).
+  acc_t product = 1, factor = 1;
   acc_t last_decay = 0, end[kStreams] = {}, chain[kStreams] = {}, bottom[kStreams] = {};
   const acc_t nothing[kStreams] = {};
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kStreams, capacity);
