@@ -2,10 +2,10 @@
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool racecheck --kernel-name kns=grootvl python ops/tests/sanitize.py
-    compute-sanitizer --tool initcheck --show-backtrace no python ops/tests/sanitize.py --parts scans trees
+    compute-sanitizer --tool initcheck --show-backtrace no python ops/tests/sanitize.py
 
 memcheck and synccheck go as racecheck. initcheck goes without the kernels' names, since it takes what other kernels
-write for uninitialised otherwise; in norms it reports PyTorch's own sum over blocks, as it does for a sum of ones.
+write for uninitialised otherwise.
 """
 
 import argparse
