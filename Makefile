@@ -69,5 +69,5 @@ $(VENV)/openmmlab: $(VENV)/train
 
 $(VENV)/test: $(VENV)/openmmlab
 	$(PIP) --editable ".[test]"
-	$(VENV)/bin/python tests/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
+	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@

@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import Config
 from training_helpers import ROOT
 
-from grootv.data.scenes import export_ade20k, export_coco
+from grootv.sample_data.scenes import export_ade20k, export_coco
 
 TASKS = {"detection": "mmdet", "segmentation": "mmseg"}
 
@@ -59,7 +59,7 @@ def write_dense_config(folder: Path, task: str, data: Path, extra: str = "") -> 
 
 def build_runner(config: Path, work_dir: Path, **changes: object):
     """The project's Runner for a config, in this process."""
-    from grootv.openmmlab.runner import Runner
+    from grootv.openmmlab.runtime.runner import Runner
 
     cfg = Config.fromfile(config)
     cfg.work_dir = str(work_dir)

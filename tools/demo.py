@@ -22,8 +22,8 @@ from mmengine.registry import DATASETS
 from sklearn.datasets import load_sample_image
 
 import grootv.openmmlab  # noqa: F401  registers the data sets
-from grootv.data import export_digits
-from grootv.openmmlab.checkpoint import find_intact_checkpoint
+from grootv.openmmlab.runtime.checkpoints import find_intact_checkpoint
+from grootv.sample_data import export_digits
 from grootv.visualization import plot_predictions, plot_tree_and_affinity
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grootv.openmmlab.checkpoint import find_intact_checkpoint
+from grootv.openmmlab.runtime.checkpoints import find_intact_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {

@@ -6,7 +6,7 @@ python tools/make_digits.py data/digits
 import argparse
 from pathlib import Path
 
-from grootv.data import export_digits
+from grootv.sample_data import export_digits
 
 
 def main() -> None:

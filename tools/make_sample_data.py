@@ -6,7 +6,7 @@ python tools/make_sample_data.py data/sample      makes data/sample/coco and dat
 import argparse
 from pathlib import Path
 
-from grootv.data.scenes import export_ade20k, export_coco
+from grootv.sample_data.scenes import export_ade20k, export_coco
 
 
 def main() -> None:

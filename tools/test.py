@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 
-from grootv.openmmlab.command_line import build_runner, load_config, make_parser
+from grootv.openmmlab.runtime.command_line import build_runner, load_config, make_parser
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,7 +5,7 @@ import argparse
 
 from mmengine.config import Config
 
-from grootv.openmmlab.command_line import build_runner, load_config, make_parser
+from grootv.openmmlab.runtime.command_line import build_runner, load_config, make_parser
 
 
 def parse_args() -> argparse.Namespace:

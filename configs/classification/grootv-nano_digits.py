@@ -1,4 +1,4 @@
-# A small GrootV on scikit-learn's handwritten digits (grootv.data.export_digits), for a CPU.
+# A small GrootV on scikit-learn's handwritten digits (grootv.sample_data.export_digits), for a CPU.
 _base_ = ["_base_/runtime.py"]
 
 data_root = "data/digits"

@@ -5,7 +5,7 @@ fifth in the loss. Images are not mirrored, because digits do not stay digits.
 """
 
 _base_ = "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"
-custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.segmentation"], allow_failed_imports=False)
+custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.dense.segmentation"], allow_failed_imports=False)
 
 crop_size = (128, 128)
 data_preprocessor = dict(size=crop_size)

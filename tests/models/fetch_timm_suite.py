@@ -1,6 +1,6 @@
 """Fetch timm's own model tests, which its wheels leave out, from the source package of the installed version.
 
-    python tests/fetch_timm_suite.py
+    python tests/models/fetch_timm_suite.py
 
 puts them where `test_timm_suite.py` looks, in the environment that runs it. Nothing is left behind when it fails.
 """

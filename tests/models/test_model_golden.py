@@ -18,7 +18,7 @@ from grootv.models import GrootV, TreeSSM, checkpoint_filter_fn
 from grootv.models.grootv import _official_to_timm
 from grootvl_ops import reference
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),

@@ -15,7 +15,9 @@ TESTS = Path(__file__).parent
 GENERAL = 10
 
 
-@pytest.mark.skipif(not SUITE.exists(), reason=f"timm's tests are not in {SUITE}: python tests/fetch_timm_suite.py")
+@pytest.mark.skipif(
+    not SUITE.exists(), reason=f"timm's tests are not in {SUITE}: python tests/models/fetch_timm_suite.py"
+)
 @pytest.mark.parametrize(
     "device",
     [

@@ -25,16 +25,22 @@ from torch import nn
 from training_helpers import CLASSES, ROOT, write_images
 
 import grootv  # noqa: F401  registers the models
-from grootv.openmmlab.checkpoint import AtomicCheckpointHook, AtomicLocalBackend, find_intact_checkpoint, is_intact
-from grootv.openmmlab.classifier import ImagePreprocessor, TimmClassifier
-from grootv.openmmlab.datasets import (
+from grootv.openmmlab.classification.classifier import ImagePreprocessor, TimmClassifier
+from grootv.openmmlab.classification.datasets import (
     DamagedDataError,
     ImageClassificationDataset,
     StreamedClassificationDataset,
 )
-from grootv.openmmlab.hooks import IterationSeedHook, draw_learning_curve, read_scalars
-from grootv.openmmlab.metrics import TopKAccuracy
-from grootv.openmmlab.optim import TimmOptimWrapperConstructor, layer_scales, names_without_weight_decay
+from grootv.openmmlab.classification.metrics import TopKAccuracy
+from grootv.openmmlab.runtime.checkpoints import (
+    AtomicCheckpointHook,
+    AtomicLocalBackend,
+    find_intact_checkpoint,
+    is_intact,
+)
+from grootv.openmmlab.runtime.hooks import IterationSeedHook
+from grootv.openmmlab.runtime.learning_curve import draw_learning_curve, read_scalars
+from grootv.openmmlab.runtime.optim import TimmOptimWrapperConstructor, layer_scales, names_without_weight_decay
 
 IN1K = sorted((ROOT / "configs/classification").glob("grootv-*_in1k.py"))
 

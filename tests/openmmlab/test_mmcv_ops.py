@@ -12,8 +12,8 @@ pytest.importorskip("mmengine")
 import torch
 from training_helpers import ROOT, environment
 
-from grootv.openmmlab import mmcv_ops
-from grootv.openmmlab.requirements import base_configs, require
+from grootv.openmmlab.dense import mmcv_ops
+from grootv.openmmlab.dense.requirements import base_configs, require
 
 
 @pytest.fixture

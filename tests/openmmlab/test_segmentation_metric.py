@@ -7,7 +7,7 @@ pytest.importorskip("mmseg", reason="mmseg is not installed")
 
 import torch
 
-from grootv.openmmlab.segmentation import ObjectIoUMetric
+from grootv.openmmlab.dense.segmentation import ObjectIoUMetric
 
 
 def test_the_background_does_not_count() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from grootv.data import digits, export_digits
+from grootv.sample_data import digits, export_digits
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_another_process_may_finish_the_same_folder_first(tmp_path, monkeypatch)
 
 
 def test_the_command(tmp_path):
-    tool = Path(__file__).parents[1] / "tools" / "make_digits.py"
+    tool = Path(__file__).parents[2] / "tools" / "make_digits.py"
     done = subprocess.run([sys.executable, tool, tmp_path / "digits"], capture_output=True, text=True, check=True)
     assert str(tmp_path / "digits") in done.stdout
     assert len(ImageFolder(tmp_path / "digits" / "val")) == 360

@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 
 from PIL import Image
 
-from grootv.data.scenes import SEGMENTATION, SceneMaker, export_ade20k, export_coco
+from grootv.sample_data.scenes import SEGMENTATION, SceneMaker, export_ade20k, export_coco
 
 
 def decode(segmentation: dict) -> np.ndarray:

@@ -13,7 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from .distributed import synchronise_batch_norm
+from ..runtime.distributed import synchronise_batch_norm
 
 for _loss in (
     BinaryCrossEntropy,

@@ -8,7 +8,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 
-from .checkpoint import find_intact_checkpoint, is_intact
+from .checkpoints import find_intact_checkpoint, is_intact
 from .distributed import GlooSyncBatchNorm2d, init_gloo
 
 
