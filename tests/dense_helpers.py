@@ -71,3 +71,10 @@ def build_runner(config: Path, work_dir: Path, **changes: object):
 def skip_without(task: str) -> None:
     """Skip unless the package of the task is installed."""
     pytest.importorskip(TASKS[task], reason=f"{TASKS[task]} is not installed")
+
+
+def fake_package(folder: Path, name: str, **files: str) -> None:
+    """Write a package `name` of modules with the given sources, beside an empty `__init__`."""
+    (folder / name).mkdir(parents=True)
+    for file, content in {"__init__": "", **files}.items():
+        (folder / name / f"{file}.py").write_text(content)

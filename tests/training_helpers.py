@@ -123,4 +123,9 @@ def run_tool(
     return result
 
 
+def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    """Run `code` in an interpreter of its own, whose path begins with `paths`."""
+    return subprocess.run([sys.executable, "-c", code], env=environment(*paths), capture_output=True, text=True)
+
+
 KILLED = -signal.SIGKILL

@@ -1,7 +1,5 @@
-"""The stand-in for mmcv's compiled operations, and what is said where packages are missing or broken."""
+"""The stand-in for mmcv's compiled operations."""
 
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -10,10 +8,10 @@ import pytest
 pytest.importorskip("mmengine")
 
 import torch
-from training_helpers import ROOT, environment
+from dense_helpers import fake_package
+from training_helpers import run_python
 
 from grootv.openmmlab.dense import mmcv_ops
-from grootv.openmmlab.dense.requirements import base_configs, require
 
 
 @pytest.fixture
@@ -120,63 +118,7 @@ def test_coming_too_late_is_said(stand_in) -> None:
     assert "mmdet was imported before" not in result.stdout + result.stderr
 
 
-def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=environment(*paths), capture_output=True, text=True)
-
-
-def fake_package(folder: Path, name: str, **files: str) -> None:
-    (folder / name).mkdir(parents=True)
-    for file, content in {"__init__": "", **files}.items():
-        (folder / name / f"{file}.py").write_text(content)
-
-
 def test_compiled_operations_are_left_alone(tmp_path: Path) -> None:
     fake_package(tmp_path, "mmcv", _ext="nms = 'compiled'")
     code = "import grootv.openmmlab, mmcv._ext; print(mmcv._ext.nms, grootv.openmmlab.install_mmcv_ops())"
     assert run_python(code, tmp_path).stdout.split() == ["compiled", "False"]
-
-
-def test_operations_that_do_not_load_are_named(tmp_path: Path) -> None:
-    fake_package(tmp_path, "mmcv", _ext="raise ImportError('undefined symbol: _ZN3c10')")
-    fake_package(tmp_path, "mmdet")
-    result = run_python("from grootv.openmmlab import base_configs; base_configs('mmdet', 'a.py')", tmp_path)
-    assert "mmcv's compiled operations do not load (undefined symbol: _ZN3c10)" in result.stderr
-    assert "pip install --no-build-isolation" in result.stderr
-
-
-def test_versions_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    fake_package(tmp_path, "mmcv")
-    (tmp_path / "mmdet").mkdir()
-    (tmp_path / "mmdet" / "__init__.py").write_text("assert False, 'MMCV==2.2.0 is used but incompatible'")
-    result = run_python("from grootv.openmmlab import base_configs; base_configs('mmdet', 'a.py')", tmp_path)
-    assert "mmdet is installed but does not import (MMCV==2.2.0 is used but incompatible)" in result.stderr
-    assert 'pip install "grootv[openmmlab]"' in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("missing", "task"), [("mmdet", "detection"), ("mmseg", "segmentation"), ("mmcv", "detection")]
-)
-def test_a_config_names_the_package_that_is_missing(missing: str, task: str) -> None:
-    config = next((ROOT / "configs" / task).glob("*digits*.py"))
-    code = f"""
-import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name == "{missing}" else find_spec(name, *args)
-from mmengine.config import Config
-Config.fromfile({str(config)!r})
-"""
-    result = run_python(code)
-    assert f"ImportError: {missing} is not installed (onedl-{missing}" in result.stderr
-    assert 'pip install "grootv[openmmlab]"' in result.stderr
-
-
-def test_missing_mmengine_is_named() -> None:
-    result = run_python("import sys; sys.modules['mmengine'] = None; import grootv.openmmlab")
-    assert "needs mmengine" in result.stderr and "pip install" in result.stderr
-
-
-def test_a_base_config_that_is_not_there() -> None:
-    pytest.importorskip("mmdet")
-    with pytest.raises(FileNotFoundError, match=r"mmdet comes without the config .*no_such\.py"):
-        base_configs("mmdet", "_base_/no_such.py")
-    require("mmdet")

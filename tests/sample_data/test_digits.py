@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -109,10 +107,3 @@ def test_another_process_may_finish_the_same_folder_first(tmp_path, monkeypatch)
     assert digits.export_digits(target) == target
     assert os.listdir(tmp_path) == ["digits"]
     assert len(ImageFolder(target / "train")) == 1437
-
-
-def test_the_command(tmp_path):
-    tool = Path(__file__).parents[2] / "tools" / "make_digits.py"
-    done = subprocess.run([sys.executable, tool, tmp_path / "digits"], capture_output=True, text=True, check=True)
-    assert str(tmp_path / "digits") in done.stdout
-    assert len(ImageFolder(tmp_path / "digits" / "val")) == 360
