@@ -4,11 +4,11 @@ Of the COCO config differ the data, the sizes and the schedule. Images are not m
 digits.
 """
 
-_base_ = "_base_/mask-rcnn_grootv_1x_coco.py"
+_base_ = ["../_base_/grootv_nano.py", "_base_/mask-rcnn_grootv_1x_coco.py"]
 
 model = dict(
-    backbone=dict(arch="nano", drop_path_rate=0.0),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    backbone=_base_.backbone,
+    neck=dict(in_channels=_base_.channels, out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),

@@ -4,7 +4,7 @@ Of the ADE20K config differ the data, the sizes and the schedule; the photograph
 fifth in the loss. Images are not mirrored, because digits do not stay digits.
 """
 
-_base_ = "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"
+_base_ = ["../_base_/grootv_nano.py", "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"]
 custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.dense.segmentation"], allow_failed_imports=False)
 
 crop_size = (128, 128)
@@ -12,12 +12,12 @@ data_preprocessor = dict(size=crop_size)
 class_weight = [0.2] + [1.0] * 10
 model = dict(
     data_preprocessor=data_preprocessor,
-    backbone=dict(arch="nano", drop_path_rate=0.0),
+    backbone=_base_.backbone,
     decode_head=dict(
-        in_channels=[32, 64, 128, 256], channels=64, num_classes=11, loss_decode=dict(class_weight=class_weight)
+        in_channels=_base_.channels, channels=64, num_classes=11, loss_decode=dict(class_weight=class_weight)
     ),
     auxiliary_head=dict(
-        in_channels=128, channels=64, num_classes=11, loss_decode=dict(class_weight=class_weight)
+        in_channels=_base_.channels[2], channels=64, num_classes=11, loss_decode=dict(class_weight=class_weight)
     ),
 )
 
