@@ -50,17 +50,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_tool(step: str, tool: str, *arguments: object) -> None:
-    """Run `tools/<tool>` with this interpreter; its output is shown.
+def run_tool(step: str, tool: str, *arguments: object, threads: int | None = 1) -> None:
+    """Run `tools/<tool>` of this checkout with this interpreter and show its output.
 
-    One thread computes, and leaves the other core of a small machine to the process that loads the images.
+    Args:
+        step: what the tool does here, for messages.
+        tool: name of the file.
+        arguments: of its command line.
+        threads: that compute. One leaves the other core of a small machine to the process that loads the images; None
+            leaves the choice to PyTorch.
 
     Raises:
         SystemExit: the tool failed.
     """
     print(f"demo: {step}", flush=True)
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    code = subprocess.run(command, env=environment).returncode
     if code != 0:
         raise SystemExit(
             f"demo: {step} failed with exit code {code}, see the output above. --fresh starts from the beginning. "

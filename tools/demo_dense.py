@@ -8,14 +8,12 @@ finished one is reused, unless --fresh is given.
 
 import argparse
 import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+from demo import run_tool
 from PIL import Image
 
 from grootv.openmmlab.runtime.checkpoints import find_intact_checkpoint
@@ -52,20 +50,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_tool(step: str, tool: str, *arguments: object) -> None:
-    """Run `tools/<tool>` with this interpreter, in the project's folder; its output is shown.
-
-    Raises:
-        SystemExit: the tool failed.
-    """
-    print(f"demo: {step}", flush=True)
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
-    if code != 0:
-        raise SystemExit(f"demo: {step} failed with exit code {code}. The command was\n{shlex.join(command)}")
-
-
 def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
     """Overrides that make the task's config read `data` and begin with the backbone in `pretrained`."""
     root = data.resolve() / {"detection": "coco", "segmentation": "ade"}[task]
@@ -94,22 +78,23 @@ def main() -> None:
     """Make the data, train, evaluate, draw, and print where everything is."""
     args = parse_args()
     start = time.monotonic()
+    run = partial(run_tool, threads=None)
     folder = (args.out_dir or ROOT / f"work_dirs/demo-{args.task}").resolve()
     if args.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     config = CONFIGS[args.task]
     options = ("--cfg-options", *overrides(args.task, args.data, args.pretrained), *args.cfg_options)
     if args.pretrained == PRETRAINED and not PRETRAINED.is_file():
-        run_tool("the classifier, whose backbone goes on", "demo.py")
-    run_tool("data", "make_sample_data.py", args.data.resolve())
-    run_tool("training", "train.py", config, "--work-dir", folder, "--resume", *options)
+        run("the classifier, whose backbone goes on", "demo.py")
+    run("data", "make_sample_data.py", args.data.resolve())
+    run("training", "train.py", config, "--work-dir", folder, "--resume", *options)
     checkpoint = find_intact_checkpoint(folder)
     if checkpoint is None:
         raise SystemExit(f"demo: training left no checkpoint in {folder}")
     for old in ("evaluation", "pictures"):
         shutil.rmtree(folder / old, ignore_errors=True)
     evaluation = ("--work-dir", folder / "evaluation", "--show-dir", folder / "pictures")
-    run_tool("evaluation", "test.py", config, checkpoint, *evaluation, *options)
+    run("evaluation", "test.py", config, checkpoint, *evaluation, *options)
     sheet = folder / "predictions.png"
     make_sheet(folder / "pictures", sheet)
     (file,) = (folder / "evaluation").glob("*/*.json")
