@@ -118,7 +118,7 @@ def _(
     num_states = A_log.shape[1] if A_log.dim() == 2 else 1
     dparameters = x.new_empty((1 + num_states, x.shape[2]), dtype=reference.accumulation_dtype(x.dtype))
     dx, ddt, dB = (operand.new_empty(operand.shape) for operand in (x, dt, B))
-    dweight, dC = (x.new_empty(0) if operand is None else operand.new_empty(operand.shape) for operand in (dt_weight, C))
+    dweight, dC = (x.new_empty(0) if given is None else given.new_empty(given.shape) for given in (dt_weight, C))
     return dx, ddt, dweight, dparameters, dB, dC
 
 

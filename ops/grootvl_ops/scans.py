@@ -99,6 +99,7 @@ def selective_scan(
     batch, length, channels = x.shape
     if A_log.dim() != 1 and (A_log.dim() != 2 or A_log.size(1) < 1):
         raise ValueError(f"A_log must be (D) or (D, N) with at least one state, got {list(A_log.shape)}")
+    check_parameter("A_log", A_log, x, [channels] + list(A_log.shape[1:]))
     pixels = [batch, length] + list(A_log.shape[1:])
     check_operand("dt", dt, x, [batch, length, channels if dt_weight is None else dt.size(2)])
     check_operand("B", B, x, pixels)
@@ -108,7 +109,6 @@ def selective_scan(
         check_parameter("dt_weight", dt_weight, x, [channels, dt.size(2)])
     if dt_bias is not None:
         check_parameter("dt_bias", dt_bias, x, [channels])
-    check_parameter("A_log", A_log, x, [channels] + list(A_log.shape[1:]))
     _check_direction(direction)
     tree = _tree_for(x, tree)
     return torch.ops.grootvl_ops.selective_scan(
@@ -127,7 +127,7 @@ def _tree_for(x: Tensor, tree: Tree) -> Tree:
     for field in (tree.parent, tree.order, tree.subtree_size):
         if field.dim() != 2 or field.size(1) != shape[1] or (field.size(0) != shape[0] and field.size(0) != 1):
             raise ValueError(
-                f"the tree's fields must be (B, L) = {shape}, or (1, L), for x {list(x.shape)}, got {list(field.shape)}"
+                f"the tree's fields must be (1, L) or (B, L) = {shape} for x {list(x.shape)}, got {list(field.shape)}"
             )
         if field.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")

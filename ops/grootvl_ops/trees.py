@@ -106,14 +106,13 @@ def build_tree_from_grid(weights: Tensor, height: int, width: int, root: int = 0
         ValueError: sizes that do not fit each other, or a root outside the map.
         TypeError: weights that are not floating point.
     """
+    size = f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
     if frames < 1 or height < 1 or width < 1:
-        raise ValueError(f"a map needs at least one pixel, got {frames} x {height} x {width}")
+        raise ValueError(f"a map needs at least one pixel, got {size}")
     in_plane = (height - 1) * width + height * (width - 1)
     num_edges = (frames - 1) * height * width + frames * in_plane
     if weights.dim() != 2 or weights.size(1) != num_edges:
-        raise ValueError(
-            f"weights must be (B, {num_edges}) for a map of {frames} x {height} x {width}, got {list(weights.shape)}"
-        )
+        raise ValueError(f"weights must be (B, {num_edges}) for a {size} map, got {list(weights.shape)}")
     _check_weights_and_root(weights, frames * height * width, root)
     if frames == 1:
         parent, order, subtree_size = torch.ops.grootvl_ops.grid_tree(_comparable(weights), height, width, root)
