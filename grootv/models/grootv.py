@@ -7,8 +7,6 @@ The maps stay channels-last, (B, H, W, C), from the stem to the head. The projec
 checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
 """
 
-import logging
-import re
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
-    clean_state_dict,
     generate_default_cfgs,
     register_model,
 )
@@ -26,12 +23,11 @@ from torch import Tensor, nn
 
 from grootvl_ops import Tree
 
+from .checkpoint import checkpoint_filter_fn
 from .layer_norm import LayerNorm, can_fuse
 from .tree_ssm import TreeSSM
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
-
-_logger = logging.getLogger(__name__)
 
 TREE_PER = ("block", "stage")
 
@@ -396,92 +392,6 @@ class GrootV(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-# Official parameter names and ours, in the order of replacement.
-_OFFICIAL_NAMES = (
-    (r"^patch_embed\.(conv|norm)(\d)\.(1\.)?", r"stem.\1\2."),
-    (r"^levels\.", "stages."),
-    (r"\.TreeSSM\.", ".mixer."),
-    (r"\.mixer\.conv2d\.", ".mixer.conv."),
-    (r"\.mixer\.x_proj_weight$", ".mixer.x_proj.weight"),
-    (r"\.mixer\.dt_projs_(weight|bias)$", r".mixer.dt_proj.\1"),
-    (r"\.mixer\.A_logs$", ".mixer.A_log"),
-    (r"\.mixer\.Ds$", ".mixer.D_skip"),
-    (r"\.(norm\d?)\.[01]\.(weight|bias)$", r".\1.\2"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^conv_head\.0\.", "head.conv."),
-    (r"^conv_head\.1\.0\.", "head.norm."),
-)
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averaged weights come first
-
-
-def _official_to_timm(name: str) -> str:
-    for pattern, replacement in _OFFICIAL_NAMES:
-        name = re.sub(pattern, replacement, name)
-    # The official code counts a downsampler to the stage before it, timm to the stage that it begins.
-    return re.sub(r"^stages\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.", name)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: GrootV) -> dict[str, Tensor]:
-    """Bring a checkpoint into the form that `model.load_state_dict` takes, and check that it fits.
-
-    Official parameter names become this project's. The weights may stand under "state_dict_ema", "model_ema",
-    "state_dict" or "model" (in this order), with the prefixes of DistributedDataParallel, torch.compile, or a
-    detector's "backbone.". A checkpoint of a backbone alone, without any head, leaves the model the head it has.
-
-    Args:
-        state_dict: What the file held.
-        model: The model to load it into.
-
-    Returns:
-        Parameters and buffers by this project's names. The first convolution and the classifier may still have the
-        number of input channels and classes of the file, to which timm attends.
-
-    Raises:
-        RuntimeError: names that are missing or unexpected, or shapes that differ.
-    """
-    for wrapper in _WRAPPERS:
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    state_dict = clean_state_dict(state_dict)
-    if any(name.startswith("backbone.") for name in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    if any(name.startswith(("patch_embed.", "levels.")) for name in state_dict):
-        state_dict = {_official_to_timm(name): value for name, value in state_dict.items()}
-
-    expected = model.state_dict()
-    own_head = {name: value for name, value in expected.items() if name.startswith("head.")}
-    if own_head and not any(name.startswith("head.") for name in state_dict):
-        _logger.warning("The checkpoint has no head: the model keeps its own.")
-        state_dict |= own_head
-    for name, value in state_dict.items():
-        # The official code has an axis of length one for scan directions, and one for the state.
-        if name in expected and value.ndim == expected[name].ndim + 1 and ".mixer." in name:
-            state_dict[name] = value.reshape(-1) if name.endswith(".A_log") else value.squeeze(0)
-    _check_fit(state_dict, expected)
-    return state_dict
-
-
-def _enumerate(names: list[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _check_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise unless only the classifier and the number of input channels differ: even where timm loads leniently."""
-    adapted = ("stem.conv1.weight", "head.fc.weight", "head.fc.bias")
-    missing = [name for name in expected if name not in state_dict and name not in adapted]
-    unexpected = [name for name in state_dict if name not in expected and name not in adapted]
-    misshaped = [
-        f"{name} {list(value.shape)} instead of {list(expected[name].shape)}"
-        for name, value in state_dict.items()
-        if name in expected and name not in adapted and value.shape != expected[name].shape
-    ]
-    problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-    if any(names for _, names in problems):
-        found = "; ".join(f"{len(names)} {kind}: {_enumerate(names)}" for kind, names in problems if names)
-        raise RuntimeError(f"the checkpoint does not fit the model: {found}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -80,6 +80,7 @@ WRAPPINGS = {
         "state_dict": other(s),
         "state_dict_ema": {f"module.{k}": v for k, v in s.items()},
     },
+    "several prefixes": lambda s: {"model": {f"_orig_mod.module.backbone.{k}": v for k, v in s.items()}},
     "detector": lambda s: {"state_dict": {f"backbone.{k}": v for k, v in s.items()} | {"neck.weight": torch.zeros(1)}},
 }
 
@@ -158,6 +159,23 @@ def test_a_file_of_another_size():
     official = {name: torch.empty(shape, device="meta") for name, shape in OFFICIAL_NAMES["grootv_tiny"].items()}
     with pytest.raises(RuntimeError, match=r"80 missing.*and 60 more.*stem.conv1.bias \[40\] instead of \[48\]"):
         checkpoint_filter_fn(official, model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv1.weight": torch.zeros(1)}, "no GrootV weights.*it begins with conv1.weight"),
+        ({"epoch": 3}, "no GrootV weights.*it begins with nothing"),
+        (
+            {f"{prefix}.stem.conv1.weight": torch.zeros(1) for prefix in ("teacher", "student")},
+            r"several backbones.*\['teacher.', 'student.'\]",
+        ),
+    ],
+    ids=("another model", "no weights", "two models"),
+)
+def test_a_file_without_one_model(content, message):
+    with pytest.raises(RuntimeError, match=f"does not fit the model: {message}"):
+        checkpoint_filter_fn(content, timm.create_model("grootv_nano", device="meta"))
 
 
 class Payload:

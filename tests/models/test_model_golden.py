@@ -15,7 +15,7 @@ from torch import Tensor
 import grootv.models.tree_ssm as tree_ssm
 import grootvl_ops
 from grootv.models import GrootV, TreeSSM, checkpoint_filter_fn
-from grootv.models.grootv import _official_to_timm
+from grootv.models.checkpoint import official_to_own
 from grootvl_ops import reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -106,7 +106,7 @@ def test_golden_gradients(device, operations, golden):
     parameters = dict(model.named_parameters())
     assert len(golden["grad_norms"]) == len(parameters)
     for name, norm in golden["grad_norms"].items():
-        grad = parameters[_official_to_timm(name)].grad
+        grad = parameters[official_to_own(name)].grad
         # The bound from below is for the bias before BatchNorm, whose gradient is nothing but rounding.
         assert grad.double().norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), name
     mixer = model.stages[0].blocks[0].mixer
@@ -247,7 +247,7 @@ def test_gradients_of_other_sizes(dtype, bound, device, operations):
     compared = 0
     for name, value in plain.items():
         if value.requires_grad:
-            grad = parameters[_official_to_timm(name)].grad
+            grad = parameters[official_to_own(name)].grad
             assert relative_error(grad, value.grad.reshape(grad.shape)) < bound, name
             compared += 1
     assert compared == len(parameters)

@@ -13,6 +13,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from grootv.models.checkpoint import unwrap
+
 from ..runtime.distributed import synchronise_batch_norm
 
 for _loss in (
@@ -135,12 +137,10 @@ class TimmClassifier(BaseModel):
         The `checkpoint_filter_fn` that timm's model files carry does the conversion. A checkpoint of this class's own
         runs is returned as it is.
         """
-        state_dict = checkpoint.get("state_dict", checkpoint)
+        state_dict = unwrap(checkpoint)
         if any(name.removeprefix("module.").startswith("backbone.") for name in state_dict):
             return state_dict
         filter_fn = getattr(sys.modules[type(self.backbone).__module__], "checkpoint_filter_fn", None)
         if filter_fn is not None:
             state_dict = filter_fn(checkpoint, self.backbone)
-        else:
-            state_dict = checkpoint.get("model", state_dict)
         return {f"backbone.{name}": value for name, value in state_dict.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from grootv.models import checkpoint_filter_fn  # and registers the architectures in timm
-
-ARCHITECTURES = ("nano", "tiny", "small", "base")
-_STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What the first parameter is called, here and in released checkpoints: where it stands tells the prefix of a file.
-_FIRST_PARAMETERS = ("stem.conv1.weight", "patch_embed.conv1.weight")
+from grootv.models.checkpoint import backbone_weights, belongs_to, checkpoint_filter_fn
 
 
 @MODELS.register_module()
@@ -29,7 +23,7 @@ class GrootV(BaseModule):
     It is registered in mmengine's root registry, from which those of mmdet, mmseg and the others inherit.
 
     Args:
-        arch: "nano", "tiny", "small" or "base".
+        arch: size of a `grootv_*` model in timm's registry: "nano", "tiny", "small" or "base".
         out_indices: Stages to return, increasing, of 0 to 3 (strides 4, 8, 16, 32). Stages after the last one are not
             made, nor is the classifier.
         frozen_stages: -1 trains everything; 0 freezes the stem, n > 0 the stem and the first n stages.
@@ -60,8 +54,9 @@ class GrootV(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg)
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
+        sizes = [name.removeprefix("grootv_") for name in timm.list_models("grootv_*")]
+        if arch not in sizes:
+            raise ValueError(f"arch must be one of {sizes}, got {arch!r}")
         if init_cfg is not None and init_cfg.get("type") != "Pretrained":
             raise ValueError(f'init_cfg must be None or dict(type="Pretrained", checkpoint=...), got {init_cfg}')
         self.out_indices = tuple(out_indices)
@@ -130,42 +125,11 @@ class GrootV(BaseModule):
                 need) or of another shape. The message has their names.
         """
         content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-        for key in _STATE_DICTS:
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-        weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if prefix is None:
-            prefix = _find_prefix(weights, checkpoint)
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        if not any(name in weights for name in _FIRST_PARAMETERS):
-            raise ValueError(f"{checkpoint} has no GrootV weights under the prefix {prefix!r}")
         try:
-            weights = checkpoint_filter_fn({k: v for k, v in weights.items() if self._has_place_for(k)}, self.model)
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise RuntimeError(f"{checkpoint}: {error}") from error
-        print_log(f"Loaded the backbone from {checkpoint}, prefix {prefix!r}.", logger="current")
-
-    def _has_place_for(self, name: str) -> bool:
-        """Whether a whole model's parameter, by its own or its official name, is of a part that this backbone has."""
-        if name.startswith(("head.", "conv_head.")):
-            return False
-        # The official code counts a downsampler to the stage before it, timm to the stage that it begins.
-        stage = re.match(r"(?:stages|levels)\.(\d+)\.", name)
-        begins_next = re.match(r"levels\.\d+\.downsample\.", name) is not None
-        return stage is None or int(stage[1]) + begins_next < len(self.model.stages)
-
-
-def _find_prefix(weights: dict[str, Tensor], checkpoint: str) -> str:
-    prefixes = [
-        name.removesuffix(first) for name in weights for first in _FIRST_PARAMETERS if f".{name}".endswith(f".{first}")
-    ]
-    if not prefixes:
-        raise ValueError(
-            f"{checkpoint} has no GrootV weights: no name ends with {' or '.join(_FIRST_PARAMETERS)}; "
-            f"it begins with {', '.join(list(weights)[:3]) or 'nothing'}"
-        )
-    if len(prefixes) > 1:
-        raise ValueError(f"{checkpoint} has several backbones; init_cfg's prefix must be one of {prefixes}")
-    return prefixes[0]
+            weights = backbone_weights(content, prefix)
+            num_stages = len(self.model.stages)
+            weights = {name: value for name, value in weights.items() if belongs_to(name, num_stages)}
+            self.model.load_state_dict(checkpoint_filter_fn(weights, self.model))
+        except (RuntimeError, ValueError) as error:
+            raise type(error)(f"{checkpoint}: {error}") from error
+        print_log(f"Loaded the backbone from {checkpoint}.", logger="current")
