@@ -273,8 +273,13 @@ class GrootV(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay, besides norms and biases."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D_skip"))}
+        """Names of the parameters that take no weight decay, besides norms and biases: those that mixers name."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if module is not self and hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -98,6 +98,19 @@ class TreeSSM(nn.Module):
         dt = dt.exp_().clamp_(min=1e-4)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay (timm's convention)."""
+        return {"D_skip"}
+
+    @torch.jit.ignore
+    def also_weight_decay(self) -> set[str]:
+        """Names of the parameters of one dimension that take weight decay, which others of one dimension do not.
+
+        In the published code they have two dimensions, (D, 1) and (1, D), and decay by its rule.
+        """
+        return {"A_log", "dt_proj.bias"}
+
     def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
         """Mix a (B, H, W, C) map along `tree`, or along a new tree built on it.
 

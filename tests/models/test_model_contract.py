@@ -371,12 +371,12 @@ def test_parameter_groups_by_depth():
 def test_no_weight_decay():
     model = small()
     names = model.no_weight_decay()
-    assert names == {name for name, _ in model.named_parameters() if name.split(".")[-1] in ("A_log", "D_skip")}
+    assert names == {name for name, _ in model.named_parameters() if name.endswith(".D_skip")}
     decayed, undecayed = set(), set()
     for group in param_groups_weight_decay(model, 0.05, names):
         (decayed if group["weight_decay"] else undecayed).update(map(id, group["params"]))
     for name, p in model.named_parameters():
-        plain = "norm" in name or name.endswith("bias") or name in names
+        plain = "norm" in name or name.endswith(("bias", "A_log")) or name in names
         assert id(p) in (undecayed if plain else decayed), name
 
 

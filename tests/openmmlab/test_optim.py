@@ -29,13 +29,14 @@ class Detector(BaseModel):
         return inputs
 
 
-def test_weight_decay_spares_norms_biases_and_what_the_model_names() -> None:
+def test_weight_decay_spares_norms_biases_and_what_the_modules_name() -> None:
     model = TimmClassifier({"model_name": "grootv_nano", "num_classes": 3, "dims": (8, 16), "depths": (1, 1)})
     wrapper = TimmOptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.05}})(model)
     decayed = {id(p) for group in wrapper.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
-    assert all(name.endswith(".weight") for name in names)
-    assert not any("norm" in name or "A_log" in name or "D_skip" in name for name in names)
+    assert all(name.endswith((".weight", ".A_log", ".dt_proj.bias")) for name in names)
+    assert not any("norm" in name or "D_skip" in name for name in names)
+    assert any("A_log" in name for name in names) and any("dt_proj.bias" in name for name in names)
     assert any("in_proj" in name for name in names) and any("stem.conv1" in name for name in names)
     covered = [id(p) for group in wrapper.optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in model.parameters())
@@ -62,7 +63,9 @@ def test_layer_decay_inside_a_detector_leaves_the_rest_at_the_base_rate() -> Non
     body = model.backbone["body"]
     assert max(rates[id(p)] for p in body.parameters()) == pytest.approx(0.05)
     assert rates[id(body.stem.conv1.weight)] < rates[id(body.stages[1].blocks[0].mlp.fc1.weight)] < 0.1
-    assert "backbone.body.stages.1.blocks.0.mixer.A_log" in names_without_weight_decay(model)
+    exempt = names_without_weight_decay(model)
+    assert "backbone.body.stages.1.blocks.0.mixer.D_skip" in exempt and "neck.bias" in exempt
+    assert "backbone.body.stages.1.blocks.0.mixer.A_log" not in exempt and "neck.weight" not in exempt
 
 
 def test_optimizer_constructor_refuses_what_it_cannot_do() -> None:

@@ -1,5 +1,6 @@
-# 300 epochs of AdamW for a total batch of 1024: warm-up from 5e-7 in 20 epochs to 1e-3, then a cosine to 5e-6, both by
-# iteration. The rates grow and shrink with processes x batch_size x accumulative_counts.
+# The published schedule: 300 epochs of AdamW. The rates are for a total batch of 1024: 20 epochs of warm-up from 1e-6
+# towards 1e-3, then a cosine down to 1e-5. It counts all 300 epochs, so it is entered at 0.989 of the peak. Peak, start
+# and floor scale with processes x batch_size x accumulative_counts.
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     constructor="TimmOptimWrapperConstructor",
@@ -13,6 +14,13 @@ auto_scale_lr = dict(enable=True, base_batch_size=1024)
 
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=5e-4, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min_ratio=5e-3, by_epoch=True, begin=20, end=300, convert_to_iter_based=True),
+    dict(
+        type="WarmupCosineLR",
+        warmup=20,
+        end=300,
+        start_ratio=1e-3,
+        floor_ratio=1e-2,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
 ]

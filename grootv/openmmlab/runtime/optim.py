@@ -1,11 +1,13 @@
-"""Parameter groups for models with a timm backbone, and mixed precision on CPUs."""
+"""Parameter groups for models with a timm backbone, the published learning rate schedule, and mixed precision on
+CPUs."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, _ParamScheduler
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, PARAM_SCHEDULERS
 from timm.models import group_parameters
 from torch import nn
 
@@ -48,21 +50,81 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 def names_without_weight_decay(model: nn.Module) -> set[str]:
     """Names of the parameters that take no weight decay.
 
-    Those are norms' parameters, biases and all others of one dimension, and what a module's own `no_weight_decay()`
-    (timm's convention) names.
+    Those are parameters of one dimension and biases, except what a module's `also_weight_decay()` names, and what a
+    module's `no_weight_decay()` (timm's convention) names.
     """
-    names = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith(".bias")}
-    for prefix, module in model.named_modules():
-        if callable(getattr(module, "no_weight_decay", None)):
-            names.update(f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay())
-    return names
+    exempt = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith(".bias")}
+    for method, change in (("also_weight_decay", exempt.difference_update), ("no_weight_decay", exempt.update)):
+        for prefix, module in model.named_modules():
+            if callable(getattr(module, method, None)):
+                change(f"{prefix}.{name}" if prefix else name for name in getattr(module, method)())
+    return exempt
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(_ParamScheduler):
+    """The published learning rate schedule: a linear warm-up, then the rest of a cosine that began at step 0.
+
+        lr(t) = start + (peak - start) t / warmup                     for t < warmup
+        lr(t) = floor + (peak - floor) (1 + cos(pi t / end)) / 2      for warmup <= t < end
+
+    At t = warmup the rate steps from the peak down to the cosine, as with timm's `CosineLRScheduler` without
+    `warmup_prefix`. Each parameter group has its own peak: the learning rate with which the optimizer was made. Start
+    and floor are fractions of it, so that `auto_scale_lr` and layer decay scale all three alike.
+
+    Args:
+        optimizer: whose parameter groups are scheduled.
+        end: steps of the cosine.
+        warmup: steps of the warm-up, less than `end`.
+        start_ratio: start / peak.
+        floor_ratio: floor / peak.
+        by_epoch: whether a step is an epoch; with `convert_to_iter_based=True` in a config, `end` and `warmup` count
+            epochs and the rate changes with each iteration.
+        last_step, verbose: as of mmengine's schedulers.
+
+    Raises:
+        ValueError: `warmup` is negative or not less than `end`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | OptimWrapper,
+        end: int,
+        warmup: int = 0,
+        start_ratio: float = 0.0,
+        floor_ratio: float = 0.0,
+        by_epoch: bool = True,
+        last_step: int = -1,
+        verbose: bool = False,
+    ) -> None:
+        if not 0 <= warmup < end:
+            raise ValueError(f"warmup must be at least 0 and less than end={end}, got {warmup}")
+        self.warmup = warmup
+        self.start_ratio = start_ratio
+        self.floor_ratio = floor_ratio
+        super().__init__(optimizer, "lr", end=end, last_step=last_step, by_epoch=by_epoch, verbose=verbose)
+
+    @classmethod
+    def build_iter_from_epoch(
+        cls, *args, end: int, epoch_length: int, warmup: int = 0, by_epoch: bool = True, **kwargs
+    ) -> "WarmupCosineLR":
+        """The scheduler by iterations, from `end` and `warmup` in epochs of `epoch_length` iterations."""
+        return cls(*args, end=end * epoch_length, warmup=warmup * epoch_length, by_epoch=False, **kwargs)
+
+    def _get_value(self) -> list[float]:
+        step = self.last_step
+        if step < self.warmup:
+            ratio = self.start_ratio + (1 - self.start_ratio) * step / self.warmup
+        else:
+            ratio = self.floor_ratio + (1 - self.floor_ratio) * (1 + math.cos(math.pi * step / self.end)) / 2
+        return [peak * ratio for peak in self.base_values]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Optimizer for any model that is or contains a timm backbone: classifier, detector or segmentor.
 
-    Norms, biases and the backbone's `no_weight_decay()` take no weight decay. With
+    :func:`names_without_weight_decay` says which parameters take no weight decay. With
     `paramwise_cfg=dict(layer_decay=...)` the learning rate falls from layer to layer towards the input
     (:func:`layer_scales`), and with `paramwise_cfg=dict(backbone_lr_mult=...)` it is another for the whole backbone;
     parameters outside the backbone keep the base rate.
