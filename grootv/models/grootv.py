@@ -25,6 +25,7 @@ from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn
 from .layer_norm import LayerNorm, can_fuse
+from .released import require_weights
 from .tree_ssm import TreeSSM
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
@@ -425,6 +426,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
+    if pretrained:
+        require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return build_model_with_cfg(
         GrootV,
         variant,
