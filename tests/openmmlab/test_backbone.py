@@ -89,6 +89,7 @@ def test_import_of_the_model_alone_needs_no_openmmlab() -> None:
         ({"out_indices": ()}, "out_indices must be"),
         ({"frozen_stages": 3}, "frozen_stages must be from -1 .none. to 2, got 3"),
         ({"init_cfg": {"type": "Kaiming"}}, "init_cfg must be None or"),
+        ({"pretrained": "x.pth"}, r"pretrained must be None.*init_cfg=dict.type=\"Pretrained\", checkpoint='x.pth'."),
     ],
 )
 def test_bad_arguments_are_named(changes: dict, message: str) -> None:
