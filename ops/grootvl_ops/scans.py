@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _registration  # noqa: F401  registers the operations
+from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
 from .reference import DIRECTIONS
 from .trees import Tree
@@ -50,6 +50,9 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> 
         raise ValueError(f"x and decay must be on one device, got {x.device} and {decay.device}")
     _check_direction(direction)
     tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as above)
+        if _transforms.active():
+            return _transforms.tree_scan(x, decay, tree, direction)
     return torch.ops.grootvl_ops.tree_scan(x, decay, tree.parent, tree.order, tree.subtree_size, direction)
 
 
@@ -111,6 +114,9 @@ def selective_scan(
         check_parameter("dt_bias", dt_bias, x, [channels])
     _check_direction(direction)
     tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if _transforms.active():
+            return _transforms.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction)
     return torch.ops.grootvl_ops.selective_scan(
         x, dt, dt_weight, dt_bias, A_log, B, C, tree.parent, tree.order, tree.subtree_size, direction
     )

@@ -172,7 +172,7 @@ def selective_scan(
         elif n == 0:
             results.append(outputs[..., n, None].to(dtype) * h)
         else:
-            results[0].addcmul_(outputs[..., n, None].to(dtype), h)
+            results[0] = results[0] + outputs[..., n, None].to(dtype) * h
     return results[0].to(x.dtype) if C is not None or A_log.dim() == 1 else torch.stack(results, dim=-1)
 
 
