@@ -1,14 +1,18 @@
 """Scans along trees: the plain one, and the selective one of a state space model."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
 from .reference import DIRECTIONS
-from .trees import Tree
+from .trees import Tree, check_tree
 
 __all__ = ["DIRECTIONS", "selective_scan", "tree_scan"]
+
+_CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "0") not in ("", "0")
 
 
 def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:
@@ -139,4 +143,10 @@ def _tree_for(x: Tensor, tree: Tree) -> Tree:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
         if field.device != x.device:
             raise ValueError(f"x and the tree must be on one device, got {x.device} and {field.device}")
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if not torch.compiler.is_compiling():
+            if _CHECK_TREES:
+                check_tree(tree)
+            if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
+                tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
     return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))
