@@ -149,4 +149,6 @@ def _tree_for(x: Tensor, tree: Tree) -> Tree:
                 check_tree(tree)
             if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
                 tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
+    if list(tree.parent.shape) == shape and list(tree.order.shape) == shape and list(tree.subtree_size.shape) == shape:
+        return tree
     return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))

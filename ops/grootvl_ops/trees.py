@@ -110,12 +110,12 @@ def build_tree_from_grid(weights: Tensor, height: int, width: int, root: int = 0
         ValueError: sizes that do not fit each other, or a root outside the map.
         TypeError: weights that are not floating point.
     """
-    size = f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
     if frames < 1 or height < 1 or width < 1:
-        raise ValueError(f"a map needs at least one pixel, got {size}")
+        raise ValueError(f"a map needs at least one pixel, got {_size(height, width, frames)}")
     in_plane = (height - 1) * width + height * (width - 1)
     num_edges = (frames - 1) * height * width + frames * in_plane
     if weights.dim() != 2 or weights.size(1) != num_edges:
+        size = _size(height, width, frames)
         raise ValueError(f"weights must be (B, {num_edges}) for a {size} map, got {list(weights.shape)}")
     _check_weights_and_root(weights, frames * height * width, root)
     if frames == 1:
@@ -162,6 +162,10 @@ def build_tree_from_edges(edges: Tensor, weights: Tensor, num_vertices: int, roo
     _check_weights_and_root(weights, num_vertices, root)
     parent, order, subtree_size = torch.ops.grootvl_ops.graph_tree(edges, _comparable(weights), num_vertices, root)
     return Tree(parent, order, subtree_size)
+
+
+def _size(height: int, width: int, frames: int) -> str:
+    return f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
 
 
 def _check_weights_and_root(weights: Tensor, num_vertices: int, root: int) -> None:
