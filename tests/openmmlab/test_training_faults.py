@@ -95,7 +95,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(small: Path) -> None:
     (work_dir / "epoch_3.pth").write_bytes(content)
     result = train(small / "small.py", work_dir, "--resume")
     assert result.returncode == 0, result.stdout[-6000:]
-    assert f"{work_dir / 'epoch_3.pth'} is damaged and is passed over" in result.stdout
+    assert f"{work_dir / 'epoch_3.pth'} is damaged and is skipped" in result.stdout
     assert "Validating the checkpoint that the run resumes from" in result.stdout
     assert "resumed epoch: 2" in result.stdout
     assert_equal_runs(load(small / "unbroken/epoch_3.pth"), load(work_dir / "epoch_3.pth"))

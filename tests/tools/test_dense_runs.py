@@ -69,7 +69,7 @@ def test_training_logs_evaluates_and_saves(run: SimpleNamespace) -> None:
     assert {"detection": {"coco/bbox_mAP_50", "coco/segm_mAP_50"}, "segmentation": {"mIoU"}}[run.task] <= metrics
     assert "images_per_second" in metrics
     if run.task == "detection" and install_mmcv_ops():
-        assert run.log.read_text().count("torchvision's nms and roi_align serve instead") == 1
+        assert run.log.read_text().count("torchvision's nms and roi_align replace them") == 1
 
 
 def test_evaluation_with_augmentation_and_pictures(run: SimpleNamespace) -> None:
