@@ -4,9 +4,9 @@
     python tools/get_flops.py configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py --shape 800 1280
     python tools/get_flops.py configs/segmentation/grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py --shape 512 2048
 
-As in papers, a multiplication with its addition is one FLOP, and elementwise operations are not counted, but norms
-(five a value). Tree and scan have their own lines. A segmentor's auxiliary head, which serves training only, has
-parameters but no FLOPs; a detector's second stage is counted for 1000 boxes and the masks of 100.
+As in papers, a multiplication with its addition is one FLOP. Elementwise operations are not counted, except norms (five
+FLOPs a value). Tree and scan have their own lines. A segmentor's auxiliary head, used in training only, counts for the
+parameters and not for the FLOPs. A detector's second stage is counted for 1000 boxes and 100 masks.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ import grootv  # noqa: F401  registers the models in timm
 
 
 def tree_scan_flops(x_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """Of the scan of (B, L, D): one for the up sweep, and a^2, (1 - a^2) u and + a h for the down sweep."""
+    """FLOPs of the scan of (B, L, D): one a value for the up sweep; a^2, (1 - a^2) u and + a h for the down sweep."""
     up_only = bool(args) and args[-1] is True
     return prod(x_shape) * (1 if up_only else 4)
 
 
 def edge_weights_flops(features_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """Of the edge weights of (B, H, W, C) maps: a product of C channels for each edge, one for each pixel's norm."""
+    """FLOPs of the edge weights of (B, H, W, C) maps: a product of C channels for each edge and each pixel's norm."""
     batch, height, width, channels = features_shape
     edges = (height - 1) * width + height * (width - 1)
     return batch * channels * (edges + height * width)
 
 
 def norm_flops(input_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """Of a norm: five for each value."""
+    """FLOPs of a norm: five for each value."""
     return 5 * prod(input_shape)
 
 
-# By the parts of the table: PyTorch counts multiplications and additions, so these are doubled like its own.
+# By part of the table. PyTorch counts multiplications and additions apart, so `count_flops` doubles these to match.
 _COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
     "tree": {torch.ops.grootvl_ops.edge_weights: edge_weights_flops},
     "scan": {torch.ops.grootvl_ops.tree_scan: tree_scan_flops},
     "norms": {
         torch.ops.aten.native_layer_norm: norm_flops,
-        # What the counter takes batch normalisation apart into.
+        # The counter decomposes batch normalisation into these.
         torch.ops.aten._native_batch_norm_legit: norm_flops,
         torch.ops.aten._native_batch_norm_legit_no_training: norm_flops,
     },
@@ -57,7 +57,7 @@ _COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
 
 
 def count_flops(run: Callable[[], object]) -> dict[str, int]:
-    """FLOPs of what `run` does, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
+    """FLOPs of `run`, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
 
     def doubled(formula: Callable[..., int]) -> Callable[..., int]:
         return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
@@ -76,7 +76,7 @@ def count_flops(run: Callable[[], object]) -> dict[str, int]:
 def build(model: str, shape: tuple[int, int]) -> tuple[nn.Module, Callable[[], object]]:
     """The model, with random weights, and a function that runs it on one image of `shape` (height, width).
 
-    On the meta device nothing is computed; detectors are made on the CPU, because they select boxes by their values.
+    Models are on the meta device, which computes nothing, except detectors: they select boxes by values.
     """
     if not model.endswith(".py"):
         image = torch.empty(1, 3, *shape, device="meta")

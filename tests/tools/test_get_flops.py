@@ -48,7 +48,7 @@ def test_published_detection_parameters(tool: ModuleType, size: str, parameters:
 
 
 def test_parts_of_a_detector(tool: ModuleType) -> None:
-    """A detector runs for real: more of the image costs more, in proportion, but for the second stage."""
+    """FLOPs of a detector grow in proportion to the image, except those of the second stage."""
     skip_without("detection")
     config = ROOT / "configs" / "detection" / "mask-rcnn_grootv-nano_fpn_digits.py"
     small, large = (tool.count_flops(tool.build(str(config), shape)[1]) for shape in ((128, 128), (128, 256)))
@@ -58,7 +58,7 @@ def test_parts_of_a_detector(tool: ModuleType) -> None:
 
 
 def test_layers_are_counted_as_by_hand(tool: ModuleType) -> None:
-    """Products and convolutions from the shapes that layers see, and the parts without a layer from the sizes."""
+    """Products and convolutions are counted by the shapes that layers get, parts without layers by the sizes."""
     model = timm.create_model("grootv_nano", num_classes=10, dims=(16, 32), depths=(1, 2)).eval()
     expected = {"convolutions": 0, "products": 0, "norms": 0}
 
