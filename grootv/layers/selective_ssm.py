@@ -139,10 +139,9 @@ class SelectiveSSM(nn.Module):
         """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""
         if guide is None:
             return features
+        B, H, W, _ = features.shape
         if guide.dim() != 4 or guide.shape[:3] != features.shape[:3]:
-            raise ValueError(
-                f"guide must be (B, H, W, any) = {list(features.shape[:3])} and channels, got {list(guide.shape)}"
-            )
+            raise ValueError(f"guide must be ({B}, {H}, {W}, any number of channels), got {list(guide.shape)}")
         return guide
 
     def scan_and_project(self, features: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
