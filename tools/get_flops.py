@@ -25,51 +25,84 @@ from torch.utils.flop_counter import FlopCounterMode
 import grootv  # noqa: F401  registers the models in timm
 
 
-def tree_scan_flops(x_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """FLOPs of the scan of (B, L, D): one a value for the up sweep; a^2, (1 - a^2) u and + a h for the down sweep."""
-    up_only = bool(args) and args[-1] is True
-    return prod(x_shape) * (1 if up_only else 4)
+def scan_flops(x_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of the scan of (B, L, D): one for a sweep up or down; in both directions a^2, (1 - a^2) u and + a h more."""
+    one_sweep = "up" in args or "down" in args  # "both" is the default, which PyTorch leaves out
+    return prod(x_shape) * (1 if one_sweep else 4)
 
 
-def edge_weights_flops(features_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """FLOPs of the edge weights of (B, H, W, C) maps: a product of C channels for each edge and each pixel's norm."""
+def selective_scan_flops(
+    x_shape: list[int],
+    dt_shape: list[int],
+    dt_weight_shape: list[int] | None,
+    dt_bias_shape: list[int] | None,
+    A_log_shape: list[int],
+    B_shape: list[int],
+    C_shape: list[int] | None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    """Of a scan for each state, and of the sum over the states if C weights them."""
+    states = A_log_shape[1] if len(A_log_shape) == 2 else 1
+    return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
+
+
+def step_projection_flops(
+    x_shape: list[int], dt_shape: list[int], dt_weight_shape: list[int] | None, *args: object, **kwargs: object
+) -> int:
+    """Of the product that makes the step size of each channel from one of low rank."""
+    return prod(x_shape) * dt_shape[-1] if dt_weight_shape is not None else 0
+
+
+def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of the edge weights of (B, H, W, C) maps: a product of C channels for each edge, one for each pixel's norm."""
     batch, height, width, channels = features_shape
     edges = (height - 1) * width + height * (width - 1)
     return batch * channels * (edges + height * width)
 
 
-def norm_flops(input_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """FLOPs of a norm: five for each value."""
+def norm_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of a norm: five for each value."""
     return 5 * prod(input_shape)
 
 
-# By part of the table. PyTorch counts multiplications and additions apart, so `count_flops` doubles these to match.
-_COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
-    "tree": {torch.ops.grootvl_ops.edge_weights: edge_weights_flops},
-    "scan": {torch.ops.grootvl_ops.tree_scan: tree_scan_flops},
-    "norms": {
-        torch.ops.aten.native_layer_norm: norm_flops,
-        # The counter decomposes batch normalisation into these.
-        torch.ops.aten._native_batch_norm_legit: norm_flops,
-        torch.ops.aten._native_batch_norm_legit_no_training: norm_flops,
-    },
+def two_norms_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of the two norms after a scan."""
+    return 2 * norm_flops(input_shape)
+
+
+# What operations add to the parts of the table. PyTorch counts the others: convolutions and products.
+_COUNTED: dict[torch._ops.OpOverloadPacket, dict[str, Callable[..., int]]] = {
+    torch.ops.grootvl_ops.edge_weights: {"tree": edge_weights_flops},
+    torch.ops.grootvl_ops.tree_scan: {"scan": scan_flops},
+    torch.ops.grootvl_ops.selective_scan: {"scan": selective_scan_flops, "products": step_projection_flops},
+    torch.ops.grootvl_ops.gated_norm: {"norms": two_norms_flops},
+    torch.ops.grootvl_ops.layer_norm: {"norms": norm_flops},
+    torch.ops.aten.native_layer_norm: {"norms": norm_flops},
+    # What the counter takes batch normalisation apart into.
+    torch.ops.aten._native_batch_norm_legit: {"norms": norm_flops},
+    torch.ops.aten._native_batch_norm_legit_no_training: {"norms": norm_flops},
 }
 
 
 def count_flops(run: Callable[[], object]) -> dict[str, int]:
-    """FLOPs of `run`, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
+    """FLOPs of what `run` does, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
+    flops = dict.fromkeys(("tree", "scan", "norms", "convolutions", "products"), 0)
 
-    def doubled(formula: Callable[..., int]) -> Callable[..., int]:
-        return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
+    def adder(formulas: dict[str, Callable[..., int]]) -> Callable[..., int]:
+        def add(*args: object, **kwargs: object) -> int:
+            for part, formula in formulas.items():
+                flops[part] += formula(*args, **kwargs)
+            return 0  # nothing is left for the counter to add
 
-    part_of = {operation: part for part, operations in _COUNTED.items() for operation in operations}
-    mapping = {op: doubled(formula) for operations in _COUNTED.values() for op, formula in operations.items()}
+        return add
+
+    mapping = {operation: adder(formulas) for operation, formulas in _COUNTED.items()}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
         run()
-    flops = dict.fromkeys((*_COUNTED, "convolutions", "products"), 0)
     for operation, number in counter.get_flop_counts()["Global"].items():
-        part = part_of.get(operation, "convolutions" if "conv" in str(operation) else "products")
-        flops[part] += number // 2
+        part = "convolutions" if "conv" in str(operation) else "products"
+        flops[part] += number // 2  # PyTorch counts multiplications and additions
     return flops
 
 
