@@ -381,6 +381,15 @@ def test_configuration():
         assert not cfg.has_weights  # none are hosted
 
 
+def test_pretrained_without_a_file_names_the_command() -> None:
+    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_tiny`.*checkpoints/grootv_tiny.pth"):
+        timm.create_model("grootv_tiny", pretrained=True)
+    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_base`"):
+        timm.create_model("grootv_base", pretrained=True, features_only=True)
+    with pytest.raises(RuntimeError, match="for grootv_nano, of which none is released .*grootv_tiny.*file=PATH"):
+        timm.create_model("grootv_nano", pretrained=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", [{}, {"tree_per": "stage"}, {"root": "first"}])

@@ -427,15 +427,6 @@ def test_as_a_module(source: Source, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_pretrained_without_a_file_names_the_command() -> None:
-    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_tiny`.*checkpoints/grootv_tiny.pth"):
-        timm.create_model("grootv_tiny", pretrained=True)
-    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_base`"):
-        timm.create_model("grootv_base", pretrained=True, features_only=True)
-    with pytest.raises(RuntimeError, match="for grootv_nano, of which none is released .*grootv_tiny.*file=PATH"):
-        timm.create_model("grootv_nano", pretrained=True)
-
-
 def test_timm_fetches_from_a_plain_address_itself(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
