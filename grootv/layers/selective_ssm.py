@@ -200,5 +200,6 @@ class SelectiveSSM(nn.Module):
     @property
     def fuses_norms(self) -> bool:
         """Whether one operation takes the weights of `h_norm` and `out_norm`; otherwise they are called."""
-        norms, device = (self.h_norm, self.out_norm), self.A_log.device
-        return all(is_plain(norm, PromotedLayerNorm, device) for norm in norms) and norms[0].eps == norms[1].eps
+        h_norm, out_norm, device = self.h_norm, self.out_norm, self.A_log.device
+        plain = is_plain(h_norm, PromotedLayerNorm, device) and is_plain(out_norm, PromotedLayerNorm, device)
+        return plain and h_norm.eps == out_norm.eps
