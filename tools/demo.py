@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train a small GrootV on handwritten digits, test it on held-out ones, and draw what it and its trees do.
+"""Train a small GrootV on handwritten digits, test it on held-out ones, and draw its predictions and a tree.
 
-Everything goes through the ordinary tools and configs/classification/grootv-nano_digits.py, on data that
-scikit-learn carries. A run that was interrupted is continued and a finished one is reused, unless --fresh is given.
+It calls the ordinary tools with configs/classification/grootv-nano_digits.py, on data from scikit-learn. It continues
+an interrupted run and reuses a finished one, unless --fresh is given.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from mmengine.registry import DATASETS
 from sklearn.datasets import load_sample_image
 
 import grootv.openmmlab  # noqa: F401  registers the data sets
-from grootv.data import export_digits
-from grootv.openmmlab.checkpoint import find_intact_checkpoint
+from grootv.openmmlab.runtime.checkpoints import find_intact_checkpoint
+from grootv.sample_data import export_digits
 from grootv.visualization import plot_predictions, plot_tree_and_affinity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,13 +36,13 @@ SHOWN_DIGITS = 60
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out-dir", type=Path, default=ROOT / "work_dirs/demo", help="default: %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier training and train again")
     parser.add_argument(
         "--min-accuracy",
         type=float,
         default=97.0,
         metavar="PERCENT",
-        help="exit with an error below it; default: %(default)s",
+        help="exit with an error if the accuracy is lower; default: %(default)s",
     )
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
@@ -50,17 +50,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_tool(step: str, tool: str, *arguments: object) -> None:
-    """Run `tools/<tool>` with this interpreter; its output is shown.
+def run_tool(step: str, tool: str, *arguments: object, threads: int | None = 1) -> None:
+    """Run `tools/<tool>` of this checkout with this interpreter and show its output.
 
-    One thread computes, and leaves the other core of a small machine to the process that loads the images.
+    Args:
+        step: what the tool does here, for messages.
+        tool: name of the file.
+        arguments: of its command line.
+        threads: that compute. One leaves the other core of a small machine to the process that loads the images; None
+            leaves the choice to PyTorch.
 
     Raises:
         SystemExit: the tool failed.
     """
     print(f"demo: {step}", flush=True)
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    code = subprocess.run(command, env=environment).returncode
     if code != 0:
         raise SystemExit(
             f"demo: {step} failed with exit code {code}, see the output above. --fresh starts from the beginning. "
@@ -69,11 +78,11 @@ def run_tool(step: str, tool: str, *arguments: object) -> None:
 
 
 def train(work_dir: Path, options: list[str]) -> Path:
-    """Train, or continue what is there, and return the last checkpoint."""
+    """Train, or continue an earlier training, and return the last checkpoint."""
     run_tool("training", "train.py", CONFIG, "--work-dir", work_dir, "--resume", "--cfg-options", *options)
     checkpoint = find_intact_checkpoint(work_dir)
     if checkpoint is None:
-        raise SystemExit(f"demo: training left no checkpoint in {work_dir}")
+        raise SystemExit(f"demo: training wrote no checkpoint to {work_dir}")
     return Path(checkpoint)
 
 
@@ -88,7 +97,7 @@ def evaluate(checkpoint: Path, work_dir: Path, options: list[str]) -> tuple[floa
 
 
 def choose_digits(scores: np.ndarray, targets: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of at most `count` predictions (N, C) to show: the wrong ones first, then right ones of all classes."""
+    """Numbers of at most `count` predictions (N, C) to show: wrong ones first, then right ones of all classes."""
     wrong = scores.argmax(1) != targets
     right = np.flatnonzero(~wrong)
     shown = np.flatnonzero(wrong)[:count]

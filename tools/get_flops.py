@@ -4,9 +4,9 @@
     python tools/get_flops.py configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py --shape 800 1280
     python tools/get_flops.py configs/segmentation/grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py --shape 512 2048
 
-As in papers, a multiplication with its addition is one FLOP, and elementwise operations are not counted, but norms
-(five a value). Tree and scan have their own lines. A segmentor's auxiliary head, which serves training only, has
-parameters but no FLOPs; a detector's second stage is counted for 1000 boxes and the masks of 100.
+As in papers, a multiplication with its addition is one FLOP. Elementwise operations are not counted, except norms (five
+FLOPs a value). Tree and scan have their own lines. A segmentor's auxiliary head, used in training only, counts for the
+parameters and not for the FLOPs. A detector's second stage is counted for 1000 boxes and 100 masks.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def count_flops(run: Callable[[], object]) -> dict[str, int]:
 def build(model: str, shape: tuple[int, int]) -> tuple[nn.Module, Callable[[], object]]:
     """The model, with random weights, and a function that runs it on one image of `shape` (height, width).
 
-    On the meta device nothing is computed; detectors are made on the CPU, because they select boxes by their values.
+    Models are on the meta device, which computes nothing, except detectors: they select boxes by values.
     """
     if not model.endswith(".py"):
         image = torch.empty(1, 3, *shape, device="meta")

@@ -1,20 +1,14 @@
-"""Another detector: the one-stage GFL, on its own config of mmdet and the schedule of the Mask R-CNN here."""
+"""A one-stage detector: mmdet's config of GFL with GrootV-Tiny and the optimizer of the Mask R-CNN configs."""
 
 _base_ = [
     *__import__("grootv.openmmlab", fromlist=["base_configs"]).base_configs("mmdet", "gfl/gfl_r50_fpn_1x_coco.py"),
+    "../_base_/grootv_tiny.py",
     "_base_/grootv_runtime.py",
 ]
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="GrootV",
-        arch="tiny",
-        out_indices=(1, 2, 3),
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/grootv_tiny.pth"),
-    ),
-    neck=dict(in_channels=[160, 320, 640], start_level=0),
+    backbone=dict(**_base_.backbone, _delete_=True, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=_base_.channels[1:], start_level=0),
 )
 
 optim_wrapper = dict(

@@ -1,10 +1,3 @@
-_base_ = "_base_/mask-rcnn_grootv_ms-crop-3x_coco.py"
+_base_ = ["../_base_/grootv_base.py", "_base_/mask-rcnn_grootv_ms-crop-3x_coco.py"]
 
-model = dict(
-    backbone=dict(
-        arch="base",
-        drop_path_rate=0.6,
-        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/grootv_base.pth"),
-    ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

@@ -1,14 +1,13 @@
 """Mask R-CNN on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
 
-Of the COCO config differ the data, the sizes and the schedule. Images are not mirrored, because digits do not stay
-digits.
+Data, sizes and schedule differ from the COCO config. Images are not mirrored: most mirrored digits are no digits.
 """
 
-_base_ = "_base_/mask-rcnn_grootv_1x_coco.py"
+_base_ = ["../_base_/grootv_nano.py", "_base_/mask-rcnn_grootv_1x_coco.py"]
 
 model = dict(
-    backbone=dict(arch="nano", drop_path_rate=0.0),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    backbone=_base_.backbone,
+    neck=dict(in_channels=_base_.channels, out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),

@@ -1,10 +1,3 @@
-_base_ = "_base_/mask-rcnn_grootv_1x_coco.py"
+_base_ = ["../_base_/grootv_small.py", "_base_/mask-rcnn_grootv_1x_coco.py"]
 
-model = dict(
-    backbone=dict(
-        arch="small",
-        drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/grootv_small.pth"),
-    ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-)
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

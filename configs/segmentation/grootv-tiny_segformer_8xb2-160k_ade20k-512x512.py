@@ -1,4 +1,4 @@
-"""Another segmentor: SegFormer's all-MLP head on the same backbone, data and schedule."""
+"""Another segmentor: SegFormer's all-MLP head, with the backbone, data and schedule of the UperNet config."""
 
 _base_ = "grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py"
 
@@ -6,7 +6,7 @@ model = dict(
     decode_head=dict(
         _delete_=True,
         type="SegformerHead",
-        in_channels=[80, 160, 320, 640],
+        in_channels=_base_.channels,
         in_index=[0, 1, 2, 3],
         channels=256,
         dropout_ratio=0.1,

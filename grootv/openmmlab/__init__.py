@@ -1,11 +1,14 @@
 """Training, evaluation and dense prediction with OpenMMLab's tools.
 
+Three packages: `runtime` is what runs of every task use, `classification` trains any timm model as a classifier, and
+`dense` is for detection and segmentation.
+
 Configs load this package by `custom_imports = dict(imports=["grootv.openmmlab"], allow_failed_imports=False)`, which
 registers its parts in mmengine's registries. `import grootv` alone imports nothing of it.
 """
 
 try:
-    import mmengine.hooks  # noqa: F401  its first part that needs OpenCV, which it does not declare
+    import mmengine.hooks  # noqa: F401  needs OpenCV, which mmengine does not declare
 except ImportError as error:
     raise ImportError(
         f"grootv.openmmlab needs mmengine and OpenCV ({error}): pip install 'grootv[train]' "
@@ -14,22 +17,10 @@ except ImportError as error:
 
 import grootv  # noqa: F401  registers the models in timm
 
-from . import backbone, checkpoint, classifier, data_files, datasets, distributed, hooks, metrics, optim, runner
-from .mmcv_ops import install_mmcv_ops
-from .requirements import base_configs
+from . import classification, dense, runtime
+from .dense.mmcv_ops import install_mmcv_ops
+from .dense.requirements import base_configs
 
-__all__ = [
-    "backbone",
-    "base_configs",
-    "checkpoint",
-    "classifier",
-    "data_files",
-    "datasets",
-    "distributed",
-    "hooks",
-    "metrics",
-    "optim",
-    "runner",
-]
+__all__ = ["base_configs", "classification", "dense", "install_mmcv_ops", "runtime"]
 
 install_mmcv_ops()

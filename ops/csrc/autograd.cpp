@@ -1,6 +1,6 @@
 // Gradients of the operations: what each saves for its backward pass, and the operation that computes this. In C++,
 // because a gradient that is registered in Python takes the host longer than launching all kernels of its operation.
-// grootvl_ops/_library.py has the same in Python, for where there is no compiled library.
+// grootvl_ops/_registration.py has the same in Python, for where there is no compiled library; a test compares the two.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -33,13 +34,13 @@ auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& operation, c
 
 // From the gradient of an operation's result and what the operation saved: the gradients of its inputs. These need not
 // have the dtypes of the inputs: autograd converts the ones that are asked for.
-using Gradients = variable_list(const Tensor& grad, const variable_list& saved, bool up_only);
+using Gradients = variable_list(const Tensor& grad, const variable_list& saved, const std::string& direction);
 
 // What a node is made from besides its inputs; in one piece, because autograd takes each bare tensor for an input.
 struct Record {
   const Tensor& result;
   variable_list saved;
-  bool up_only;
+  std::string direction;
 };
 
 // Makes the node of an operation in the graph of autograd, after the operation was computed.
@@ -49,13 +50,13 @@ struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
 
   static Tensor forward(torch::autograd::AutogradContext* context, at::TensorList /*inputs*/, Record record) {
     context->save_for_backward(std::move(record.saved));
-    context->saved_data["up_only"] = record.up_only;
+    context->saved_data["direction"] = record.direction;
     return record.result;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* context, const variable_list& grads) {
-    const bool up_only = context->saved_data["up_only"].toBool();
-    variable_list results = gradients(grads[0], context->get_saved_variables(), up_only);
+    const std::string& direction = context->saved_data["direction"].toStringRef();
+    variable_list results = gradients(grads[0], context->get_saved_variables(), direction);
     results.emplace_back();  // for the record
     return results;
   }
@@ -63,49 +64,75 @@ struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
 
 // `result`, which can be differentiated for the inputs that require it.
 template <Gradients* gradients>
-Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved, bool up_only = false) {
+Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved,
+                      std::string_view direction = {}) {
+  for (const Tensor& input : inputs) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(),
+                                "the operations of torch.ops.grootvl_ops have no forward-mode derivatives: call the "
+                                "functions of the package grootvl_ops, which have");
+  }
   if (!torch::autograd::compute_requires_grad(inputs)) return result;
-  return Differentiable<gradients>::apply(inputs, Record{result, saved.vec(), up_only});
+  return Differentiable<gradients>::apply(inputs, Record{result, saved.vec(), std::string(direction)});
 }
 
-variable_list tree_scan_gradients(const Tensor& grad, const variable_list& saved, bool up_only) {
+variable_list tree_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                               const Tensor&, const Tensor&, bool);
+                                               const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::tree_scan_backward");
-  auto [dx, ddecay] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], up_only);
+  auto [dx, ddecay] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], direction);
   return {dx, ddecay};
 }
 
 Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, const Tensor& order,
-                 const Tensor& subtree_size, bool up_only) {
+                 const Tensor& subtree_size, std::string_view direction) {
   static const auto operation = find_operation<decltype(tree_scan)>("grootvl_ops::tree_scan");
-  const Tensor h = call_below_autograd(operation, x, decay, parent, order, subtree_size, up_only);
-  return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size}, up_only);
+  const Tensor h = call_below_autograd(operation, x, decay, parent, order, subtree_size, direction);
+  return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size}, direction);
 }
 
-variable_list selective_scan_gradients(const Tensor& grad, const variable_list& saved, bool up_only) {
-  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, const Tensor&, bool);
+std::optional<Tensor> optional(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
+variable_list selective_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
+  using Optional = const std::optional<Tensor>&;
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional,
+      const Tensor&, const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
-  auto [dx, ddt, ddt_weight, dparameters, dB] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4],
-                                                               saved[5], saved[6], saved[7], saved[8], up_only);
-  const variable_list rows = dparameters.unbind();  // dt_bias, A_log
-  return {dx, ddt, ddt_weight, rows[0], rows[1], dB};
+  const Tensor &dt_weight = saved[2], &dt_bias = saved[3], &A_log = saved[4], &C = saved[6];
+  auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
+      operation.call(grad, saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5], optional(C),
+                     saved[7], saved[8], saved[9], direction);
+  // Those of the inputs that there are.
+  variable_list results{dx, ddt};
+  if (dt_weight.defined()) results.push_back(ddt_weight);
+  if (dt_bias.defined()) results.push_back(dparameters.select(0, 0));
+  results.push_back(A_log.dim() == 1 ? dparameters.select(0, 1) : dparameters.slice(0, 1).t());
+  results.push_back(dB);
+  if (C.defined()) results.push_back(dC);
+  return results;
 }
 
-Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight, const Tensor& dt_bias,
-                      const Tensor& A_log, const Tensor& B, const Tensor& parent, const Tensor& order,
-                      const Tensor& subtree_size, bool up_only) {
+Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Tensor>& dt_weight,
+                      const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                      const std::optional<Tensor>& C, const Tensor& parent, const Tensor& order,
+                      const Tensor& subtree_size, std::string_view direction) {
   static const auto operation = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
   const Tensor h =
-      call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size, up_only);
-  return differentiable<selective_scan_gradients>(h, {x, dt, dt_weight, dt_bias, A_log, B},
-                                                  {x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size},
-                                                  up_only);
+      call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, direction);
+  const auto or_undefined = [](const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); };
+  variable_list inputs{x, dt};
+  if (dt_weight) inputs.push_back(*dt_weight);
+  if (dt_bias) inputs.push_back(*dt_bias);
+  inputs.push_back(A_log);
+  inputs.push_back(B);
+  if (C) inputs.push_back(*C);
+  return differentiable<selective_scan_gradients>(
+      h, inputs,
+      {x, dt, or_undefined(dt_weight), or_undefined(dt_bias), A_log, B, or_undefined(C), parent, order, subtree_size},
+      direction);
 }
 
-variable_list gated_norm_gradients(const Tensor& grad, const variable_list& saved, bool /*up_only*/) {
+variable_list gated_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
@@ -128,7 +155,7 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
       statistics};
 }
 
-variable_list layer_norm_gradients(const Tensor& grad, const variable_list& saved, bool /*up_only*/) {
+variable_list layer_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::layer_norm_backward");
   auto [dx, dparameters] = operation.call(grad, saved[0], saved[1], saved[2]);

@@ -4,7 +4,10 @@
 #include <ATen/ATen.h>
 
 #include <limits>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace grootvl {
 
@@ -15,6 +18,15 @@ inline Metric parse_metric(const std::string& name) {
   if (name == "euclidean") return Metric::kEuclidean;
   TORCH_CHECK_VALUE(name == "manhattan", "metric must be 'cosine', 'euclidean' or 'manhattan', got '", name, "'");
   return Metric::kManhattan;
+}
+
+enum class Direction { kBoth, kUp, kDown };
+
+inline Direction parse_direction(const std::string_view name) {
+  if (name == "both") return Direction::kBoth;
+  if (name == "up") return Direction::kUp;
+  TORCH_CHECK_VALUE(name == "down", "direction must be 'both', 'up' or 'down', got '", name, "'");
+  return Direction::kDown;
 }
 
 inline int64_t num_grid_edges(int64_t height, int64_t width) { return (height - 1) * width + height * (width - 1); }
@@ -97,17 +109,25 @@ inline void check_scan(const at::Tensor& x, const at::Tensor& decay, const at::T
   check_like("decay", decay, "x", x, x.sizes());
 }
 
-inline void check_selective_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& dt_weight,
-                                 const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& B,
-                                 const at::Tensor& parent, const at::Tensor& order, const at::Tensor& subtree_size) {
+inline int64_t num_states(const at::Tensor& A_log) { return A_log.dim() == 2 ? A_log.size(1) : 1; }
+
+inline void check_selective_scan(const at::Tensor& x, const at::Tensor& dt, const std::optional<at::Tensor>& dt_weight,
+                                 const std::optional<at::Tensor>& dt_bias, const at::Tensor& A_log, const at::Tensor& B,
+                                 const std::optional<at::Tensor>& C, const at::Tensor& parent, const at::Tensor& order,
+                                 const at::Tensor& subtree_size) {
   check_tree(x, parent, order, subtree_size);
   TORCH_CHECK_VALUE(dt.dim() == 3 && dt.size(2) > 0, "dt must be (B, L, R) with R > 0, got ", dt.sizes());
-  const int64_t channels = x.size(2);
-  check_like("dt", dt, "x", x, {x.size(0), x.size(1), dt.size(2)});
-  check_like("B", B, "x", x, {x.size(0), x.size(1)});
-  check_parameter("dt_weight", dt_weight, "x", x, {channels, dt.size(2)});
-  check_parameter("dt_bias", dt_bias, "x", x, {channels});
-  check_parameter("A_log", A_log, "x", x, {channels});
+  TORCH_CHECK_VALUE(A_log.dim() == 1 || (A_log.dim() == 2 && A_log.size(1) > 0),
+                    "A_log must be (D) or (D, N) with N > 0, got ", A_log.sizes());
+  const int64_t channels = x.size(2), rank = dt_weight ? dt.size(2) : channels;
+  std::vector<int64_t> pixels{x.size(0), x.size(1)}, rates{channels};
+  if (A_log.dim() == 2) pixels.push_back(A_log.size(1)), rates.push_back(A_log.size(1));
+  check_like("dt", dt, "x", x, {x.size(0), x.size(1), rank});
+  check_like("B", B, "x", x, pixels);
+  if (C) check_like("C", *C, "x", x, pixels);
+  if (dt_weight) check_parameter("dt_weight", *dt_weight, "x", x, {channels, rank});
+  if (dt_bias) check_parameter("dt_bias", *dt_bias, "x", x, {channels});
+  check_parameter("A_log", A_log, "x", x, rates);
 }
 
 inline void check_gated_norm(const at::Tensor& h, const at::Tensor& x, const at::Tensor& z, const at::Tensor& C,

@@ -4,13 +4,13 @@ import platform
 
 import torch
 
-from . import __version__, _library, backend
+from . import __version__, _loading, backend
 
 
 def report() -> str:
     """The report that `python -m grootvl_ops` prints, a fact a line."""
-    built = _library.built()
-    file = _library.library_file()
+    built = _loading.built()
+    file = _loading.library_file()
     lines = [
         ("grootvl_ops", __version__),
         ("Python", platform.python_version()),
@@ -23,8 +23,8 @@ def report() -> str:
             ("  compiler", built.get("compiler", "unknown")),
             ("  CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
         ]
-    if _library.problem is not None:
-        lines.append(("not in use", _library.problem))
+    if _loading.problem is not None:
+        lines.append(("not in use", _loading.problem))
     lines.append(("CPU tensors", backend("cpu")))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "no GPU visible"

@@ -20,12 +20,12 @@ class Operations:
 
     @staticmethod
     def gradients(
-        x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, up_only: bool = False
+        x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, direction: str = "both"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The scan's result and its gradients for x and decay."""
         # Views keep their strides, which `clone` would not.
         x, decay = x.detach().requires_grad_(), decay.detach().requires_grad_()
-        h = grootvl_ops.tree_scan(x, decay, tree, up_only)
+        h = grootvl_ops.tree_scan(x, decay, tree, direction)
         return (h.detach(), *torch.autograd.grad(h, (x, decay), grad))
 
 
@@ -49,12 +49,12 @@ class Reference:
         return Tree(*reference.graph_tree(edges, weights, num_vertices, root))
 
     @staticmethod
-    def tree_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Tensor:
-        return reference.tree_scan(x, decay, *tree, up_only)
+    def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:
+        return reference.tree_scan(x, decay, *tree, direction)
 
     @staticmethod
     def gradients(
-        x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, up_only: bool = False
+        x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, direction: str = "both"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = reference.tree_scan(x, decay, *tree, up_only)
-        return (h, *reference.tree_scan_backward(grad, x, decay, *tree, up_only))
+        h = reference.tree_scan(x, decay, *tree, direction)
+        return (h, *reference.tree_scan_backward(grad, x, decay, *tree, direction))

@@ -120,11 +120,12 @@ def ancestors(parent: Tensor) -> Tensor:
     return table
 
 
-def dense_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> Tensor:
+def dense_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:
     """h_i = sum_j (product of the decays on the path from j to i) x_j, in float64 and from the definition.
 
     The edge of vertex c to its parent is on the path between i and j if exactly one of them is in the subtree of c.
-    With `up_only` the sum runs over the j below i. Differentiable. Memory grows with L^3 D.
+    The sum runs over all j of the tree ("both"), over the j below i ("up") or over the j above it ("down").
+    Differentiable. Memory grows with L^3 D.
     """
     results = []
     for x_b, decay_b, parent in zip(x.double(), decay.double(), tree.parent, strict=True):
@@ -132,22 +133,23 @@ def dense_scan(x: Tensor, decay: Tensor, tree: Tree, up_only: bool = False) -> T
         is_root = parent == torch.arange(len(parent), device=x.device)
         on_path = (below[:, None] != below[None]) & ~is_root  # (i, j, c)
         products = torch.where(on_path[..., None], decay_b, decay_b.new_ones(())).prod(dim=2)  # (i, j, D)
-        counted = below.T if up_only else (below[:, None] & below[None] & is_root).any(-1)  # in one tree
+        in_one_tree = (below[:, None] & below[None] & is_root).any(-1)
+        counted = {"both": in_one_tree, "up": below.T, "down": below}[direction]
         results.append(torch.where(counted[..., None], products, 0).mul(x_b).sum(1))
     return torch.stack(results) if results else x.double()
 
 
 def dense_gradients(
-    x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, up_only: bool = False
+    x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, direction: str = "both"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result of `dense_scan` and, by autograd through it, the gradients for x and decay, in float64."""
     x, decay = x.detach().double().requires_grad_(), decay.detach().double().requires_grad_()
-    h = dense_scan(x, decay, tree, up_only)
+    h = dense_scan(x, decay, tree, direction)
     return (h.detach(), *torch.autograd.grad(h, (x, decay), grad.double()))
 
 
 def message_gradients(
-    x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, up_only: bool = False
+    x: Tensor, decay: Tensor, tree: Tree, grad: Tensor, direction: str = "both"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result and gradients as `dense_gradients` gives them, in time that grows with L: by messages along the edges.
 
@@ -175,12 +177,20 @@ def message_gradients(
         has_edge = (np.array(parent) != np.arange(len(parent)))[:, None]
         a = np.where(has_edge, decay_b, 0)
         below, beyond = messages(x_b)
-        if up_only:
-            h, dx = below, grad_b.copy()
+
+        def passed_down(values: np.ndarray, a=decay_b, parent=parent, order=order) -> np.ndarray:
+            sums = values.copy()
             for vertex in order:
                 if parent[vertex] != vertex:
-                    dx[vertex] += decay_b[vertex] * dx[parent[vertex]]
+                    sums[vertex] += a[vertex] * sums[parent[vertex]]
+            return sums
+
+        if direction == "up":
+            h, dx = below, passed_down(grad_b)
             da = below * dx[parent]
+        elif direction == "down":
+            h, (dx, _) = passed_down(x_b), messages(grad_b)
+            da = dx * h[parent]
         else:
             grad_below, grad_beyond = messages(grad_b)
             h, dx = below + a * beyond, grad_below + a * grad_beyond

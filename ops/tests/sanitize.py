@@ -50,9 +50,9 @@ def sanitize_scans() -> None:
         x, decay, dt = (randn(*shape, dtype=dtype) for shape in (maps, maps, (*maps[:2], 4)))
         parameters = [randn(*shape) for shape in ((channels, 4), (channels,), (channels,))]
         input_weight = randn(*maps[:2], dtype=dtype)
-        for up_only in (False, True):
-            grootvl_ops.tree_scan(x, decay.sigmoid(), tree, up_only).sum().backward()
-            grootvl_ops.selective_scan(x, dt, *parameters, input_weight, tree, up_only).sum().backward()
+        for direction in grootvl_ops.DIRECTIONS:
+            grootvl_ops.tree_scan(x, decay.sigmoid(), tree, direction).sum().backward()
+            grootvl_ops.selective_scan(x, dt, *parameters, input_weight, tree, direction).sum().backward()
 
 
 def sanitize_trees() -> None:

@@ -114,7 +114,7 @@ def test_not_differentiable(device):
 @pytest.mark.parametrize(
     "features, metric, error, message",
     [
-        (torch.zeros(3, 4, 5), "cosine", ValueError, r"features must be \(B, H, W, C\), got \[3, 4, 5\]"),
+        (torch.zeros(3, 4, 5), "cosine", ValueError, r"\(B, H, W, C\) or \(B, T, H, W, C\), got \[3, 4, 5\]"),
         (torch.zeros(1, 0, 4, 5), "cosine", ValueError, r"at least one pixel and one channel, got \[1, 0, 4, 5\]"),
         (torch.zeros(1, 4, 0, 5), "cosine", ValueError, r"at least one pixel and one channel, got \[1, 4, 0, 5\]"),
         (torch.zeros(1, 4, 5, 0), "cosine", ValueError, r"at least one pixel and one channel, got \[1, 4, 5, 0\]"),

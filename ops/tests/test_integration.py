@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from tree_makers import make_tree
 
 import grootvl_ops
-from grootvl_ops import METRICS, Tree
+from grootvl_ops import DIRECTIONS, METRICS, Tree
+from grootvl_ops._registration import register_autograd
+from grootvl_ops._schemas import SCHEMAS
 
 library = torch.ops.grootvl_ops
 
@@ -25,15 +27,15 @@ library = torch.ops.grootvl_ops
 class Scan(nn.Module):
     """Features to tree to scan, as a model's block uses the operations."""
 
-    def __init__(self, up_only: bool = False) -> None:
+    def __init__(self, direction: str = "both") -> None:
         super().__init__()
-        self.up_only = up_only
+        self.direction = direction
 
     def forward(self, features: Tensor, decay: Tensor) -> Tensor:
         batch, height, width, channels = features.shape
         tree = grootvl_ops.build_tree(features)
         x = features.reshape(batch, height * width, channels)
-        h = grootvl_ops.tree_scan(x * 2, decay.sigmoid().flatten(1, 2), tree, self.up_only)
+        h = grootvl_ops.tree_scan(x * 2, decay.sigmoid().flatten(1, 2), tree, self.direction)
         return h.relu().reshape(batch, height, width, channels)
 
 
@@ -65,6 +67,64 @@ def operation(request, device) -> tuple[Callable, list[Tensor]]:
     return function, [operand.clone().requires_grad_() for operand in operands]
 
 
+@pytest.fixture(scope="module")
+def twin() -> Iterator[object]:
+    """The operations once more, with the gradients of `_registration.py` in place of the compiled library's."""
+    twins = torch.library.Library("grootvl_ops_twin", "DEF")
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        twins.define(schema)
+
+        def kernel(*arguments, name=name):
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(library, name)(*arguments)
+
+        twins.impl(name, kernel, "CompositeExplicitAutograd")
+    register_autograd("grootvl_ops_twin", twins)
+    yield torch.ops.grootvl_ops_twin
+    twins._destroy()
+
+
+def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
+    """For each way to call a differentiable operation: what it is differentiated for, and its other arguments."""
+    tree = make_tree("scattered", 2, 9, device)
+    maps, vectors = torch.rand(4, 2, 9, 3, device=device), torch.rand(5, 3, device=device)
+    per_pixel, rates, states = torch.rand(2, 9), torch.rand(3, 2), torch.rand(2, 2, 9, 2)
+    per_pixel, rates, states = (operand.to(device) for operand in (per_pixel, rates, states))
+    low_rank, weight = maps[3, ..., :2], torch.rand(3, 2, device=device)
+    return {
+        "tree_scan": ([*maps[:2]], (*tree, "up")),
+        "selective_scan": ([maps[0], low_rank, weight, *vectors[:2], per_pixel, None], (*tree, "both")),
+        "selective_scan of states": ([maps[0], low_rank, weight, vectors[0], rates, *states], (*tree, "down")),
+        "selective_scan of projected steps": ([*maps[:2], None, None, vectors[1], per_pixel, per_pixel], (*tree, "up")),
+        "gated_norm": ([*maps[:3], per_pixel, *vectors], (1e-5,)),
+        "layer_norm": ([maps[0], *vectors[:2]], (1e-5, None)),
+    }
+
+
+@pytest.mark.parametrize("call", twin_calls("cpu"))
+def test_both_registrations_give_the_same_gradients(twin, device, call):
+    """The gradients stand in C++ and, for installations without a compiled library, in Python."""
+    name = call.partition(" ")[0]
+    operands, others = twin_calls(device)[call]
+    for wanted in [*range(len(operands)), None]:  # for one operand each, and for all
+        if wanted is not None and operands[wanted] is None:
+            continue
+        found = []
+        for namespace in (library, twin):
+            leaves = [
+                o if o is None else o.clone().requires_grad_(wanted in (None, i)) for i, o in enumerate(operands)
+            ]
+            out = getattr(namespace, name)(*leaves, *others)
+            out = out[0] if isinstance(out, tuple) else out
+            asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+            gradients = torch.autograd.grad(out.square().sum(), asked, create_graph=True)
+            with pytest.raises(RuntimeError, match="second derivatives"):
+                torch.autograd.grad(gradients[0].sum(), asked)
+            found.append([out, *gradients])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
@@ -86,25 +146,26 @@ def test_opcheck_trees(device):
     torch.library.opcheck(library.grid_tree.default, (weights[:1], 3, 4, 0))
     torch.library.opcheck(library.graph_tree.default, (edges, weights, 12, 5))
     torch.library.opcheck(library.graph_tree.default, (edges.int().contiguous(), weights.double(), 12, 0))
+    torch.library.opcheck(library.path_tree.default, (torch.stack([torch.randperm(7) for _ in range(2)]).to(device),))
 
 
-@pytest.mark.parametrize("up_only", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_first"])
-def test_opcheck_tree_scan(device, layout, dtype, up_only):
+def test_opcheck_tree_scan(device, layout, dtype, direction):
     tree = make_tree("scattered", 2, 9, device)
     x, decay, grad = (torch.rand(2, 9, 3, device=device, dtype=dtype) for _ in range(3))
     if layout == "channels_first":
         x, decay, grad = (operand.transpose(1, 2).contiguous().transpose(1, 2) for operand in (x, decay, grad))
-    torch.library.opcheck(library.tree_scan_backward.default, (grad, x, decay, *tree, up_only))
+    torch.library.opcheck(library.tree_scan_backward.default, (grad, x, decay, *tree, direction))
     x.requires_grad_()
     decay.requires_grad_()
-    torch.library.opcheck(library.tree_scan.default, (x, decay, *tree, up_only))
+    torch.library.opcheck(library.tree_scan.default, (x, decay, *tree, direction))
 
 
-@pytest.mark.parametrize("up_only", [False, True])
-def test_compile(device, fresh_compiler, up_only):
-    module = Scan(up_only)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_compile(device, fresh_compiler, direction):
+    module = Scan(direction)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     arguments = inputs(2, 5, 4, 3, device)
     for result, expected in zip(run(compiled, *arguments), run(module, *arguments), strict=True):
@@ -253,14 +314,14 @@ def test_trees_under_autocast(device):
 
 class Scripted(nn.Module):
     def forward(
-        self, features: Tensor, decay: Tensor, edges: Tensor, up_only: bool = False
+        self, features: Tensor, decay: Tensor, edges: Tensor, direction: str = "both"
     ) -> tuple[Tensor, Tree, Tree]:
         weights = grootvl_ops.edge_weights(features, "euclidean")
         tree = grootvl_ops.build_tree_from_grid(weights, features.size(1), features.size(2), 1)
         same_tree = grootvl_ops.build_tree_from_edges(edges, weights, features.size(1) * features.size(2), 1)
         own_tree = grootvl_ops.build_tree(features, metric="manhattan", root=2)
         decay = decay.sigmoid().flatten(1, 2)
-        h = grootvl_ops.tree_scan(features.flatten(1, 2), decay, tree, up_only)
+        h = grootvl_ops.tree_scan(features.flatten(1, 2), decay, tree, direction)
         return h + grootvl_ops.tree_scan(h, decay, own_tree), tree, same_tree
 
 
@@ -270,9 +331,9 @@ def test_torchscript(device, tmp_path):
     edges = torch.tensor(oracles.pixel_pairs(5, 4), device=device)
     torch.jit.script(Scripted()).save(str(tmp_path / "scripted.pt"))
     scripted = torch.jit.load(str(tmp_path / "scripted.pt"))
-    for up_only in (False, True):
-        h, tree, same_tree = scripted(features, decay, edges, up_only)
-        expected, expected_tree, _ = Scripted()(features, decay, edges, up_only)
+    for direction in DIRECTIONS:
+        h, tree, same_tree = scripted(features, decay, edges, direction)
+        expected, expected_tree, _ = Scripted()(features, decay, edges, direction)
         torch.testing.assert_close(h, expected)
         assert all(torch.equal(a, b) for a, b in zip(tree, expected_tree, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(same_tree, expected_tree, strict=True))
@@ -436,8 +497,8 @@ def test_cuda_never_waits(cuda_kernels, size):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for up_only in (False, True):
-            run(Scan(up_only), features, decay)
+        for direction in DIRECTIONS:
+            run(Scan(direction), features, decay)
         grootvl_ops.build_tree_from_edges(edges, weights, size[1] * size[2])
     finally:
         torch.cuda.set_sync_debug_mode("default")

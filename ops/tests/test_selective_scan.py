@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tree_makers import SHAPES, make_tree
 
 import grootvl_ops
-from grootvl_ops import Tree
+from grootvl_ops import DIRECTIONS, Tree
 
 library = torch.ops.grootvl_ops
 # Of the largest value; half formats round results, the projected step size and the gradients of a step.
@@ -46,12 +47,13 @@ def is_below(tree: Tree) -> Tensor:
     return (place.unsqueeze(1) >= start) & (place.unsqueeze(1) < start + size)
 
 
-def defined_scan(x, dt, dt_weight, dt_bias, A_log, B, tree: Tree, up_only: bool) -> Tensor:
+def defined_scan(x, dt, dt_weight, dt_bias, A_log, B, tree: Tree, direction: str) -> Tensor:
     """Straight from the paper: every vertex sums over all vertices, with the decays along the path."""
     delta = F.softplus(dt @ dt_weight.T + dt_bias)
     products = path_products(torch.exp(-A_log.exp() * delta), tree)
-    if up_only:
-        products = products * is_below(tree).unsqueeze(-1)
+    if direction != "both":
+        below = is_below(tree)
+        products = products * (below if direction == "up" else below.mT).unsqueeze(-1)
     return (products * (delta * B.unsqueeze(-1) * x).unsqueeze(1)).sum(2)
 
 
@@ -90,35 +92,35 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype
         assert difference <= limit, f"result {number}: {float(difference)} > {limit}"
 
 
-def check_scan(tree: Tree, operands: list[Tensor], device: str, up_only: bool) -> None:
+def check_scan(tree: Tree, operands: list[Tensor], device: str, direction: str) -> None:
     dtype = operands[0].dtype
     grad = torch.randn(operands[0].shape).to(dtype)
-    expected = with_gradients(defined_scan, [o.double() for o in operands], grad.double(), tree, up_only)
+    expected = with_gradients(defined_scan, [o.double() for o in operands], grad.double(), tree, direction)
     on_device = Tree(*(field.to(device) for field in tree))
     actual = with_gradients(
-        grootvl_ops.selective_scan, [o.to(device) for o in operands], grad.to(device), on_device, up_only
+        grootvl_ops.selective_scan, [o.to(device) for o in operands], grad.to(device), on_device, direction
     )
     assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
     assert_near(actual, expected, dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2, 3, 2), (2, 17, 40, 5), (3, 9, 32, 1), (1, 40, 70, 3)], ids=str)
-def test_selective_scan(device, size, up_only, dtype, poisoned_memory):
+def test_selective_scan(device, size, direction, dtype, poisoned_memory):
     batch, length, channels, rank = size
     check_scan(
-        make_tree("scattered", batch, length), scan_operands(batch, length, channels, rank, dtype), device, up_only
+        make_tree("scattered", batch, length), scan_operands(batch, length, channels, rank, dtype), device, direction
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
-def test_selective_scan_on_trees_of_any_shape(device, shape, up_only):
-    check_scan(make_tree(shape, 2, 23), scan_operands(2, 23, 5, 2, torch.float32), device, up_only)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_selective_scan_on_trees_of_any_shape(device, shape, direction):
+    check_scan(make_tree(shape, 2, 23), scan_operands(2, 23, 5, 2, torch.float32), device, direction)
 
 
-def check_parts(kind: str, size: tuple[int, int, int], dtype: torch.dtype, up_only: bool, device: str) -> None:
+def check_parts(kind: str, size: tuple[int, int, int], dtype: torch.dtype, direction: str, device: str) -> None:
     """Against discretisation by PyTorch and the tree scan, on a CPU in float64; the same bits thrice."""
     batch, height, width = size
     features = torch.randn(*size, 40) if kind == "random" else torch.ones(*size, 40)
@@ -128,38 +130,41 @@ def check_parts(kind: str, size: tuple[int, int, int], dtype: torch.dtype, up_on
 
     def parts(x, dt, dt_weight, dt_bias, A_log, B):
         delta = F.softplus(dt @ dt_weight.T + dt_bias)
-        return grootvl_ops.tree_scan(delta * B.unsqueeze(-1) * x, torch.exp(-A_log.exp() * delta), tree, up_only)
+        return grootvl_ops.tree_scan(delta * B.unsqueeze(-1) * x, torch.exp(-A_log.exp() * delta), tree, direction)
 
     expected = with_gradients(parts, [o.double() for o in operands], grad.double())
     operands, grad = [o.to(device) for o in operands], grad.to(device)
     on_device = Tree(*(field.to(device) for field in tree))
-    actual, *again = (with_gradients(grootvl_ops.selective_scan, operands, grad, on_device, up_only) for _ in range(3))
+    run = partial(with_gradients, grootvl_ops.selective_scan, operands, grad, on_device, direction)
+    actual, *again = (run() for _ in range(3))
     assert_near(actual, expected, dtype)
     assert all(torch.equal(a, b) for run in again for a, b in zip(actual, run, strict=True))
 
 
 @pytest.mark.parametrize(
-    "dtype, up_only",
+    "dtype, direction",
     [
-        (torch.float64, False),
-        (torch.float64, True),
-        (torch.float32, False),
-        (torch.bfloat16, False),
-        (torch.bfloat16, True),
+        (torch.float64, "both"),
+        (torch.float64, "up"),
+        (torch.float64, "down"),
+        (torch.float32, "both"),
+        (torch.bfloat16, "both"),
+        (torch.bfloat16, "up"),
+        (torch.bfloat16, "down"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("height, width", [(1, 700), (23, 29), (56, 56), (95, 101)])
 @pytest.mark.parametrize("kind", ["random", "constant"])
-def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, up_only, poisoned_memory):
+def test_selective_scan_equals_its_parts(device, kind, height, width, dtype, direction, poisoned_memory):
     """On maps large enough to be cut into runs."""
-    check_parts(kind, (2, height, width), dtype, up_only, device)
+    check_parts(kind, (2, height, width), dtype, direction, device)
 
 
-@pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "first_root"])
-def test_selective_scan_of_a_large_map_in_float64(cuda_kernels, up_only):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_selective_scan_of_a_large_map_in_float64(cuda_kernels, direction):
     """The largest values and the deepest stacks: more shared memory than a kernel has without asking for it."""
-    check_parts("random", (1, 300, 300), torch.float64, up_only, cuda_kernels)
+    check_parts("random", (1, 300, 300), torch.float64, direction, cuda_kernels)
 
 
 @DTYPES
@@ -251,8 +256,8 @@ def test_operands_need_not_be_contiguous(device):
 def test_gradcheck(device):
     tree = make_tree("scattered", 2, 7, device)
     operands = [o.to(device).requires_grad_() for o in scan_operands(2, 7, 3, 2, torch.float64)]
-    for up_only in (False, True):
-        assert torch.autograd.gradcheck(lambda *o, up=up_only: grootvl_ops.selective_scan(*o, tree, up), operands)
+    for direction in DIRECTIONS:
+        assert torch.autograd.gradcheck(lambda *o, d=direction: grootvl_ops.selective_scan(*o, tree, d), operands)
     operands = [o.to(device).requires_grad_() for o in norm_operands(2, 4, 3, torch.float64)]
     assert torch.autograd.gradcheck(grootvl_ops.gated_norm, operands)
     operands = [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in ((2, 4, 3), 3, 3)]
@@ -263,9 +268,9 @@ def test_gradcheck(device):
 def test_opcheck(device, dtype):
     tree = make_tree("scattered", 2, 9, device)
     operands = [o.to(device) for o in scan_operands(2, 9, 3, 2, dtype)]
-    torch.library.opcheck(library.selective_scan_backward.default, (operands[0], *operands, *tree, False))
+    torch.library.opcheck(library.selective_scan_backward.default, (operands[0], *operands, None, *tree, "both"))
     operands = [o.requires_grad_() for o in operands]
-    torch.library.opcheck(library.selective_scan.default, (*operands, *tree, False))
+    torch.library.opcheck(library.selective_scan.default, (*operands, None, *tree, "both"))
     operands = [o.to(device) for o in norm_operands(2, 4, 24, dtype)]
     out, statistics = library.gated_norm(*operands, 1e-5)
     torch.library.opcheck(library.gated_norm_backward.default, (out, *operands, statistics))
@@ -323,10 +328,129 @@ def test_gated_norm_refuses(device, number, name):
             grootvl_ops.gated_norm(*changed)
 
 
-def test_the_kernel_refuses_too_many_channels(cuda_kernels):
-    operands = [o.to(cuda_kernels) for o in norm_operands(1, 2, 1025, torch.float32)]
-    with pytest.raises(ValueError, match="up to 1024"):
-        grootvl_ops.gated_norm(*operands)
+@pytest.mark.parametrize("channels", [1024, 1025, 4096, 4104])
+def test_norms_of_any_number_of_channels(device, channels):
+    """On CUDA also of more than the kernels take."""
+    operands = norm_operands(1, 2, channels, torch.float32)
+    grad = torch.randn(1, 2, channels)
+    expected = with_gradients(defined_norm, [o.double() for o in operands], grad.double(), 1e-5)
+    actual = with_gradients(grootvl_ops.gated_norm, [o.to(device) for o in operands], grad.to(device))
+    assert_near(actual, expected, torch.float32)
+    operands = [operands[0], *operands[4:6]]
+    expected = with_gradients(defined_layer_norm, [o.double() for o in operands], grad.double())
+    actual = with_gradients(grootvl_ops.layer_norm, [o.to(device) for o in operands], grad.to(device))
+    assert_near(actual, expected, torch.float32)
+
+
+def defined_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+
+def state_operands(
+    batch: int, length: int, channels: int, rank: int, states: int | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """As `scan_operands`, and C, with `states` states a channel; None: one state without an axis."""
+    operands, axes = scan_operands(batch, length, channels, rank, dtype), () if states is None else (states,)
+    operands[4] = torch.randn(channels, *axes).to(operands[4].dtype) / 2
+    return [*operands[:5], *(torch.randn(batch, length, *axes).to(dtype) for _ in range(2))]
+
+
+def defined_states(x, dt, dt_weight, dt_bias, A_log, B, C, tree: Tree, direction: str) -> Tensor:
+    """State by state from the definition, (B, L, D, N); C weighs and sums them."""
+    if A_log.dim() == 1:
+        A_log, B, C = A_log.unsqueeze(-1), B.unsqueeze(-1), C.unsqueeze(-1)
+    states = [
+        defined_scan(x, dt, dt_weight, dt_bias, A_log[:, n], B[..., n], tree, direction) for n in range(A_log.shape[1])
+    ]
+    return (torch.stack(states, -1) * C.unsqueeze(2)).sum(-1)
+
+
+@DTYPES
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("states", [None, 1, 3])
+def test_several_states(device, states, direction, dtype):
+    tree = make_tree("scattered", 2, 19)
+    operands, grad = state_operands(2, 19, 5, 2, states, dtype), torch.randn(2, 19, 5).to(dtype)
+    expected = with_gradients(
+        defined_states, [o.double() for o in operands], grad.double(), tree, direction
+    )
+    on_device = Tree(*(field.to(device) for field in tree))
+
+    def summed(*operands: Tensor) -> Tensor:
+        return grootvl_ops.selective_scan(*operands[:6], on_device, direction, operands[6])
+
+    actual = with_gradients(summed, [o.to(device) for o in operands], grad.to(device))
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    assert_near(actual, expected, dtype)
+
+    def weighed(*operands: Tensor) -> Tensor:
+        h = grootvl_ops.selective_scan(*operands[:6], on_device, direction)
+        assert h.shape == ((2, 19, 5) if states is None else (2, 19, 5, states))
+        C = operands[6].unsqueeze(2)
+        return h * C if states is None else (h * C).sum(-1)
+
+    actual = with_gradients(weighed, [o.to(device) for o in operands], grad.to(device))
+    assert_near(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_step_sizes_that_are_projected_already(device, bias):
+    """The step size of each channel given in place of a low-rank one and its weight."""
+    tree = make_tree("comb", 2, 17, device)
+    x, dt, weight, dt_bias, A_log, B = (o.to(device) for o in scan_operands(2, 17, 5, 2, torch.float64))
+    grad = torch.randn_like(x)
+
+    def projected(x: Tensor, dt: Tensor, weight: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor) -> Tensor:
+        delta = F.linear(dt, weight, None if bias else dt_bias)
+        return grootvl_ops.selective_scan(x, delta, None, dt_bias if bias else None, A_log, B, tree)
+
+    operands = [x, dt, weight, dt_bias, A_log, B]
+    expected = with_gradients(grootvl_ops.selective_scan, operands, grad, tree)
+    assert_near([a.cpu() for a in with_gradients(projected, operands, grad)], [e.cpu() for e in expected], x.dtype)
+
+
+def test_states_are_checked(device):
+    tree = make_tree("path", 2, 5, device)
+    *operands, C = (o.to(device) for o in state_operands(2, 5, 3, 2, 4, torch.float32))
+    for number, bad in ((4, operands[4][:, :0]), (4, operands[4][:, :3]), (5, operands[5][..., 0]), (5, C[..., :3])):
+        changed = [*operands[:number], bad, *operands[number + 1 :]]
+        with pytest.raises(ValueError, match="A_log|B must be"):
+            grootvl_ops.selective_scan(*changed, tree, C=C)
+    for bad in (C[..., 0], C[:, :4], C.double()):
+        with pytest.raises((ValueError, TypeError), match="C must"):
+            grootvl_ops.selective_scan(*operands, tree, C=bad)
+    with pytest.raises(ValueError, match="dt must be"):
+        grootvl_ops.selective_scan(operands[0], operands[1], None, *operands[3:], tree)
+
+
+@pytest.mark.parametrize("with_C", [False, True])
+def test_opcheck_of_several_states(device, with_C):
+    tree = make_tree("scattered", 2, 9, device)
+    *operands, C = (o.to(device) for o in state_operands(2, 9, 3, 2, 2, torch.float32))
+    operands = [*operands, C if with_C else None]
+    grad = library.selective_scan(*operands, *tree, "down")
+    torch.library.opcheck(library.selective_scan_backward.default, (grad, *operands, *tree, "down"))
+    operands = [o if o is None else o.requires_grad_() for o in operands]
+    torch.library.opcheck(library.selective_scan.default, (*operands, *tree, "down"))
+    operands = [operands[0], operands[0].detach(), None, None, *operands[4:]]
+    torch.library.opcheck(library.selective_scan.default, (*operands, *tree, "up"))
+
+
+def test_memory_does_not_grow_with_the_states(cuda_kernels):
+    """With C, no tensor of all states is in memory, neither forward nor backward."""
+    tree = make_tree("path", 1, 4096, cuda_kernels)
+
+    def peak(states: int) -> int:
+        operands = [o.to(cuda_kernels) for o in state_operands(1, 4096, 256, 4, states, torch.float32)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with_gradients(
+            lambda *o: grootvl_ops.selective_scan(*o[:6], tree, "down", o[6]), operands, torch.randn_like(operands[0])
+        )
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1)
+    assert peak(16) < peak(2) + 4 * 16 * 4096 * 4 + 2**20
 
 
 @pytest.mark.parametrize("number, value", list(itertools.product((0, 1, 5), (torch.nan, torch.inf))))

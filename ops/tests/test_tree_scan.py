@@ -13,12 +13,12 @@ from implementations import Operations
 from tree_makers import SHAPES, make_tree, tree_of
 
 import grootvl_ops
-from grootvl_ops import Tree, reference
+from grootvl_ops import DIRECTIONS, Tree, reference
 
 GOLDEN = Path(__file__).parent / "golden" / "tree_scan.pt"
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("h", "dx", "ddecay")
-both_modes = pytest.mark.parametrize("up_only", [False, True], ids=["all_roots", "up_only"])
+each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
 def operands(
@@ -44,25 +44,26 @@ def test_a_tree_by_hand(ops, device):
     decay = torch.tensor([[[7.0], [0.5], [0.25]]], device=device)
     h = ops.tree_scan(x, decay, tree)
     assert h.flatten().tolist() == [1 + 1 + 1, 2 + 0.5 * 1 + 0.125 * 4, 4 + 0.25 * 1 + 0.125 * 2]
-    assert ops.tree_scan(x, decay, tree, up_only=True).flatten().tolist() == [3, 2, 4]
+    assert ops.tree_scan(x, decay, tree, direction="up").flatten().tolist() == [1 + 1 + 1, 2, 4]
+    assert ops.tree_scan(x, decay, tree, direction="down").flatten().tolist() == [1, 2 + 0.5 * 1, 4 + 0.25 * 1]
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_vertices, channels", [(2, 3), (23, 9)])
-def test_definition(ops, device, shape, num_vertices, channels, up_only):
+def test_definition(ops, device, shape, num_vertices, channels, direction):
     if shape == "forest" and num_vertices < 6:
         pytest.skip("no vertices for three trees")
     tree = make_tree(shape, 2, num_vertices, device)
     x, decay, grad = operands(2, num_vertices, channels, device)
-    found = ops.gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-11, atol=1e-11)
+    found = ops.gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-11, atol=1e-11)
 
 
-@both_modes
+@each_direction
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_definition_on_any_tree(ops, device, up_only, data):
+def test_definition_on_any_tree(ops, device, direction, data):
     num_vertices = data.draw(st.integers(1, 14))
     parent = [0] + [data.draw(st.integers(0, vertex - 1)) for vertex in range(1, num_vertices)]
     names = data.draw(st.permutations(range(num_vertices)))
@@ -72,59 +73,59 @@ def test_definition_on_any_tree(ops, device, up_only, data):
     tree = tree_of([renamed], device)
     x, decay, grad = operands(1, num_vertices, data.draw(st.integers(1, 3)), device)
     decay = decay * data.draw(st.sampled_from([0.0, 1.0, -1.0, 1.5]))
-    found = ops.gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-9, atol=1e-9)
+    found = ops.gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-9, atol=1e-9)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, -0.6, 1.2], ids="decay{}".format)
 @pytest.mark.parametrize("shape", ["path", "star", "scattered"])
-def test_decays_at_and_beyond_the_limits(ops, device, shape, decay, up_only):
+def test_decays_at_and_beyond_the_limits(ops, device, shape, decay, direction):
     tree = make_tree(shape, 2, 20, device)
     x, _, grad = operands(2, 20, 3, device)
     decay = torch.full_like(x, decay)
-    found = ops.gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-10, atol=1e-10)
+    found = ops.gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-10, atol=1e-10)
 
 
 def test_decay_0_changes_nothing_and_decay_1_sums_the_tree(ops, device):
     tree = make_tree("scattered", 3, 30, device)
     x = torch.randint(-9, 10, (3, 30, 4), device=device).float()
-    assert torch.equal(ops.tree_scan(x, torch.zeros_like(x), tree), x)
-    assert torch.equal(ops.tree_scan(x, torch.zeros_like(x), tree, up_only=True), x)
+    for direction in DIRECTIONS:
+        assert torch.equal(ops.tree_scan(x, torch.zeros_like(x), tree, direction), x)
     assert torch.equal(ops.tree_scan(x, torch.ones_like(x), tree), x.sum(1, keepdim=True).expand_as(x))
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 15, 16, 31, 33, 64, 160, 161])
-def test_widths(ops, device, channels, up_only):
+def test_widths(ops, device, channels, direction):
     tree = make_tree("scattered", 3, 18, device)
     x, decay, grad = operands(3, 18, channels, device, torch.float32)
-    found = ops.gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-5, atol=1e-5)
+    found = ops.gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-5, atol=1e-5)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("batch", [1, 2, 5, 17])
-def test_batches(ops, device, batch, up_only):
+def test_batches(ops, device, batch, direction):
     tree = make_tree("binary", batch, 15, device)
     x, decay, grad = operands(batch, 15, 40, device, torch.float32)
-    found = ops.gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-5, atol=1e-5)
+    found = ops.gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-5, atol=1e-5)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("shape", ["path", "scattered", "comb"])
-def test_dtypes(ops, device, shape, dtype, up_only):
+def test_dtypes(ops, device, shape, dtype, direction):
     """Half formats within one rounding of their results: the sums themselves are taken in float32."""
     tree = make_tree(shape, 2, 23, device)
     x, decay, grad = operands(2, 23, 9, device, dtype)
-    found = ops.gradients(x, decay, tree, grad, up_only)
+    found = ops.gradients(x, decay, tree, grad, direction)
     assert all(result.dtype == dtype for result in found)
     accumulation = 1e-12 if dtype == torch.float64 else 2e-5
     rounding = torch.finfo(dtype).eps if dtype in HALF else accumulation
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=rounding, atol=accumulation)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=rounding, atol=accumulation)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -135,15 +136,15 @@ def test_half_formats_are_not_accumulated_in_half(ops, device, dtype):
     assert (ops.tree_scan(ones, ones, tree) == 4096).all()
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", ["path", "star", "comb", "binary", "scattered"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_large_trees(compiled_device, shape, dtype, up_only):
+def test_large_trees(compiled_device, shape, dtype, direction):
     device, num_vertices = compiled_device, 1500
     tree = make_tree(shape, 2, num_vertices, device)
     x, decay, grad = operands(2, num_vertices, 37, device, dtype)
-    found = Operations.gradients(x, decay, tree, grad, up_only)
-    expected = oracles.message_gradients(x, decay, tree, grad, up_only)
+    found = Operations.gradients(x, decay, tree, grad, direction)
+    expected = oracles.message_gradients(x, decay, tree, grad, direction)
     scale = max(result.abs().max().item() for result in expected)  # a star's root sums 1500 terms
     accumulation = (1e-13 if dtype == torch.float64 else 1e-6) * max(scale, 10)
     rounding = torch.finfo(dtype).eps if dtype in HALF else 1e-6
@@ -183,11 +184,11 @@ def test_many_trees_at_a_time(cuda_kernels, batch, dtype):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("shape", ["path", "star", "comb", "binary", "scattered"])
 @pytest.mark.parametrize("num_vertices, channels", [(60, 40), (200, 72), (1500, 40), (9000, 24), (40_000, 41)])
-def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, up_only, poisoned_memory):
+def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, direction, poisoned_memory):
     """Trees of each size that a GPU treats in its own way: sums kept on chip, whole trees, runs, sections of runs; with
     rows that are copied in chunks of 16 bytes, and rows that cannot be. The CPU computes in float64, the GPU thrice. In
     float64 decays are near 1, so that what one run hands to another counts, and not only to the next."""
@@ -195,10 +196,10 @@ def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, up_
     x, decay, grad = operands(2, num_vertices, channels, "cpu", dtype)
     if dtype == torch.float64:
         decay = decay ** (1 / 64)
-    expected = Operations.gradients(x.double(), decay.double(), tree, grad.double(), up_only)
+    expected = Operations.gradients(x.double(), decay.double(), tree, grad.double(), direction)
     on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
     runs = [
-        Operations.gradients(*(o.to(cuda_kernels) for o in (x, decay)), on_gpu, grad.to(cuda_kernels), up_only)
+        Operations.gradients(*(o.to(cuda_kernels) for o in (x, decay)), on_gpu, grad.to(cuda_kernels), direction)
         for _ in range(3)
     ]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -226,8 +227,8 @@ def test_deep_and_wide_trees(compiled_device):
         assert torch.equal(dx, total)
 
 
-@both_modes
-def test_strides_do_not_matter(ops, device, up_only):
+@each_direction
+def test_strides_do_not_matter(ops, device, direction):
     tree = make_tree("scattered", 3, 12, device)
     x, decay, grad = operands(3, 12, 6, device)
 
@@ -247,17 +248,17 @@ def test_strides_do_not_matter(ops, device, up_only):
         flat[1:] = operand.flatten()
         return flat[1:].view_as(operand)  # contiguous, but not aligned for vector loads
 
-    expected = ops.gradients(x, decay, tree, grad, up_only)
+    expected = ops.gradients(x, decay, tree, grad, direction)
     for layout in (channels_first, vertices_first, spread, offset):
         for chosen in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
             arguments = [layout(o) if use else o for o, use in zip((x, decay, grad), chosen, strict=True)]
-            check(ops.gradients(arguments[0], arguments[1], tree, arguments[2], up_only), expected, 1e-12, 1e-12)
+            check(ops.gradients(arguments[0], arguments[1], tree, arguments[2], direction), expected, 1e-12, 1e-12)
         single = [layout(o.float()) for o in (x, decay, grad)]
-        check(ops.gradients(single[0], single[1], tree, single[2], up_only), expected, 1e-5, 1e-5)
+        check(ops.gradients(single[0], single[1], tree, single[2], direction), expected, 1e-5, 1e-5)
 
 
-@both_modes
-def test_expanded_operands(ops, device, up_only):
+@each_direction
+def test_expanded_operands(ops, device, direction):
     tree = make_tree("scattered", 3, 12, device)
     x, decay, grad = operands(3, 12, 6, device)
     for view in (
@@ -267,8 +268,8 @@ def test_expanded_operands(ops, device, up_only):
         lambda operand: operand[:1, :1, :1].expand(3, 12, 6),
     ):
         x_view, decay_view, grad_view = view(x), view(decay), view(grad)
-        found = ops.gradients(x_view, decay_view, tree, grad_view, up_only)
-        expected = oracles.dense_gradients(x_view, decay_view, tree, grad_view, up_only)
+        found = ops.gradients(x_view, decay_view, tree, grad_view, direction)
+        expected = oracles.dense_gradients(x_view, decay_view, tree, grad_view, direction)
         check(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -293,57 +294,57 @@ def test_strided_tree(ops, device):
     check(ops.gradients(x, decay, one, grad), oracles.dense_gradients(x, decay, one, grad), 1e-11, 1e-11)
 
 
-@both_modes
-def test_one_vertex(ops, device, up_only):
+@each_direction
+def test_one_vertex(ops, device, direction):
     tree = tree_of([[0]] * 3, device)
     x, decay, grad = operands(3, 1, 5, device)
-    h, dx, ddecay = ops.gradients(x, decay, tree, grad, up_only)
+    h, dx, ddecay = ops.gradients(x, decay, tree, grad, direction)
     assert torch.equal(h, x)
     assert torch.equal(dx, grad)
     assert torch.equal(ddecay, torch.zeros_like(decay))
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (0, 1, 0)], ids=str)
-def test_empty(ops, device, shape, up_only):
+def test_empty(ops, device, shape, direction):
     tree = Tree(*(field[: shape[0]] for field in make_tree("path", 2, shape[1], device)))
     x, decay, grad = operands(*shape, device)
-    assert [result.shape for result in ops.gradients(x, decay, tree, grad, up_only)] == [shape] * 3
+    assert [result.shape for result in ops.gradients(x, decay, tree, grad, direction)] == [shape] * 3
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", ["scattered", "forest"])
-def test_decay_of_a_root_is_not_used(ops, device, shape, up_only):
+def test_decay_of_a_root_is_not_used(ops, device, shape, direction):
     tree = make_tree(shape, 2, 20, device)
     x, decay, grad = operands(2, 20, 4, device)
-    expected = ops.gradients(x, decay, tree, grad, up_only)
+    expected = ops.gradients(x, decay, tree, grad, direction)
     roots = tree.parent == torch.arange(20, device=device)
     for value in (float("nan"), float("inf"), 1e300):
         decay[roots] = value
-        found = ops.gradients(x, decay, tree, grad, up_only)
+        found = ops.gradients(x, decay, tree, grad, direction)
         check(found, expected, rtol=0, atol=0)
         assert (found[2][roots] == 0).all()
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite_values_stay_in_their_channel(ops, device, value, up_only):
+def test_not_finite_values_stay_in_their_channel(ops, device, value, direction):
     tree = make_tree("scattered", 3, 20, device)
     x, decay, grad = operands(3, 20, 6, device, torch.float32)
-    expected = ops.gradients(x, decay, tree, grad, up_only)
+    expected = ops.gradients(x, decay, tree, grad, direction)
     for operand in (x, decay, grad):
         spoiled = operand.clone()
         spoiled[1, 7:9, 2] = value
         arguments = [spoiled if other is operand else other for other in (x, decay, grad)]
-        for result, target in zip(ops.gradients(*arguments[:2], tree, arguments[2], up_only), expected, strict=True):
+        for result, target in zip(ops.gradients(*arguments[:2], tree, arguments[2], direction), expected, strict=True):
             result[1, :, 2] = target[1, :, 2]
             assert torch.equal(result, target)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", ["path", "star", "scattered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bitwise_deterministic(ops, device, shape, dtype, up_only, restore_threads):
+def test_bitwise_deterministic(ops, device, shape, dtype, direction, restore_threads):
     """Over runs and numbers of threads, at sizes where work is divided and many children meet in one parent."""
     num_vertices = 20 if shape == "path" else 1500
     tree = make_tree(shape, 2, num_vertices, device)
@@ -351,31 +352,31 @@ def test_bitwise_deterministic(ops, device, shape, dtype, up_only, restore_threa
     runs = []
     for threads in (1, 2, 2, 3) if ops is Operations else (1, 2, 2):
         torch.set_num_threads(threads)
-        runs.append(ops.gradients(x, decay, tree, grad, up_only))
+        runs.append(ops.gradients(x, decay, tree, grad, direction))
     for run in runs[1:]:
         for name, result, first in zip(NAMES, run, runs[0], strict=True):
             assert torch.equal(result, first), name
 
 
-@both_modes
-def test_result_does_not_depend_on_the_batch_around_it(ops, device, up_only):
+@each_direction
+def test_result_does_not_depend_on_the_batch_around_it(ops, device, direction):
     tree = make_tree("scattered", 6, 50, device)
     x, decay, grad = operands(6, 50, 70, device, torch.float32)
-    whole = ops.gradients(x, decay, tree, grad, up_only)
+    whole = ops.gradients(x, decay, tree, grad, direction)
     for item in range(6):
         part = slice(item, item + 1)
-        alone = ops.gradients(x[part], decay[part], Tree(*(field[part] for field in tree)), grad[part], up_only)
+        alone = ops.gradients(x[part], decay[part], Tree(*(field[part] for field in tree)), grad[part], direction)
         check(alone, [result[part] for result in whole], rtol=1e-6, atol=1e-6)
 
 
-@both_modes
-def test_nothing_is_read_before_it_is_written(ops, device, poisoned_memory, up_only):
+@each_direction
+def test_nothing_is_read_before_it_is_written(ops, device, poisoned_memory, direction):
     for shape in SHAPES:
         tree = make_tree(shape, 2, 20, device)
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float16, 2e-3)):
             x, decay, grad = operands(2, 20, 7, device, dtype)
-            found = ops.gradients(x, decay, tree, grad, up_only)
-            check(found, oracles.message_gradients(x, decay, tree, grad, up_only), rtol=tolerance, atol=tolerance)
+            found = ops.gradients(x, decay, tree, grad, direction)
+            check(found, oracles.message_gradients(x, decay, tree, grad, direction), rtol=tolerance, atol=tolerance)
 
 
 def test_arguments_are_left_alone(ops, device):
@@ -388,39 +389,39 @@ def test_arguments_are_left_alone(ops, device):
     assert len({tensor.data_ptr() for tensor in (*arguments, *results)}) == len(arguments) + len(results)
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", ["path", "star", "binary", "forest"])
-def test_gradcheck(device, shape, up_only):
+def test_gradcheck(device, shape, direction):
     tree = make_tree(shape, 2, 9, device)
     x, decay, _ = operands(2, 9, 2, device)
     x.requires_grad_()
     decay.requires_grad_()
 
     def scan(x, decay):
-        return grootvl_ops.tree_scan(x, decay, tree, up_only)
+        return grootvl_ops.tree_scan(x, decay, tree, direction)
 
     assert torch.autograd.gradcheck(scan, (x, decay), nondet_tol=0.0)
     assert torch.autograd.gradcheck(lambda x: scan(x, decay.detach()), (x,))
     assert torch.autograd.gradcheck(lambda decay: scan(x.detach(), decay), (decay,))
 
 
-@both_modes
+@each_direction
 @pytest.mark.parametrize("shape", ["comb", "scattered", "forest"])
-def test_reference_sweeps_differentiate_to_the_written_backward(device, shape, up_only):
+def test_reference_sweeps_differentiate_to_the_written_backward(device, shape, direction):
     tree = make_tree(shape, 2, 40, device)
     x, decay, grad = operands(2, 40, 3, device)
-    found = reference.tree_scan_backward(grad, x, decay, *tree, up_only)
-    h = reference.tree_scan(x.requires_grad_(), decay.requires_grad_(), *tree, up_only)
+    found = reference.tree_scan_backward(grad, x, decay, *tree, direction)
+    h = reference.tree_scan(x.requires_grad_(), decay.requires_grad_(), *tree, direction)
     for result, target in zip(found, torch.autograd.grad(h, (x, decay), grad), strict=True):
         torch.testing.assert_close(result, target, rtol=1e-12, atol=1e-12)
 
 
-@both_modes
-def test_the_two_oracles_agree(up_only):
+@each_direction
+def test_the_two_oracles_agree(direction):
     tree = make_tree("scattered", 2, 25)
     x, decay, grad = operands(2, 25, 3, "cpu")
-    found = oracles.message_gradients(x, decay, tree, grad, up_only)
-    check(found, oracles.dense_gradients(x, decay, tree, grad, up_only), rtol=1e-12, atol=1e-12)
+    found = oracles.message_gradients(x, decay, tree, grad, direction)
+    check(found, oracles.dense_gradients(x, decay, tree, grad, direction), rtol=1e-12, atol=1e-12)
 
 
 def test_scan_over_all_roots_is_symmetric(ops, device):
@@ -539,6 +540,6 @@ def test_broken_trees_are_refused_on_the_cpu(field, vertex):
         pytest.skip("no compiled kernels")
     broken = getattr(TREE, field).clone()
     broken[1, 3] = vertex
-    for up_only in (False, True):
+    for direction in DIRECTIONS:
         with pytest.raises((ValueError, RuntimeError)):
-            grootvl_ops.tree_scan(X, X, TREE._replace(**{field: broken}), up_only)
+            grootvl_ops.tree_scan(X, X, TREE._replace(**{field: broken}), direction)

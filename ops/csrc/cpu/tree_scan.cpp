@@ -1,13 +1,16 @@
 // The tree scan and its gradients: sweeps over the rows of (B, L, D) data in the tree's order, contiguous over
-// channels. The equations stand in grootvl_ops/reference.py.
+// channels. The equations stand in grootvl_ops/reference/scans.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../checks.h"
+#include "scan.h"
 #include "vectorize.h"
 
 namespace grootvl {
@@ -40,7 +43,7 @@ GROOTVL_VECTORIZED void up_sweep(const Block& block, const scalar_t* decay, scal
 
 // h_i = (1 - a_i^2) u_i + a_i h_p, from the root down; h holds u before.
 template <typename scalar_t>
-GROOTVL_VECTORIZED void down_sweep(const Block& block, const scalar_t* decay, scalar_t* h) {
+GROOTVL_VECTORIZED void rerooting_sweep(const Block& block, const scalar_t* decay, scalar_t* h) {
   const int64_t n = block.end - block.begin;
   for (int64_t k = 0; k < block.num_vertices; ++k) {
     const int64_t i = block.order[k], p = block.parent[i];
@@ -53,10 +56,25 @@ GROOTVL_VECTORIZED void down_sweep(const Block& block, const scalar_t* decay, sc
   }
 }
 
-// Both down sweeps of the backward pass and the gradient of the edges; h and g hold u and G_u before.
+// h_i = x_i + a_i h_p, from the root down; h holds x before.
 template <typename scalar_t>
-GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* decay, scalar_t* h, scalar_t* g,
-                                            scalar_t* ddecay) {
+GROOTVL_VECTORIZED void down_sweep(const Block& block, const scalar_t* decay, scalar_t* h) {
+  const int64_t n = block.end - block.begin;
+  for (int64_t k = 0; k < block.num_vertices; ++k) {
+    const int64_t i = block.order[k], p = block.parent[i];
+    if (i == p) continue;
+    const scalar_t* a = decay + i * block.stride + block.begin;
+    scalar_t* h_i = h + i * block.stride + block.begin;
+    const scalar_t* h_p = h + p * block.stride + block.begin;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) h_i[c] += a[c] * h_p[c];
+  }
+}
+
+// The rerooting sweeps of x and of the gradient, and the gradient of the edges; h and g hold u and G_u before.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void rerooting_sweep_backward(const Block& block, const scalar_t* decay, scalar_t* h, scalar_t* g,
+                                                 scalar_t* ddecay) {
   const int64_t n = block.end - block.begin;
   for (int64_t k = 0; k < block.num_vertices; ++k) {
     const int64_t i = block.order[k], p = block.parent[i];
@@ -79,10 +97,11 @@ GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* 
   }
 }
 
-// The gradients of the up sweep alone; g holds the output's gradient before.
+// A sweep down, and the gradient of the edges from it and from a sweep up: da_i = up_i down_p. Of the up scan, the
+// sweep down is that of the gradient, which `down` holds before; of the down scan it is that of x.
 template <typename scalar_t>
-GROOTVL_VECTORIZED void up_sweep_backward(const Block& block, const scalar_t* decay, const scalar_t* u, scalar_t* g,
-                                          scalar_t* ddecay) {
+GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* decay, const scalar_t* up,
+                                            scalar_t* down, scalar_t* ddecay) {
   const int64_t n = block.end - block.begin;
   for (int64_t k = 0; k < block.num_vertices; ++k) {
     const int64_t i = block.order[k], p = block.parent[i];
@@ -92,12 +111,12 @@ GROOTVL_VECTORIZED void up_sweep_backward(const Block& block, const scalar_t* de
       std::fill(da, da + n, scalar_t(0));
       continue;
     }
-    const scalar_t *a = decay + row, *u_i = u + row, *g_p = g + above;
-    scalar_t* g_i = g + row;
+    const scalar_t *a = decay + row, *up_i = up + row, *down_p = down + above;
+    scalar_t* down_i = down + row;
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
-      da[c] = u_i[c] * g_p[c];
-      g_i[c] += a[c] * g_p[c];
+      da[c] = up_i[c] * down_p[c];
+      down_i[c] += a[c] * down_p[c];
     }
   }
 }
@@ -124,65 +143,91 @@ void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Ten
   });
 }
 
-at::ScalarType accumulation_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The kernels follow parents without further checks, so a broken tree must not get that far.
-void check_indices(const at::Tensor& parent, const at::Tensor& order) {
-  if (parent.numel() == 0) return;
-  for (const at::Tensor* field : {&parent, &order}) {
-    const auto [low, high] = at::aminmax(*field);
-    TORCH_CHECK_VALUE(low.item<int32_t>() >= 0 && high.item<int32_t>() < parent.size(1),
-                      "the tree must name vertices from 0 to ", parent.size(1) - 1, ", got ", low.item<int32_t>(),
-                      " to ", high.item<int32_t>());
+// The kernels follow order and parents without further checks, so what is no tree must not get that far.
+void check_order(const at::Tensor& parent, const at::Tensor& order) {
+  const int64_t batch = parent.size(0), num_vertices = parent.size(1);
+  const auto *parents = parent.const_data_ptr<int32_t>(), *orders = order.const_data_ptr<int32_t>();
+  std::vector<char> seen;
+  for (int64_t b = 0; b < batch; ++b) {
+    seen.assign(num_vertices, false);
+    for (int64_t k = 0; k < num_vertices; ++k) {
+      const int64_t i = orders[b * num_vertices + k];
+      TORCH_CHECK_VALUE(i >= 0 && i < num_vertices && !seen[i], "the tree's order must hold each vertex from 0 to ",
+                        num_vertices - 1, " once, got ", i, " at place ", k, " of image ", b);
+      seen[i] = true;
+      const int64_t p = parents[b * num_vertices + i];
+      TORCH_CHECK_VALUE(p >= 0 && p < num_vertices && seen[p], "the parent of vertex ", i, " of image ", b,
+                        " must come before it in the tree's order, got ", p);
+    }
   }
 }
 
-at::Tensor tree_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent_, const at::Tensor& order_,
-                     const at::Tensor& subtree_size, bool up_only) {
-  check_scan(x, decay, parent_, order_, subtree_size);
-  check_indices(parent_, order_);
-  const auto type = accumulation_type(x);
-  const at::Tensor parent = parent_.contiguous(), order = order_.contiguous();
-  const at::Tensor a = decay.to(type).contiguous();
-  at::Tensor h = at::empty(x.sizes(), x.options().dtype(type)).copy_(x);
-  AT_DISPATCH_FLOATING_TYPES(type, "tree_scan", [&] {
-    const auto* a_data = a.const_data_ptr<scalar_t>();
+}  // namespace
+
+void scan_in_place(at::Tensor& h, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
+                   Direction direction) {
+  AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), "tree_scan", [&] {
+    const auto* a_data = decay.const_data_ptr<scalar_t>();
     auto* h_data = h.mutable_data_ptr<scalar_t>();
     for_each_block(h, parent, order, [&](int64_t offset, const Block& block) {
+      if (direction == Direction::kDown) {
+        down_sweep(block, a_data + offset, h_data + offset);
+        return;
+      }
       up_sweep(block, a_data + offset, h_data + offset);
-      if (!up_only) down_sweep(block, a_data + offset, h_data + offset);
+      if (direction == Direction::kBoth) rerooting_sweep(block, a_data + offset, h_data + offset);
     });
   });
+}
+
+std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parent, const at::Tensor& order) {
+  std::pair tree{parent.contiguous(), order.contiguous()};
+  check_order(tree.first, tree.second);
+  return tree;
+}
+
+namespace {
+
+at::Tensor tree_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent_, const at::Tensor& order_,
+                     const at::Tensor& subtree_size, std::string_view direction) {
+  check_scan(x, decay, parent_, order_, subtree_size);
+  const auto [parent, order] = checked_tree(parent_, order_);
+  const auto type = accumulation_type(x);
+  at::Tensor h = at::empty(x.sizes(), x.options().dtype(type)).copy_(x);
+  scan_in_place(h, decay.to(type).contiguous(), parent, order, parse_direction(direction));
   return h.to(x.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad, const at::Tensor& x,
                                                       const at::Tensor& decay, const at::Tensor& parent_,
                                                       const at::Tensor& order_, const at::Tensor& subtree_size,
-                                                      bool up_only) {
+                                                      std::string_view direction_name) {
   check_scan(x, decay, parent_, order_, subtree_size);
   check_like("grad", grad, "x", x, x.sizes());
-  check_indices(parent_, order_);
+  const Direction direction = parse_direction(direction_name);
+  const auto [parent, order] = checked_tree(parent_, order_);
   const auto type = accumulation_type(x);
   const auto options = x.options().dtype(type);
-  const at::Tensor parent = parent_.contiguous(), order = order_.contiguous();
   const at::Tensor a = decay.to(type).contiguous();
-  at::Tensor u = at::empty(x.sizes(), options).copy_(x), g = at::empty(x.sizes(), options).copy_(grad);
+  // h: what becomes of x; g: what becomes of the gradient.
+  at::Tensor h = at::empty(x.sizes(), options).copy_(x), g = at::empty(x.sizes(), options).copy_(grad);
   at::Tensor da = at::empty(x.sizes(), options);
   AT_DISPATCH_FLOATING_TYPES(type, "tree_scan_backward", [&] {
     const auto* a_data = a.const_data_ptr<scalar_t>();
-    auto* u_data = u.mutable_data_ptr<scalar_t>();
+    auto* h_data = h.mutable_data_ptr<scalar_t>();
     auto* g_data = g.mutable_data_ptr<scalar_t>();
     auto* da_data = da.mutable_data_ptr<scalar_t>();
-    for_each_block(u, parent, order, [&](int64_t offset, const Block& block) {
-      up_sweep(block, a_data + offset, u_data + offset);
-      if (up_only) {
-        up_sweep_backward(block, a_data + offset, u_data + offset, g_data + offset, da_data + offset);
+    for_each_block(h, parent, order, [&](int64_t offset, const Block& block) {
+      const auto* a_block = a_data + offset;
+      auto *h_block = h_data + offset, *g_block = g_data + offset, *da_block = da_data + offset;
+      if (direction != Direction::kDown) up_sweep(block, a_block, h_block);
+      if (direction != Direction::kUp) up_sweep(block, a_block, g_block);
+      if (direction == Direction::kBoth) {
+        rerooting_sweep_backward(block, a_block, h_block, g_block, da_block);
+      } else if (direction == Direction::kUp) {
+        down_sweep_backward(block, a_block, h_block, g_block, da_block);
       } else {
-        up_sweep(block, a_data + offset, g_data + offset);
-        down_sweep_backward(block, a_data + offset, u_data + offset, g_data + offset, da_data + offset);
+        down_sweep_backward(block, a_block, g_block, h_block, da_block);
       }
     });
   });

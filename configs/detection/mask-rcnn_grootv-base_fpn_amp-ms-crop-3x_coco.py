@@ -1,3 +1,0 @@
-_base_ = "mask-rcnn_grootv-base_fpn_ms-crop-3x_coco.py"
-
-optim_wrapper = dict(type="AmpOptimWrapper", loss_scale="dynamic")

@@ -1,0 +1,116 @@
+"""mmengine's Runner with additions for long runs and for machines without a GPU. It runs every task."""
+
+import copy
+
+from mmengine.device import is_cuda_available
+from mmengine.dist import is_distributed
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner as MMEngineRunner
+from torch import nn
+
+from .checkpoints import find_intact_checkpoint, is_intact
+from .distributed import GlooSyncBatchNorm2d, init_gloo
+
+
+class Runner(MMEngineRunner):
+    """mmengine's `Runner`, with these differences:
+
+    - Resuming takes the last intact checkpoint, and logs which damaged ones it skips.
+    - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
+    - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
+    - Testing raises an error if the checkpoint has missing or unexpected parameters.
+    """
+
+    _strict_load = False
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up the environment and the process group."""
+        if self.launcher == "pytorch" and not is_cuda_available() and not is_distributed():
+            init_gloo()
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Move the model to its device and wrap it for distributed training."""
+        if self.distributed and not is_cuda_available():
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+                **(model_wrapper_cfg or {}),
+                "device_ids": None,
+            }
+            # norm_cfg=dict(type="SyncBN") in a config makes layers that PyTorch runs on GPUs only.
+            kinds = {type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
+            model = GlooSyncBatchNorm2d.convert(model, tuple(kinds))
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
+        """Build the optimizer."""
+        if (
+            isinstance(optim_wrapper, dict)
+            and optim_wrapper.get("type") == "AmpOptimWrapper"
+            and (not is_cuda_available())
+        ):
+            optim_wrapper = copy.deepcopy(optim_wrapper)
+            optim_wrapper["type"] = "CPUAmpOptimWrapper"
+            for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
+                optim_wrapper.pop(gpu_only, None)
+            self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate with processes x batch x accumulation / `auto_scale_lr.base_batch_size`."""
+        if not (auto_scale_lr and auto_scale_lr.get("enable", False)):
+            return
+        accumulation = optim_wrapper._accumulative_counts
+        batch = self.world_size * self.train_dataloader.batch_size * accumulation
+        base_batch = auto_scale_lr["base_batch_size"]
+        self.logger.info(
+            f"The learning rate is for batches of {base_batch}; {self.world_size} processes x "
+            f"{self.train_dataloader.batch_size} images x {accumulation} accumulated make {batch}: "
+            f"scaled by {batch / base_batch:g}."
+        )
+        groups = list(optim_wrapper.optimizer.param_groups)
+        if optim_wrapper.base_param_settings is not None:
+            groups.append(optim_wrapper.base_param_settings)
+        for group in groups:
+            group["lr"] *= batch / base_batch
+
+    def load_or_resume(self) -> None:
+        """Load weights or resume a run, as the config says."""
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from = find_intact_checkpoint(self.work_dir)
+            if self._load_from is None:
+                self.logger.info(f"No checkpoint to resume from in {self.work_dir}; starting from the beginning.")
+                self._resume = False
+        elif self._resume and not is_intact(self._load_from):
+            raise RuntimeError(
+                f"cannot resume from {self._load_from}: it does not exist or is damaged. "
+                f"--resume without a path takes the last intact checkpoint."
+            )
+        super().load_or_resume()
+
+    def load_checkpoint(self, filename: str, *args, strict: bool = False, **kwargs) -> dict:
+        """Load weights; missing or unexpected ones are an error while testing."""
+        return super().load_checkpoint(filename, *args, strict=strict or self._strict_load, **kwargs)
+
+    def train(self) -> nn.Module:
+        """Train."""
+        loop = self._train_loop = self.build_train_loop(self._train_loop)
+        accumulation = (
+            self.optim_wrapper._accumulative_counts
+            if isinstance(self.optim_wrapper, OptimWrapper)
+            else self.optim_wrapper.get("accumulative_counts", 1)
+        )
+        if accumulation > 1 and len(loop.dataloader) % accumulation:
+            self.logger.warning(
+                f"An epoch has {len(loop.dataloader)} iterations, which is no multiple of "
+                f"accumulative_counts={accumulation}: the gradients accumulated at its end are not in the "
+                f"checkpoint, so a resumed run will differ slightly."
+            )
+        return super().train()
+
+    def test(self) -> dict:
+        """Evaluate."""
+        self._strict_load = True
+        return super().test()

@@ -1,0 +1,5 @@
+"""Small data sets made from images that the dependencies contain: nothing is downloaded."""
+
+from .digits import export_digits
+
+__all__ = ["export_digits"]

@@ -1,0 +1,237 @@
+"""Registration of the operations with torch.library, besides the kernels and gradients of the compiled library.
+
+Here stand the shapes of results for tracing, the rule for autocast, the reference as the kernel for devices without
+kernels of their own, and the gradients for where there is no compiled library.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import _loading, reference
+
+_library = _loading.library
+
+
+def _register_reference(name: str) -> None:
+    function = getattr(reference, name)
+
+    def kernel(*args, **kwargs):
+        _loading.warn_reference(args[0].device.type)
+        return function(*args, **kwargs)
+
+    # Chosen by the dispatcher only for devices that have no kernel of their own.
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+for _name in ("edge_weights", "grid_tree", "graph_tree", "tree_scan", "tree_scan_backward"):
+    _register_reference(_name)
+
+
+def _register_composite(name: str, function) -> None:
+    """An operation made of PyTorch's and the tree scan, for devices on which no fused kernel computes it."""
+
+    def kernel(*args):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+_scan, _scan_backward = torch.ops.grootvl_ops.tree_scan, torch.ops.grootvl_ops.tree_scan_backward
+_register_composite("selective_scan", partial(reference.selective_scan, scan=_scan))
+_register_composite(
+    "selective_scan_backward",
+    partial(reference.selective_scan_backward, scan=_scan, scan_backward=_scan_backward),
+)
+for _name in ("path_tree", "gated_norm", "gated_norm_backward", "layer_norm", "layer_norm_backward"):
+    _register_composite(_name, getattr(reference, _name))
+
+
+@torch.library.register_fake("grootvl_ops::edge_weights")
+def _(features: Tensor, metric: str) -> Tensor:
+    batch, height, width, _ = features.shape
+    dtype = reference.accumulation_dtype(features.dtype)
+    return features.new_empty((batch, (height - 1) * width + height * (width - 1)), dtype=dtype)
+
+
+def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (like.shape[0], num_vertices)
+    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(3))
+
+
+@torch.library.register_fake("grootvl_ops::grid_tree")
+def _(weights: Tensor, height: int, width: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_tree(weights, height * width)
+
+
+@torch.library.register_fake("grootvl_ops::graph_tree")
+def _(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_tree(weights, num_vertices)
+
+
+@torch.library.register_fake("grootvl_ops::path_tree")
+def _(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_tree(order, order.shape[1])
+
+
+@torch.library.register_fake("grootvl_ops::tree_scan")
+def _(x: Tensor, *decay_and_tree) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::tree_scan_backward")
+def _(grad: Tensor, x: Tensor, decay: Tensor, *tree) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), decay.new_empty(decay.shape)
+
+
+@torch.library.register_fake("grootvl_ops::selective_scan")
+def _(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    *tree,
+) -> Tensor:
+    states = A_log.shape[1:] if C is None else ()
+    return x.new_empty((*x.shape, *states))
+
+
+@torch.library.register_fake("grootvl_ops::selective_scan_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    *tree,
+) -> tuple[Tensor, ...]:
+    num_states = A_log.shape[1] if A_log.dim() == 2 else 1
+    dparameters = x.new_empty((1 + num_states, x.shape[2]), dtype=reference.accumulation_dtype(x.dtype))
+    dx, ddt, dB = (operand.new_empty(operand.shape) for operand in (x, dt, B))
+    dweight, dC = (x.new_empty(0) if given is None else given.new_empty(given.shape) for given in (dt_weight, C))
+    return dx, ddt, dweight, dparameters, dB, dC
+
+
+@torch.library.register_fake("grootvl_ops::gated_norm")
+def _(h: Tensor, *others) -> tuple[Tensor, Tensor]:
+    statistics = h.new_empty((*h.shape[:-1], 4), dtype=reference.accumulation_dtype(h.dtype))
+    return h.new_empty(h.shape), statistics
+
+
+@torch.library.register_fake("grootvl_ops::gated_norm_backward")
+def _(grad: Tensor, h: Tensor, x: Tensor, z: Tensor, C: Tensor, D_skip: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    dparameters = D_skip.new_empty((5, D_skip.shape[0]), dtype=reference.accumulation_dtype(h.dtype))
+    return (*(operand.new_empty(operand.shape) for operand in (h, x, z, C)), dparameters)
+
+
+@torch.library.register_fake("grootvl_ops::layer_norm")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    statistics = x.new_empty((*x.shape[:-1], 2), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), statistics
+
+
+@torch.library.register_fake("grootvl_ops::layer_norm_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    dparameters = x.new_empty((2, x.shape[-1]), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), dparameters
+
+
+def _save_for_scan(ctx, inputs, output) -> None:
+    *tensors, ctx.direction = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _save_for_norm(ctx, inputs, output) -> None:
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), statistics)
+
+
+def _tree_scan_gradients(ctx, grad: Tensor):
+    dx, ddecay = torch.ops.grootvl_ops.tree_scan_backward(grad, *ctx.saved_tensors, ctx.direction)
+    return dx, ddecay, None, None, None, None
+
+
+def _selective_scan_gradients(ctx, grad: Tensor):
+    _, _, dt_weight, dt_bias, A_log, _, C, *_ = ctx.saved_tensors
+    dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.selective_scan_backward(
+        grad, *ctx.saved_tensors, ctx.direction
+    )
+    return (
+        dx,
+        ddt,
+        None if dt_weight is None else ddt_weight,
+        None if dt_bias is None else dparameters[0],
+        dparameters[1] if A_log.dim() == 1 else dparameters[1:].T,
+        dB,
+        None if C is None else dC,
+        *[None] * 4,
+    )
+
+
+def _gated_norm_gradients(ctx, grad: Tensor, _):
+    *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
+    return *maps, *dparameters, None
+
+
+def _layer_norm_gradients(ctx, grad: Tensor, _):
+    x, weight, _, statistics = ctx.saved_tensors
+    dx, dparameters = torch.ops.grootvl_ops.layer_norm_backward(grad, x, weight, statistics)
+    return dx, *dparameters, None, None
+
+
+def _no_double_backward(name: str):
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"grootvl_ops.{name} can be differentiated once only: it has no second derivatives")
+
+    return refuse
+
+
+def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Library | None = None) -> None:
+    """Register the gradients of the operations of a namespace.
+
+    They are those of `csrc/autograd.cpp`, which take the host a small part of the time. A test compares the two.
+    """
+    for name, save, gradients in (
+        ("tree_scan", _save_for_scan, _tree_scan_gradients),
+        ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("gated_norm", _save_for_norm, _gated_norm_gradients),
+        ("layer_norm", _save_for_norm, _layer_norm_gradients),
+    ):
+        torch.library.register_autograd(f"{namespace}::{name}", gradients, setup_context=save, lib=library)
+        torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
+
+
+if _loading.problem is not None:
+    register_autograd()
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Under autocast, cast half-precision data to float32: results of a long product of decays need its range.
+
+    torch.library.register_autocast does the same for one type of device, but its second call takes over the first one's
+    kernel under torch.compile, which then leaves bfloat16 on CPUs as it is.
+    """
+
+    def kernel(x: Tensor, decay: Tensor, *tree):
+        with torch.autocast(device_type, enabled=False):
+            x, decay = (data.to(torch.promote_types(data.dtype, torch.float32)) for data in (x, decay))
+            return torch.ops.grootvl_ops.tree_scan(x, decay, *tree)
+
+    _library.impl("tree_scan", kernel, dispatch_key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

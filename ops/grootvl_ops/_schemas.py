@@ -1,0 +1,26 @@
+"""The schemas of the operations: the one place that says their names, arguments and results."""
+
+_TREE = "Tensor parent, Tensor order, Tensor subtree_size"
+_SELECTIVE = (
+    "Tensor x, Tensor dt, Tensor? dt_weight, Tensor? dt_bias, Tensor A_log, Tensor B, Tensor? C, "
+    f'{_TREE}, str direction="both"'
+)
+_GATED_NORM = (
+    "Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias, "
+    "Tensor out_weight, Tensor out_bias"
+)
+
+SCHEMAS = (
+    "edge_weights(Tensor features, str metric) -> Tensor",
+    "grid_tree(Tensor weights, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)",
+    "graph_tree(Tensor edges, Tensor weights, SymInt num_vertices, SymInt root) -> (Tensor, Tensor, Tensor)",
+    "path_tree(Tensor order) -> (Tensor, Tensor, Tensor)",
+    f'tree_scan(Tensor x, Tensor decay, {_TREE}, str direction="both") -> Tensor',
+    f'tree_scan_backward(Tensor grad, Tensor x, Tensor decay, {_TREE}, str direction="both") -> (Tensor, Tensor)',
+    f"selective_scan({_SELECTIVE}) -> Tensor",
+    f"selective_scan_backward(Tensor grad, {_SELECTIVE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",
+    f"gated_norm_backward(Tensor grad, {_GATED_NORM}, Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor)",
+)

@@ -1,0 +1,46 @@
+"""The operations in plain PyTorch: short, obvious, for any device.
+
+This package is the definition that the compiled kernels are tested against, and what runs where there are no compiled
+kernels. Symbols are those of the GrootVL paper (arXiv 2406.02395): an input ``x`` (the paper's discretised input, xi),
+a decay ``a`` for each vertex, which belongs to the edge between that vertex and its parent, and the tree itself.
+
+Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D, states N.
+"""
+
+from .norms import gated_norm, gated_norm_backward, layer_norm, layer_norm_backward
+from .scans import (
+    DIRECTIONS,
+    accumulation_dtype,
+    down_sweep,
+    rerooting_sweep,
+    selective_scan,
+    selective_scan_backward,
+    tree_scan,
+    tree_scan_backward,
+    up_sweep,
+)
+from .trees import METRICS, edge_weights, graph_tree, grid_edges, grid_tree, kruskal, path_tree, root_tree
+
+__all__ = [
+    "DIRECTIONS",
+    "METRICS",
+    "accumulation_dtype",
+    "down_sweep",
+    "edge_weights",
+    "gated_norm",
+    "gated_norm_backward",
+    "graph_tree",
+    "grid_edges",
+    "grid_tree",
+    "kruskal",
+    "layer_norm",
+    "layer_norm_backward",
+    "path_tree",
+    "rerooting_sweep",
+    "root_tree",
+    "selective_scan",
+    "selective_scan_backward",
+    "tree_scan",
+    "tree_scan_backward",
+    "up_sweep",
+]

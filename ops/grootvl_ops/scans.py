@@ -1,0 +1,154 @@
+"""Scans along trees: the plain one, and the selective one of a state space model."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import _registration, _transforms  # noqa: F401  the first registers the operations
+from ._checks import check_operand, check_parameter
+from .reference import DIRECTIONS
+from .trees import Tree, check_tree
+
+__all__ = ["DIRECTIONS", "selective_scan", "tree_scan"]
+
+_CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "0") not in ("", "0")
+
+
+def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:
+    """Aggregate features along a tree: h_i = sum_j (product of the decays on the path from j to i) x_j.
+
+    The decay of a vertex belongs to the edge to its parent and is applied in both directions; a root's is not used.
+    With p the parent of i, and c its children, the directions are
+
+    * "both": the sum runs over all vertices of the tree: every vertex is a root (paper, Algorithm 1). Two sweeps;
+    * "up": it runs over the subtree below i: h_i = x_i + sum_c a_c h_c, from the leaves to the root;
+    * "down": it runs over the path from the root to i: h_i = x_i + a_i h_p, from the root to the leaves. Along a path
+      (`path_tree`) this is the scan of a sequence, as in Mamba.
+
+    Args:
+        x: (B, L, D), floating point: what is aggregated.
+        decay: (B, L, D), of the same dtype, usually in (0, 1).
+        tree: over L vertices, of batch size B or one.
+        direction: "both", "up" or "down".
+
+    Returns:
+        (B, L, D) of x's dtype. Accumulated in float32 (float64 for float64). Bitwise the same in every run.
+        Differentiable once for x and decay. Under autocast it runs in float32.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or an unknown direction.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, L, D), got {list(x.shape)}")
+    if decay.shape != x.shape:
+        raise ValueError(f"decay must have the shape of x, {list(x.shape)}, got {list(decay.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    # TorchScript cannot ask about one type of device; there the kernels check, after autocast has made the dtypes one.
+    if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this condition)
+        if decay.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x and decay must have one dtype, got {x.dtype} and {decay.dtype}")
+    if decay.device != x.device:
+        raise ValueError(f"x and decay must be on one device, got {x.device} and {decay.device}")
+    _check_direction(direction)
+    tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as above)
+        if _transforms.active():
+            return _transforms.tree_scan(x, decay, tree, direction)
+    return torch.ops.grootvl_ops.tree_scan(x, decay, tree.parent, tree.order, tree.subtree_size, direction)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    tree: Tree,
+    direction: str = "both",
+    C: Tensor | None = None,
+) -> Tensor:
+    """A selective state space model along a tree (paper, section 3.2 and Algorithm 1), with N states a channel:
+
+        delta = softplus(dt_weight dt + dt_bias)
+        h_n = tree_scan(delta B_n x, exp(-exp(A_log_n) delta)),  n = 1 ... N
+        y = sum_n C_n h_n                                        where C is given
+
+    On CUDA the discretisation is part of the scan: neither decays nor scaled inputs are written to memory, and the
+    backward pass computes them once more from what the forward pass was given. States are computed one after the other,
+    so that no (B, L, D, N) tensor is in memory where C is given.
+
+    Args:
+        x: (B, L, D), floating point: what is aggregated.
+        dt: (B, L, R), of x's dtype: each pixel's step size, of low rank; or (B, L, D) if `dt_weight` is None.
+        dt_weight: (D, R), from rank to channels; None if dt has a value for each channel already.
+        dt_bias: (D), or None for none.
+        A_log: (D) for one state, or (D, N): logarithm of the rate of decay.
+        B: (B, L) if A_log is (D), else (B, L, N), of x's dtype: each pixel's weights of its input.
+        tree: over the L pixels, of batch size B or one.
+        direction: see `tree_scan`.
+        C: of B's shape and dtype: each pixel's weights of its states; None for the states themselves.
+
+    Returns:
+        y, (B, L, D), or without C the states h: (B, L, D) if A_log is (D), else (B, L, D, N). Of x's dtype. Computed in
+        float32 (float64 for float64), but for the product of dt and dt_weight, which on CUDA is rounded to x's dtype.
+        Bitwise the same in every run. Differentiable once for all but the tree.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or an unknown direction.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() != 3 or dt.dim() != 3:
+        raise ValueError(f"x must be (B, L, D) and dt (B, L, R), got {list(x.shape)} and {list(dt.shape)}")
+    batch, length, channels = x.shape
+    if A_log.dim() != 1 and (A_log.dim() != 2 or A_log.size(1) < 1):
+        raise ValueError(f"A_log must be (D) or (D, N) with at least one state, got {list(A_log.shape)}")
+    check_parameter("A_log", A_log, x, [channels] + list(A_log.shape[1:]))
+    pixels = [batch, length] + list(A_log.shape[1:])
+    check_operand("dt", dt, x, [batch, length, channels if dt_weight is None else dt.size(2)])
+    check_operand("B", B, x, pixels)
+    if C is not None:
+        check_operand("C", C, x, pixels)
+    if dt_weight is not None:
+        check_parameter("dt_weight", dt_weight, x, [channels, dt.size(2)])
+    if dt_bias is not None:
+        check_parameter("dt_bias", dt_bias, x, [channels])
+    _check_direction(direction)
+    tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if _transforms.active():
+            return _transforms.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction)
+    return torch.ops.grootvl_ops.selective_scan(
+        x, dt, dt_weight, dt_bias, A_log, B, C, tree.parent, tree.order, tree.subtree_size, direction
+    )
+
+
+def _check_direction(direction: str) -> None:
+    if direction not in ("both", "up", "down"):
+        raise ValueError(f"direction must be 'both', 'up' or 'down', got '{direction}'")
+
+
+def _tree_for(x: Tensor, tree: Tree) -> Tree:
+    """The tree for each image of x, after a check that it fits."""
+    shape = list(x.shape[:2])
+    for field in (tree.parent, tree.order, tree.subtree_size):
+        if field.dim() != 2 or field.size(1) != shape[1] or (field.size(0) != shape[0] and field.size(0) != 1):
+            raise ValueError(
+                f"the tree's fields must be (1, L) or (B, L) = {shape} for x {list(x.shape)}, got {list(field.shape)}"
+            )
+        if field.dtype != torch.int32:
+            raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
+        if field.device != x.device:
+            raise ValueError(f"x and the tree must be on one device, got {x.device} and {field.device}")
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if not torch.compiler.is_compiling():
+            if _CHECK_TREES:
+                check_tree(tree)
+            if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
+                tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
+    if list(tree.parent.shape) == shape and list(tree.order.shape) == shape and list(tree.subtree_size.shape) == shape:
+        return tree
+    return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))

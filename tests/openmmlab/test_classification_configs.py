@@ -1,0 +1,56 @@
+"""Classification configs: they contain the published recipe, and describe models that can be built."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmengine")
+
+import timm
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from training_helpers import ROOT
+
+import grootv.openmmlab  # noqa: F401  registers what the configs name
+
+IN1K = sorted((ROOT / "configs/classification").glob("grootv-*_in1k.py"))
+
+
+@pytest.mark.parametrize("path", IN1K, ids=lambda path: path.stem)
+def test_imagenet_recipe_is_the_published_one(path: Path) -> None:
+    cfg = Config.fromfile(path)
+    size = path.stem.split("_")[0].removeprefix("grootv-")
+    assert cfg.model.backbone.model_name == f"grootv_{size}"
+    assert cfg.model.backbone.drop_path_rate == {"tiny": 0.1, "small": 0.3, "base": 0.5}[size]
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, 0.05)
+    assert cfg.auto_scale_lr == {"enable": True, "base_batch_size": 1024} and cfg.train_dataloader.batch_size == 128
+    assert cfg.optim_wrapper.clip_grad.max_norm == 5.0 and cfg.train_cfg.max_epochs == 300
+    mixup = cfg.model.data_preprocessor.mixup
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.prob, mixup.switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert mixup.label_smoothing == 0.1
+    assert cfg.model.data_preprocessor.random_erasing == {"probability": 0.25, "mode": "pixel"}
+    transform = cfg.train_dataloader.dataset.transform
+    assert transform.auto_augment == "rand-m9-mstd0.5-inc1" and transform.interpolation == "bicubic"
+    validation = cfg.val_dataloader.dataset.transform
+    assert validation.input_size / validation.crop_pct == 256
+    assert [hook.momentum for hook in cfg.custom_hooks if hook.type == "EMAHook"] == [1e-4]
+
+
+@pytest.mark.parametrize("path", [*IN1K, ROOT / "configs/classification/grootv-nano_digits.py"], ids=lambda p: p.stem)
+def test_configs_build_their_models(path: Path) -> None:
+    cfg = Config.fromfile(path)
+    model = MODELS.build(cfg.model)
+    assert model.num_classes == cfg.model.backbone.num_classes
+
+
+def test_metafile_names_every_imagenet_config_with_its_size() -> None:
+    models = yaml.safe_load((ROOT / "configs/classification/metafile.yml").read_text())["Models"]
+    assert sorted(ROOT / model["Config"] for model in models) == IN1K
+    for model in models:
+        name = Config.fromfile(ROOT / model["Config"]).model.backbone.model_name
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        assert model["Metadata"]["Parameters"] == count
