@@ -33,7 +33,8 @@ class SelectiveSSM(nn.Module):
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
     `dt_proj`, `h_norm` and `out_norm`. Where a call of one of these does more than apply its weights (hooks, adapters,
-    pruning, parametrizations), the module is called, with the same result.
+    pruning, parametrizations), the module is called, with the same result; under autocast `dt_proj` then rounds to
+    autocast's dtype, as every linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
