@@ -1,12 +1,15 @@
 """When a fused operation may take a submodule's weights instead of calling the submodule."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["is_plain"]
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
+# The hooks of all modules.
+_GLOBAL_HOOKS = tuple(
+    getattr(torch.nn.modules.module, f"_global_{hooks}")
+    for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
@@ -23,7 +26,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> 
     """
     if type(module) is not kind or "forward" in module.__dict__:
         return False
-    if any(getattr(module, hooks) for hooks in _HOOKS) or any(_GLOBAL_HOOKS):
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
-    weight: Tensor | None = module.weight
-    return weight is not None and weight.device == device and not hasattr(weight, "__tensor_flatten__")
+    if any(_GLOBAL_HOOKS):
+        return False
+    weight = module.weight
+    if type(weight) is not nn.Parameter and (weight is None or hasattr(weight, "__tensor_flatten__")):
+        return False
+    return weight.device == device

@@ -33,7 +33,8 @@ class SelectiveSSM(nn.Module):
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
     `dt_proj`, `h_norm` and `out_norm`. Where a call of one of these does more than apply its weights (hooks, adapters,
-    pruning, parametrizations), the module is called, with the same result.
+    pruning, parametrizations), the module is called, with the same result; under autocast `dt_proj` then rounds to
+    autocast's dtype, as every linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -200,5 +201,6 @@ class SelectiveSSM(nn.Module):
     @property
     def fuses_norms(self) -> bool:
         """Whether one operation takes the weights of `h_norm` and `out_norm`; otherwise they are called."""
-        norms, device = (self.h_norm, self.out_norm), self.A_log.device
-        return all(is_plain(norm, PromotedLayerNorm, device) for norm in norms) and norms[0].eps == norms[1].eps
+        h_norm, out_norm, device = self.h_norm, self.out_norm, self.A_log.device
+        plain = is_plain(h_norm, PromotedLayerNorm, device) and is_plain(out_norm, PromotedLayerNorm, device)
+        return plain and h_norm.eps == out_norm.eps

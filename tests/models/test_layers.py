@@ -409,26 +409,31 @@ def test_scripted_mixers(d_state: int) -> None:
     scripted = torch.jit.script(mixer)
     for arguments in ((x,), (x, tree), (x, None, guide)):
         torch.testing.assert_close(scripted(*arguments), mixer(*arguments))
+    assert "grootvl_ops::gated_norm" in str(scripted.inlined_graph)
     with pytest.raises(torch.jit.Error, match="not both"):
         scripted(x, tree, guide)
     mixer.dt_proj = LowRank(mixer.dt_proj)
     mixer.h_norm = nn.Identity()
     changed = torch.jit.script(mixer)
+    assert "grootvl_ops::gated_norm" not in str(changed.inlined_graph)
     torch.testing.assert_close(changed(x), mixer(x))
     assert not torch.allclose(changed(x), scripted(x))
 
 
-@pytest.mark.parametrize("change", [lambda m: None, lambda m: hook_twice(m.dt_proj), lambda m: hook_twice(m.h_norm)])
-def test_compiled_and_exported_mixers(change: object) -> None:
+@pytest.mark.parametrize("hooked", [None, "dt_proj", "h_norm"])
+def test_compiled_and_exported_mixers(hooked: str | None) -> None:
     torch.compiler.reset()
     mixer = make(d_state=2)
-    change(mixer)
+    if hooked is not None:
+        hook_twice(getattr(mixer, hooked))
     x, tree = double(2, *SIZE, DIM), path_tree(torch.arange(12))
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     for arguments in ((x,), (x, tree), (x, None, double(2, *SIZE, 3))):
         torch.testing.assert_close(compiled(*arguments), mixer(*arguments))
-        exported = torch.export.export(mixer, arguments).module()
-        torch.testing.assert_close(exported(*arguments), mixer(*arguments))
+        exported = torch.export.export(mixer, arguments)
+        torch.testing.assert_close(exported.module()(*arguments), mixer(*arguments))
+        targets = {node.target for node in exported.graph.nodes}
+        assert (torch.ops.grootvl_ops.gated_norm.default in targets) == (hooked != "h_norm")
 
 
 def test_copies_keep_their_own_submodules() -> None:
