@@ -30,13 +30,13 @@ from grootv.visualization import (
     lab_features,
     plot_predictions,
     plot_tree_and_affinity,
-    raster_tree,
     scan_affinity,
     tree_depths,
 )
-from grootvl_ops import build_tree, tree_scan
+from grootvl_ops import build_tree, path_tree
 
 GRID = (7, 9)
+PATHS = {length: path_tree(torch.arange(length)) for length in (1, 4)}
 
 
 @pytest.fixture
@@ -93,16 +93,6 @@ def test_affinity_of_the_raster_scan_follows_the_rows(features: torch.Tensor) ->
     np.testing.assert_allclose(affinity.ravel(), np.exp(-np.abs(along - along[2 * GRID[1] + 4]) / 0.7), rtol=1e-9)
 
 
-@pytest.mark.parametrize("length", [1, 2, 13])
-def test_raster_tree_is_a_path(length: int) -> None:
-    tree = raster_tree(length)
-    assert tree.order.tolist() == [list(range(length))]
-    assert tree.parent.tolist() == [[0, *range(length - 1)]]
-    assert tree_depths(tree).tolist() == [list(range(length))]
-    ones = torch.ones(1, length, 1)
-    assert tree_scan(ones, ones, tree, up_only=True).flatten().tolist() == list(range(length, 0, -1))
-
-
 def test_depths_count_the_steps_to_the_root() -> None:
     tree = build_tree(torch.randn(2, 6, 8, 4, generator=torch.Generator().manual_seed(1)), root=20)
     for parents, depths in zip(tree.parent.tolist(), tree_depths(tree).tolist(), strict=True):
@@ -134,7 +124,7 @@ def test_the_drawn_tree_spans_the_grid_on_the_photograph(photo: np.ndarray, colo
 
 
 def test_a_tree_of_one_pixel_can_be_drawn(photo: np.ndarray) -> None:
-    assert not draw_tree(Figure().subplots(), photo, raster_tree(1), 1, 1).get_segments()
+    assert not draw_tree(Figure().subplots(), photo, PATHS[1], 1, 1).get_segments()
 
 
 def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tmp_path: Path) -> None:
@@ -179,15 +169,14 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: lab_features(IMAGE / 255, 2, 2), TypeError, "image must be uint8, got float64"),
         (lambda: lab_features(IMAGE, 9, 2), ValueError, "image's 8 x 8, got 9 x 2"),
         (lambda: lab_features(IMAGE, 2, 0), ValueError, "got 2 x 0"),
-        (lambda: raster_tree(0), ValueError, "num_vertices must be at least 1, got 0"),
         (lambda: scan_affinity(FEATURES[0], (0, 0), 1.0), ValueError, r"must be \(1, H, W, C\), got \[4, 4, 3\]"),
         (lambda: scan_affinity(FEATURES, (0, 4), 1.0), ValueError, r"on the 4 x 4 map, got \(0, 4\)"),
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
         (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', got 'cross'"),
-        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
-        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 2, "age"), ValueError, "got 'age'"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 2, "age"), ValueError, "got 'age'"),
         (lambda: plot_predictions(IMAGE[0], SCORES, [0, 1], "abc"), ValueError, r"images must be .*, got \[8, 3\]"),
         (lambda: plot_predictions(np.zeros((2, 8, 8)), SCORES, [0, 1], "abc"), TypeError, "uint8, got float64"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abcd"), ValueError, r"\[2, 4\] .* got \[2, 3\]"),

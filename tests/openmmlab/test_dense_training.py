@@ -24,7 +24,7 @@ def test_mixed_precision_on_a_cpu(task: str, tmp_path: Path) -> None:
     runner.model.backbone.register_forward_hook(lambda module, inputs, maps: dtypes.update(map.dtype for map in maps))
     losses = runner.model.train_step(next(iter(loop.dataloader)), optim_wrapper)
     assert all(torch.isfinite(value).all() for value in losses.values())
-    # The norms after a stage give float32 under autocast or the low precision, by PyTorch's own rules.
+    # Under autocast the norms after a stage give float32 or bfloat16, by PyTorch's own rules.
     assert type(optim_wrapper).__name__ == "CPUAmpOptimWrapper" and dtypes <= {torch.float32, torch.bfloat16}
 
 
