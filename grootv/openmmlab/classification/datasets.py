@@ -137,14 +137,18 @@ class ImageClassificationDataset(Dataset):
             index = (index + 1) % len(self)
         raise DamagedDataError(f"none of the {len(self)} images could be read")
 
+    def image_name(self, index: int) -> str:
+        """The path of an image, or, where the source knows none, its number."""
+        try:
+            return self.source.filename(index, absolute=True)
+        except (AttributeError, AssertionError):
+            return f"image {index}"
+
     def _report(self, index: int, error: Exception) -> None:
         if self.damaged[index]:
             return
         self.damaged[index] = True
-        try:
-            path = self.source.filename(index, absolute=True)
-        except (AttributeError, AssertionError):
-            path = f"image {index}"
+        path = self.image_name(index)
         count = int(self.damaged.sum())
         if count > self.max_damaged:
             raise DamagedDataError(

@@ -13,6 +13,8 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
+from .finite import finite_metrics
+
 _PERIODIC_CHECKPOINT = re.compile(r"(epoch|iter)_(\d+)\.pth")
 
 
@@ -138,3 +140,7 @@ class AtomicCheckpointHook(CheckpointHook):
         ):
             runner.logger.info("Validating the checkpoint that the run resumes from.")
             runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, unless the metric that decides is not finite: nothing could beat infinity."""
+        super().after_val_epoch(runner, finite_metrics(metrics))

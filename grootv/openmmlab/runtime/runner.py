@@ -10,6 +10,7 @@ from torch import nn
 
 from .checkpoints import find_intact_checkpoint, is_intact
 from .distributed import GlooSyncBatchNorm2d, init_gloo
+from .finite import FiniteValuesHook
 
 
 class Runner(MMEngineRunner):
@@ -17,8 +18,10 @@ class Runner(MMEngineRunner):
 
     - Resuming takes the last intact checkpoint, and logs which damaged ones it skips.
     - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
+    - With a GPU, mixed precision logs the steps that it skips (:class:`~.optim.GPUAmpOptimWrapper`).
     - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
     - Testing raises an error if the checkpoint has missing or unexpected parameters.
+    - :class:`FiniteValuesHook` is in every run: NaN stops an evaluation, and is not saved.
     """
 
     _strict_load = False
@@ -28,6 +31,11 @@ class Runner(MMEngineRunner):
         if self.launcher == "pytorch" and not is_cuda_available() and not is_distributed():
             init_gloo()
         super().setup_env(env_cfg)
+
+    def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
+        """Register the hooks of the config, and `FiniteValuesHook`."""
+        super().register_hooks(default_hooks, custom_hooks)
+        self.register_hook(FiniteValuesHook())
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Move the model to its device and wrap it for distributed training."""
@@ -46,16 +54,14 @@ class Runner(MMEngineRunner):
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
         """Build the optimizer."""
-        if (
-            isinstance(optim_wrapper, dict)
-            and optim_wrapper.get("type") == "AmpOptimWrapper"
-            and (not is_cuda_available())
-        ):
+        if isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper":
             optim_wrapper = copy.deepcopy(optim_wrapper)
-            optim_wrapper["type"] = "CPUAmpOptimWrapper"
-            for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
-                optim_wrapper.pop(gpu_only, None)
-            self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
+            optim_wrapper["type"] = "GPUAmpOptimWrapper"
+            if not is_cuda_available():
+                optim_wrapper["type"] = "CPUAmpOptimWrapper"
+                for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
+                    optim_wrapper.pop(gpu_only, None)
+                self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
         return super().build_optim_wrapper(optim_wrapper)
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
