@@ -3,6 +3,6 @@
 Nothing here depends on a task: any model, data set and config of mmengine can use it.
 """
 
-from . import checkpoints, distributed, finite, hooks, learning_curve, optim, runner
+from . import checkpoints, data_errors, distributed, finite, hooks, learning_curve, optim, runner
 
-__all__ = ["checkpoints", "distributed", "finite", "hooks", "learning_curve", "optim", "runner"]
+__all__ = ["checkpoints", "data_errors", "distributed", "finite", "hooks", "learning_curve", "optim", "runner"]

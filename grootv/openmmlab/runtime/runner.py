@@ -4,11 +4,14 @@ import copy
 
 from mmengine.device import is_cuda_available
 from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .checkpoints import find_intact_checkpoint, is_intact
+from .data_errors import name_files, naming_annotations
 from .distributed import GlooSyncBatchNorm2d, init_gloo
 from .finite import FiniteValuesHook
 
@@ -20,6 +23,7 @@ class Runner(MMEngineRunner):
     - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
     - With a GPU, mixed precision logs the steps that it skips (:class:`~.optim.GPUAmpOptimWrapper`).
     - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
+    - Errors in images and annotations name the file.
     - Testing raises an error if the checkpoint has missing or unexpected parameters.
     - :class:`FiniteValuesHook` is in every run: NaN stops an evaluation, and is not saved.
     """
@@ -63,6 +67,19 @@ class Runner(MMEngineRunner):
                     optim_wrapper.pop(gpu_only, None)
                 self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
         return super().build_optim_wrapper(optim_wrapper)
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """Build a data loader whose errors name the file."""
+        with naming_annotations(dataloader):
+            loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        name_files(loader.dataset)
+        return loader
+
+    def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
+        """Build the metrics."""
+        with naming_annotations(evaluator):
+            return super().build_evaluator(evaluator)
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Scale the learning rate with processes x batch x accumulation / `auto_scale_lr.base_batch_size`."""
