@@ -123,9 +123,7 @@ class FiniteValuesHook(Hook):
 
     def _check_results(self, module: nn.Module, inputs: tuple, outputs: object) -> None:
         if isinstance(outputs, (list, tuple)):
-            self._require(
-                any(not tensor.isfinite().all() for tensor in float_tensors(output)) for output in outputs
-            )
+            self._require(any(not tensor.isfinite().all() for tensor in float_tensors(output)) for output in outputs)
 
     def _check_head(self, module: nn.Module, inputs: tuple, outputs: object) -> None:
         bad = torch.zeros(len(self._names), dtype=torch.bool)
