@@ -11,7 +11,7 @@ python=${PYTHON:-python}
 folder=$PWD/build/sanitize
 
 mkdir -p "$folder"
-cp -r setup.py pyproject.toml grootvl_ops csrc tests "$folder"
+cp -rp setup.py pyproject.toml grootvl_ops csrc tests "$folder"
 rm -f "$folder"/grootvl_ops/_C*.so
 
 # The types of torch's classes are in libraries that were built without the check of vptr.
@@ -25,4 +25,6 @@ for library in libasan.so libubsan.so libstdc++.so; do
   LD_PRELOAD=${LD_PRELOAD:+$LD_PRELOAD:}$(g++ -print-file-name=$library)
 done
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$folder
-exec "$python" -m pytest "$folder/tests" -q -p no:cacheprovider "$@"
+cd "$folder"  # whose packages come before those of any other folder
+"$python" -c 'import grootvl_ops; assert grootvl_ops.backend("cpu") == "compiled", grootvl_ops.__file__'
+exec "$python" -m pytest tests -q -p no:cacheprovider "$@"
