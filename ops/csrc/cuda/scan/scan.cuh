@@ -33,7 +33,7 @@
 // neither ever stands in memory; its gradients are those of the values (discretise.cuh).
 #pragma once
 
-#include "launch.cuh"
+#include "../common/launch.cuh"
 
 namespace grootvl {
 

@@ -6,12 +6,9 @@
 // In float32 it is done by the processor's fast functions and a polynomial, with a relative error of about 1e-6.
 #pragma once
 
-namespace grootvl {
+#include "../common/math.cuh"
 
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
-__device__ __forceinline__ double fast_exp(double x) { return exp(x); }
-__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double fast_divide(double a, double b) { return a / b; }
+namespace grootvl {
 
 template <typename acc_t>
 struct Softplus {

@@ -1,10 +1,10 @@
-// The walks along a run, and the kernels made of them; what they compute is explained in tree_scan.cuh.
+// The walks along a run, and the kernels made of them; what they compute is explained in scan.cuh.
 #pragma once
 
 #include "discretise.cuh"
 #include "feed.cuh"
 #include "stack.cuh"
-#include "tree_scan.cuh"
+#include "scan.cuh"
 
 namespace grootvl {
 

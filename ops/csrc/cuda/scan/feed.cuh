@@ -2,7 +2,7 @@
 // bytes, so that neither registers nor many instructions are spent on them.
 #pragma once
 
-#include "addressing.cuh"
+#include "../common/addressing.cuh"
 
 namespace grootvl {
 

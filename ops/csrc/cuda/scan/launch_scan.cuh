@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "tree_scan_walk.cuh"
+#include "../../checks.h"
+#include "walk.cuh"
 
 namespace grootvl {
 
