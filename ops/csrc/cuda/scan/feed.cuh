@@ -10,33 +10,6 @@ constexpr int kBatch = 8;            // rows that are worked on together
 constexpr int kDepth = 32 / kBatch;  // batches on their way
 constexpr int kNodeSlots = 4;        // 32 rows each, whose nodes are there or on their way
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void copy_async_4_bytes(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
-}
-__device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {  // past the first-level cache
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
-}
-__device__ __forceinline__ void commit_async_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until only so many of the groups committed last may be on their way.
-template <int kGroups>
-__device__ __forceinline__ void await_async_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-#else  // older GPUs copy at once
-__device__ __forceinline__ void copy_async_4_bytes(uint32_t to, const void* from) {
-  store_shared(to, *static_cast<const uint32_t*>(from));
-}
-__device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {
-  const uint64_t* halves = static_cast<const uint64_t*>(from);
-  store_shared(to, halves[0]);
-  store_shared(to + 8, halves[1]);
-}
-__device__ __forceinline__ void commit_async_copies() {}
-template <int kGroups>
-__device__ __forceinline__ void await_async_copies() {}
-#endif
-
 // Rows of 32 channels of kMatrices (vertices, channels) matrices of one type, of which each lane reads its channel.
 template <typename T, int kMatrices>
 class RowFeed {

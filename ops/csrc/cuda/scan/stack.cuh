@@ -26,79 +26,24 @@ class Stack {
 
   template <uint32_t kFlag>
   __device__ __forceinline__ void push_if(uint32_t node, acc_t value) {
-    if constexpr (sizeof(acc_t) == 4) {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p st.shared.f32 [%1], %0;\n @p mov.f32 %0, %2;\n @p add.u32 %1, %1, %5; }"
-          : "+f"(top_), "+r"(next_)
-          : "f"(value), "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    } else {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p st.shared.f64 [%1], %0;\n @p mov.f64 %0, %2;\n @p add.u32 %1, %1, %5; }"
-          : "+d"(top_), "+r"(next_)
-          : "d"(value), "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    }
+    predicated_push<kFlag, kStep>(node, top_, next_, value);
   }
   // Pushes `value`, or else adds it to `sum`.
   template <uint32_t kFlag>
   __device__ __forceinline__ void push_or_add(uint32_t node, acc_t value, acc_t& sum) {
-    if constexpr (sizeof(acc_t) == 4) {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %4, %5; setp.ne.u32 p, t, 0;\n"
-          "@p st.shared.f32 [%1], %0;\n @p mov.f32 %0, %3;\n @p add.u32 %1, %1, %6;\n @!p add.f32 %2, %2, %3; }"
-          : "+f"(top_), "+r"(next_), "+f"(sum)
-          : "f"(value), "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    } else {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %4, %5; setp.ne.u32 p, t, 0;\n"
-          "@p st.shared.f64 [%1], %0;\n @p mov.f64 %0, %3;\n @p add.u32 %1, %1, %6;\n @!p add.f64 %2, %2, %3; }"
-          : "+d"(top_), "+r"(next_), "+d"(sum)
-          : "d"(value), "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    }
+    predicated_push_or_add<kFlag, kStep>(node, top_, next_, value, sum);
   }
-  // Replaces `value` by the top, which is taken off.
+  // Pops into `value`.
   template <uint32_t kFlag>
   __device__ __forceinline__ void pop_if(uint32_t node, acc_t& value) {
-    if constexpr (sizeof(acc_t) == 4) {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p mov.f32 %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f32 %0, [%1]; }"
-          : "+f"(top_), "+r"(next_), "+f"(value)
-          : "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    } else {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p mov.f64 %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f64 %0, [%1]; }"
-          : "+d"(top_), "+r"(next_), "+d"(value)
-          : "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    }
+    predicated_pop<kFlag, kStep>(node, top_, next_, value);
   }
-  // Adds the top to `sum`, and takes it off.
+  // Pops, and adds what is popped to `sum`.
   template <uint32_t kFlag>
   __device__ __forceinline__ void pop_and_add(uint32_t node, acc_t& sum) {
-    if constexpr (sizeof(acc_t) == 4) {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p add.f32 %2, %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f32 %0, [%1]; }"
-          : "+f"(top_), "+r"(next_), "+f"(sum)
-          : "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    } else {
-      asm volatile(
-          "{ .reg .pred p; .reg .b32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0;\n"
-          "@p add.f64 %2, %2, %0;\n @p sub.u32 %1, %1, %5;\n @p ld.shared.f64 %0, [%1]; }"
-          : "+d"(top_), "+r"(next_), "+d"(sum)
-          : "r"(node), "n"(kFlag), "n"(kStep)
-          : "memory");
-    }
+    predicated_pop_and_add<kFlag, kStep>(node, top_, next_, sum);
   }
+
   __device__ __forceinline__ void stay_inside() { next_ = min(max(next_, first_), last_); }
   __device__ void clear() { next_ = first_; }
 

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "../common/ptx.cuh"
 #include "../common/warp.cuh"
 
 namespace grootvl {
@@ -122,15 +123,12 @@ class GridTeam {
  private:
   __device__ void wait_for_blocks() {
     expected_ += blocks_;
-    fence();  // releases what the block wrote, which the __syncthreads() before gathered
+    fence_acquire_release();  // releases what the block wrote, which the __syncthreads() before gathered
     atomicAdd(&scratch_->arrived, 1u);
     const volatile unsigned* arrived = &scratch_->arrived;
     while (static_cast<int>(*arrived - expected_) < 0) __nanosleep(20);
-    fence();  // makes what the others wrote visible to the block
+    fence_acquire_release();  // makes what the others wrote visible to the block
   }
-
-  // __threadfence() also orders all fences of the GPU among each other, which takes longer and is not needed.
-  __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
   BlockTeam block_team_;
   GridScratch* scratch_;
