@@ -1,41 +1,86 @@
-// How a scan is divided among threads.
+// Read this first: what the scans compute, and how a scan is divided among threads.
 //
-// A scan follows the tree's order backwards: a postorder in which the largest subtree of a vertex comes first. A warp
-// that walks along it for 32 channels, a lane each, needs no more than a running sum: at a vertex the sum over its
-// children is complete. Only where a leaf begins a new path is the sum put on a stack, and at a vertex with a larger
-// sibling it is taken back. Larger siblings at least double a subtree, so no more than log2(L) sums wait. On the way
-// down it is the reverse. All the rows of a walk are known ahead, so they are on their way from memory long before they
-// are needed (feed.cuh).
+// clang-format off
 //
-// One warp on each tree and 32 channels is enough for large batches. Otherwise the postorder is cut into *runs*, pieces
-// of consecutive vertices that can be walked side by side. With S the run length aimed at and n_v the subtree size of
-// v, a vertex ends a run if
+// A scan (paper, section 3.2) sweeps over a tree twice. Every vertex v has an input x_v and a decay a_v, which belongs
+// to the edge from v to its parent:
+//
+//     up:    u_v = x_v + sum over the children c of v of a_c u_c
+//     down:  h_root = u_root,   h_v = u_v + a_v (h_parent - a_v u_v)
+//
+// The gradient of the sweep up alone is a sweep down alone of the output's gradient g: h_v = g_v + a_v h_parent.
+//
+// Order. A scan follows the tree's order backwards: a postorder in which the largest subtree of a vertex comes first.
+// A warp goes over the vertices in this order for 32 channels, a lane each. It needs one running sum a lane: at a
+// vertex, the sum over its children is complete. Only where a leaf begins a new path is the sum pushed on a stack, and
+// at a vertex with a larger sibling it is popped. A larger sibling at least doubles a subtree, so that at most log2(L)
+// sums are pending. The sweep down does the reverse. All rows of a walk are known before it begins, so they are
+// prefetched (ring.cuh).
+//
+// Runs. One warp for each tree and 32 channels is enough if there are many trees. Otherwise the postorder is cut into
+// *runs* of consecutive vertices, which several warps walk at the same time. With S the run length aimed at and n_v the
+// size of v's subtree, a vertex ends a run if it is the last of the postorder, or
 //
 //     n_v >= S  and  floor(n_v / S) != floor(n_parent / S).
 //
-// It follows that at most 2 L / S runs arise; that only the last vertex of a run has its parent in another run; and
-// that all runs below a run hang on one vertex of it, its *bottom*. In a grid, where a vertex has at most three
-// children, no run is longer than 3 S. The vertices with n_v >= S from the bottom to the end of a run are its *chain*.
+// It follows that there are at most 2 L / S + 2 runs, that only the last vertex of a run has its parent in another run,
+// and that all runs below a run hang on one vertex of it, its *bottom*. The vertices with n_v >= S of a run are a path
+// from the bottom to the end, the *chain*. In a grid, where a vertex has at most three children, no run is longer than
+// 3 S. An example with S = 4, in which vertices are numbered in postorder:
 //
-// What enters a run from outside is therefore one value a channel at the bottom (E, from the runs below) and one at the
-// end (from the run above), and the run answers linearly:
+//                 14     end of run 4 and root          run   vertices    chain    bottom   end
+//                  |                                      1    1 ...  5    4  5         4     5
+//                 13     bottom of run 4                  2    6 ...  9    9            9     9
+//                /  \                                     3   10 ... 11   10 11        10    11
+//              11    12  11: end of run 3                 4   12 ... 14   13 14        13    14
+//               |
+//              10        bottom of run 3                vertex                4  5   9  10  11  13  14
+//             /  \                                      n_v                   4  5   4  10  11  13  14
+//            5    9      ends of runs 1 and 2           floor(n_v / 4)        1  1   1   2   2   3   3
+//            |    |
+//            4    8      bottom of run 1                All other vertices have subtrees smaller than 4. Runs 1 and 2
+//           / \   |                                     hang on vertex 10, run 3 hangs on vertex 13.
+//          2   3  7
+//          |      |                                     A walk over the whole tree pushes a_5 u_5 at vertex 6, a leaf,
+//          1      6                                     and pops it at vertex 9, which has the larger sibling 5.
 //
-//     u_end    = U + beta E                       beta: product of the decays from the bottom to the end, the end's
-//     excluded h_bottom = E + P + beta a_end m             m = h_parent(end) - a_end u_end: what comes down, the run's
-//     own share left out
+// So a channel of a run gets one value from outside at its bottom, E, and one at its end, m, and it depends on both
+// linearly:
 //
-// Three kernels: (1) summarise_runs finds U, beta and P of each run; (2) join_runs walks over the runs alone and finds
-// E and h_bottom; (3) finish_runs walks each run with these. A tree of one run needs the last one only. Many runs are
-// joined on two levels: the postorder of runs is cut into *sections* by the same rule with a larger S; a section
-// answers as a run does, so that first the sections are summarised and joined, then the runs of each section.
+//     u_end    = U + beta E
+//     h_bottom = E + P + beta a_end m
+//
+//     E     what the runs below bring: the sum of a_end u_end over the runs that hang on the bottom
+//     m     what comes from above, without this run's own share: h_parent(end) - a_end u_end, or h_parent(end) in a
+//           sweep down alone; h_parent(end) is the h_bottom of the run above
+//     U     u at the run's end if nothing enters from below (E = 0)
+//     P     h at the run's bottom if nothing enters at all (E = m = 0): what the run's own vertices add there
+//     beta  the product of the decays from the bottom to the end, without the end's
+//     a_end the end's decay, 0 at a root
+//
+// Three kernels: summarise_runs finds U, P, beta and a_end of each run; join_runs goes over the runs alone, up for all
+// E and down for all h_parent(end); finish_runs walks each run once more, with these. A tree of one run needs the last
+// kernel only. Many runs are joined on two levels: the sequence of runs is cut into *sections* by the same rule with a
+// larger S. A section depends on what enters it as a run does, so that first the sections are summarised and joined,
+// then the runs of each section.
 //
 // A *selective* scan computes its x and decay from the values of a pixel when it reads them, in float32 or better, so
-// neither ever stands in memory; its gradients are those of the values (discretise.cuh).
+// neither is ever stored in memory; its gradients are those of these values (discretise.cuh).
+//
+// clang-format on
+//
+// Files, in the order of their use: plan.cuh cuts the postorder; ring.cuh, stack.cuh and walk.cuh go over the rows of
+// a run; column.cuh goes over runs; summarise.cuh, join.cuh and finish.cuh are the three steps; launch_scan.cuh
+// launches them.
 #pragma once
 
-#include "../common/launch.cuh"
+#include <cstdint>
+
+#include "../common/warp.cuh"
 
 namespace grootvl {
+
+constexpr int kWarpChannels = kWarpLanes;  // channels that a warp takes: one for each lane
 
 enum class Pass {
   kUp,            // u, the sums over subtrees
@@ -45,26 +90,29 @@ enum class Pass {
 };
 
 constexpr bool is_backward(Pass pass) { return pass == Pass::kUpBackward || pass == Pass::kFullBackward; }
-// What is swept: x, and in a backward pass the output's gradient; that of kUp is swept down only.
-constexpr int num_streams(Pass pass) { return is_backward(pass) ? 2 : 1; }
-constexpr bool sweeps_up(Pass pass, int stream) { return stream == 0 || pass == Pass::kFullBackward; }
+// The operands are the maps that are swept: 0 is x; in a backward pass, 1 is the output's gradient. That of kUp is
+// swept down only.
+constexpr int num_operands(Pass pass) { return is_backward(pass) ? 2 : 1; }
+constexpr bool sweeps_up(Pass pass, int operand) { return operand == 0 || pass == Pass::kFullBackward; }
+// Whether a pass sums up the gradients of the parameters of a selective scan.
+constexpr bool has_parameter_gradients(Pass pass, bool selective) { return selective && is_backward(pass); }
 
-// The tensors of a pass, (B, L, D) contiguous unless said otherwise; unused ones are null.
+// The tensors of a pass, (batch, L, D) contiguous unless said otherwise; unused ones are null.
 template <typename T, typename acc_t>
 struct ScanData {
   const T* x;
-  const T* decay;  // of a selective scan the step size before bias and softplus, as in ddecay
+  const T* decay_or_raw_delta;  // the decay, or of a selective scan the step size before bias and softplus
   const T* grad;
   T* out;  // h or u; in a backward pass dx
-  T* ddecay;
+  T* ddecay_or_raw_delta;
   // Of a selective scan.
-  const T* input_weight;  // (B, L), B in the paper; this far from one vertex to the next:
+  const T* input_weight;  // (batch, L), B in the paper; this far from one vertex to the next:
   int64_t input_weight_stride;
   const acc_t* delta_bias;  // (D)
   const acc_t* A_log;       // (D)
-  acc_t* dinput_weight;     // (ceil(D / 32), B, L): a sum over 32 channels each
-  acc_t* dparameters;       // (2, B, runs, D): a sum over a run each, of delta_bias and of A_log
-  acc_t* sums[2];           // each stream's values between the sweeps; may be the outputs' memory, row for row
+  acc_t* dinput_weight;     // (ceil(D / kWarpChannels), batch, L): each a sum over the channels of a warp
+  acc_t* dparameters;       // (2, batch, runs, D): each a sum over a run, of delta_bias and of A_log
+  acc_t* sums[2];           // each operand's values between the sweeps; may be the outputs' memory, row for row
   const int32_t* parent;
   const int32_t* order;
   const int32_t* subtree_size;
@@ -74,124 +122,18 @@ struct ScanData {
   bool aligned;  // rows begin at multiples of 16 bytes
 };
 
-// A vertex of the postorder with what a walk must know of it.
-constexpr int kVertexBits = 27;
-constexpr uint32_t kVertexMask = (1u << kVertexBits) - 1;
-constexpr uint32_t kPush =
-    1u << 27;  // begins a path that ends at a light vertex; as the end of a run: no run hangs below it
-constexpr uint32_t kLight = 1u << 28;  // has a sibling before it in the postorder
-constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a run; of the end of a run: as a section
-constexpr uint32_t kRoot = 1u << 30;
-constexpr uint32_t kPast = 1u << 31;  // fills up a batch after the end of a run: nothing is to be done
-
-// Pieces that each consist of consecutive elements: runs of vertices in postorder, or sections of runs. All arrays per
-// image, over the elements or over the pieces, of which there are at most `capacity`.
-struct Pieces {
-  int32_t* cuts;      // (B, elements): 1 where a piece ends; null, as all that follows, if there is but one
-  const int32_t* id;  // (B, elements): pieces of all images that end up to here, itself included
-  int32_t* end;       // (B, capacity): one past its last element
-  uint32_t* nodes;    // (B, capacity): its last vertex
-  int32_t* first;     // (B, capacity): of runs, the one in which the subtree of that vertex begins
-  int elements;
-  int capacity;
-  int log2_size;
-
-  __device__ int count(int64_t image) const {  // a damaged tree must not lead outside of the arrays
-    return cuts == nullptr ? 1 : min(id[(image + 1) * elements - 1] - before(image), capacity);
-  }
-  __device__ int before(int64_t image) const { return image > 0 ? id[image * elements - 1] : 0; }
-  // Which of its image's pieces an element, the i-th of all images, is in.
-  __device__ int piece(int64_t image, int64_t i) const { return id[i] - cuts[i] - before(image); }
-  __device__ int begin(int64_t image, int piece) const { return piece > 0 ? end[image * capacity + piece - 1] : 0; }
-  // Whether a vertex with n in its subtree, of which `above` is the parent's, ends a piece.
-  __device__ bool cut(int n, bool root, int above) const {
-    return n >> log2_size > 0 && (root || n >> log2_size != above >> log2_size);
-  }
-};
-
-struct Plan {
-  uint32_t* nodes;  // (B, L)
-  Pieces runs, sections;
-};
-
-constexpr int64_t max_pieces(int64_t num_vertices, int log2_size) { return 2 * (num_vertices >> log2_size) + 2; }
-
-// What the phases hand to each other of runs, or of sections: (B, capacity, D) each, and a stream's `stride` further
-// for the second stream.
+// What the kernels hand to each other of runs, or of sections: (batch, capacity, D) each. U, P and E of the second
+// operand follow those of the first, `stride` values further on.
 template <typename acc_t>
 struct RunData {
   acc_t* beta;
-  acc_t* decay;   // of the last vertex, 0 at a root
-  acc_t* end;     // U
-  acc_t* bottom;  // P; after join_runs h at the bottom of the run above
-  acc_t* below;   // E
+  acc_t* a_end;
+  acc_t* U;
+  acc_t* P;  // join overwrites it with h_parent(end)
+  acc_t* E;
   int64_t stride;
+
+  __device__ acc_t* h_above() const { return P; }
 };
-
-constexpr int kPlanThreads = 256;
-
-template <typename T, typename acc_t>
-__global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
-  await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int length = data.num_vertices;
-  if (i >= data.batch * length) return;
-  const int t = i % length, k = length - 1 - t;
-  const int64_t rows = i - t;
-  const int32_t* order = data.order + rows;
-  const int32_t* parent = data.parent + rows;
-  const int32_t* size = data.subtree_size + rows;
-  const unsigned limit = length - 1;  // a damaged tree must not lead outside of the arrays
-  const unsigned v = min(unsigned(order[k]), limit), p = min(unsigned(parent[v]), limit);
-  const int n = size[v];
-  const bool root = v == p;
-  const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
-  const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
-  // A leaf, but the last one of its tree, whose path ends at the root.
-  const unsigned next = k + 1 < length ? min(unsigned(order[k + 1]), limit) : 0;
-  const bool push = n == 1 && k + 1 < length && unsigned(parent[next]) != next;
-  const bool chain = n >> plan.runs.log2_size > 0;
-  plan.nodes[i] = v | (push ? kPush : 0) | (light ? kLight : 0) | (chain ? kChain : 0) | (root ? kRoot : 0);
-  if (plan.runs.cuts == nullptr) return;
-  // Roots of small trees in a forest end no run, the end of the postorder does.
-  plan.runs.cuts[i] = t == length - 1 || plan.runs.cut(n, root, size[p]);
-}
-
-template <typename T, typename acc_t>
-__global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
-  await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int length = data.num_vertices;
-  const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= data.batch * length || !runs.cuts[i]) return;
-  const int64_t image = i / length, rows = image * length;
-  const int t = i % length, run = runs.piece(image, i);
-  if (run >= runs.capacity) return;
-  const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
-  const int n = data.subtree_size[rows + vertex];
-  const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
-  const int first = runs.piece(image, at_first);
-  const int64_t at = image * runs.capacity + run;
-  const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
-  runs.end[at] = t + 1;
-  runs.nodes[at] = (node & ~(kPush | kChain)) | (first == run ? kPush : 0) | (chain ? kChain : 0);
-  if (sections.cuts == nullptr) return;
-  const unsigned above = min(unsigned(data.parent[rows + vertex]), unsigned(length - 1));
-  runs.first[at] = min(first, run);
-  sections.cuts[at] = t == length - 1 || sections.cut(n, node & kRoot, data.subtree_size[rows + above]);
-}
-
-static __global__ void list_sections(Plan plan, int64_t batch) {
-  await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= batch * runs.capacity || !sections.cuts[i]) return;
-  const int64_t image = i / runs.capacity, first = image * runs.capacity + runs.first[i];
-  const int section = sections.piece(image, i);
-  if (section >= sections.capacity) return;
-  const bool leaf = sections.piece(image, first) == section;
-  sections.end[image * sections.capacity + section] = i % runs.capacity + 1;
-  sections.nodes[image * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
-}
 
 }  // namespace grootvl

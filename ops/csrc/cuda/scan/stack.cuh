@@ -1,25 +1,24 @@
-// The sums that wait during a walk.
+// The sums that are pending during a walk.
 #pragma once
 
-#include "feed.cuh"
+#include "ring.cuh"
 
 namespace grootvl {
 
 // A warp a block: blocks of several would leave some multiprocessors idle.
-constexpr int kWalkThreads = 32;
+constexpr int kWalkThreads = kWarpLanes;
 
-// Sums that wait, one for each lane: the top in a register, the others in shared memory. Each operation is done if the
-// vertex, `node`, has kFlag. A walk decides at every row whether to push or to pop, so these are a few instructions
-// under a predicate, without branches, and in assembly, since the compiler finds the predicate anew for each of them. A
-// valid tree stays within the capacity; for a damaged one there is room for a batch of pushes or pops on either side,
-// and `stay_inside` between the batches.
+// A stack of sums for each lane: the top in a register, the others in shared memory. Each operation is done if the
+// vertex, `node`, has kFlag. A walk decides at every row whether to push or to pop, so these have no branches. A valid
+// tree stays within the capacity; for a damaged one there is room for a tile of pushes or pops on either side, and
+// `stay_inside` between the tiles.
 template <typename acc_t>
 class Stack {
  public:
-  // Of stack `stream` of this thread.
-  __device__ Stack(int stream, int capacity)
-      : first_(shared_address() +
-               ((stream * (capacity + 2 * kBatch) + kBatch) * kWalkThreads + threadIdx.x) * uint32_t(sizeof(acc_t))),
+  // The stack of this thread for an operand.
+  __device__ Stack(int operand, int capacity)
+      : first_(shared_address() + ((operand * (capacity + 2 * kTileRows) + kTileRows) * kWalkThreads + threadIdx.x) *
+                                      uint32_t(sizeof(acc_t))),
         last_(first_ + (capacity - 1) * kStep) {
     clear();
   }
@@ -53,7 +52,7 @@ class Stack {
   acc_t top_ = 0;
 };
 
-// Entries of a stack for trees of a size: the sums that wait, the one that an empty stack holds, and one to spare.
+// Entries of a stack for trees of a size: the pending sums, the one that an empty stack holds, and one to spare.
 inline int stack_capacity(int64_t num_vertices) {
   int capacity = 3;
   while ((int64_t{1} << (capacity - 3)) < num_vertices) ++capacity;
@@ -62,8 +61,8 @@ inline int stack_capacity(int64_t num_vertices) {
 
 // Shared memory of the stacks of a block.
 template <typename acc_t>
-__host__ __device__ inline uint32_t stack_bytes(int streams, int capacity) {
-  return sizeof(acc_t) * streams * (capacity + 2 * kBatch) * kWalkThreads;
+__host__ __device__ inline uint32_t stack_bytes(int operands, int capacity) {
+  return sizeof(acc_t) * operands * (capacity + 2 * kTileRows) * kWalkThreads;
 }
 
 }  // namespace grootvl

@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
-    data.ddecay = ddecay.mutable_data_ptr<scalar_t>();
+    data.ddecay_or_raw_delta = ddecay.mutable_data_ptr<scalar_t>();
     if (up_only) {
       scan<Pass::kUpBackward, false>(data, x.options());
     } else {
