@@ -88,7 +88,7 @@ def extension(cuda: bool):
     nvcc += [f"-I{path}" for path in pip_cuda_files("include")]
     cxx += [f"-idirafter{path}" for path in pip_cuda_files("include")]
     library = cpp_extension.CUDAExtension(
-        sources=files + sources("csrc/cuda/*.cu"), extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **options
+        sources=files + sources("csrc/cuda/**/*.cu"), extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **options
     )
     link_cuda_runtime(library)
     return library

@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "../checks.h"
+#include "../../checks.h"
 #include "pixel_team.cuh"
 
 namespace grootvl {

@@ -1,5 +1,5 @@
-// The tree scan on CUDA. How it is divided among threads: tree_scan.cuh.
-#include "tree_scan_launch.cuh"
+// The tree scan on CUDA. How it is divided among threads: scan.cuh.
+#include "launch_scan.cuh"
 
 namespace grootvl {
 namespace {

@@ -1,5 +1,5 @@
-// The gradients of the tree scan on CUDA. How it is divided among threads: tree_scan.cuh.
-#include "tree_scan_launch.cuh"
+// The gradients of the tree scan on CUDA. How it is divided among threads: scan.cuh.
+#include "launch_scan.cuh"
 
 namespace grootvl {
 namespace {
@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
-    data.ddecay = ddecay.mutable_data_ptr<scalar_t>();
+    data.ddecay_or_raw_delta = ddecay.mutable_data_ptr<scalar_t>();
     if (up_only) {
       scan<Pass::kUpBackward, false>(data, x.options());
     } else {

@@ -1,9 +1,9 @@
-// What the selective scan and its gradients share. How a scan is divided among threads: tree_scan.cuh.
+// What the selective scan and its gradients share. How a scan is divided among threads: scan.cuh.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "tree_scan_launch.cuh"
+#include "launch_scan.cuh"
 
 namespace grootvl {
 

@@ -22,7 +22,7 @@ Gradients selective_scan_backward(const at::Tensor& grad_, const at::Tensor& x, 
     auto data = inputs.data<scalar_t, acc_t>();
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
-    data.ddecay = ddelta.mutable_data_ptr<scalar_t>();
+    data.ddecay_or_raw_delta = ddelta.mutable_data_ptr<scalar_t>();
     parameters =
         up_only ? scan<Pass::kUpBackward, true>(data, x.options()) : scan<Pass::kFullBackward, true>(data, x.options());
   });
