@@ -195,7 +195,13 @@ struct NormInputs {
       parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
     }
     const int64_t vec = 16 / h.element_size();
-    aligned = is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
+    const auto all_aligned = [&] {
+      return is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
+    };
+    if (h.size(2) > kMaxThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+      h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
+    }
+    aligned = all_aligned();
   }
 
   // Pixels at one distance from each other, channels side by side.

@@ -82,29 +82,32 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
   T* out = data.out + item.column;
   const SumsBetweenSweeps<T, acc_t> sums{on_chip, {data.sums[0] + item.column, data.sums[1] + item.column}};
-  walk_up<pass, kSelective>(data, plan, item, ring, whole_tree, stacks, E,
-                            [&](int operand, uint32_t node, int place, acc_t, acc_t u, acc_t, auto interior) {
-                              if (!interior && node & kPast) return;
-                              if constexpr (kOnChip) {
-                                store_shared(sums.on_chip_address(data, operand, place), u);
-                                return;
-                              }
-                              if (!item.active) return;
-                              const uint32_t vertex = node & kVertexMask;
-                              if constexpr (pass == Pass::kUp) {
-                                at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
-                              } else {
-                                at_vertex(sums.columns[operand], vertex, sum_row_bytes) = u;
-                              }
-                            });
+  if constexpr (pass != Pass::kDown) {
+    walk_up<pass, kSelective>(data, plan, item, ring, whole_tree, stacks, E,
+                              [&](int operand, uint32_t node, int place, acc_t, acc_t u, acc_t, auto interior) {
+                                if (!interior && node & kPast) return;
+                                if constexpr (kOnChip) {
+                                  store_shared(sums.on_chip_address(data, operand, place), u);
+                                  return;
+                                }
+                                if (!item.active) return;
+                                const uint32_t vertex = node & kVertexMask;
+                                if constexpr (pass == Pass::kUp) {
+                                  at_vertex(out, vertex, row_bytes) = static_cast<T>(u);
+                                } else {
+                                  at_vertex(sums.columns[operand], vertex, sum_row_bytes) = u;
+                                }
+                              });
+  }
   if constexpr (pass == Pass::kUp) return;
 
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
-  constexpr int kSumsPrefetched = kOnChip ? 0 : kOperands;
+  constexpr int kSumsPrefetched = kOnChip ? 0 : num_kept(pass);
+  constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const T* columns[] = {data.decay_or_raw_delta + item.column, data.x + item.column};
   const acc_t* sum_columns[] = {sums.columns[0], sums.columns[1]};
-  const TileCopy<T, 1 + kParameterGradients> row_copy(columns, item.lane_channel(), item.group_channels, data.channels,
-                                                      data.aligned);
+  const TileCopy<T, 1 + kReadsX> row_copy(columns, item.lane_channel(), item.group_channels, data.channels,
+                                          data.aligned);
   const TileCopy<acc_t, kSumsPrefetched> sum_copy(sum_columns, item.lane_channel(), item.group_channels, data.channels,
                                                   data.aligned);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
@@ -131,22 +134,29 @@ __global__ void __launch_bounds__(kWalkThreads)
     acc_t from_above[kOperands];
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) {
-      const acc_t u = row.sums[operand];
+      acc_t u;
+      if constexpr (num_kept(pass) > 0) {
+        u = row.sums[operand];
+      } else {
+        u = static_cast<acc_t>(row.data[1]);
+        if constexpr (kSelective) u *= step.delta * row.input_weight;
+      }
       stacks[operand].template push_if<kLight>(node, h[operand]);
       from_above[operand] = sweeps_up(pass, operand) ? h[operand] - step.decay * u : h[operand];
       h[operand] = root ? u : u + step.decay * from_above[operand];
     }
     const acc_t ddecay = decay_gradient<pass>(row, root, from_above);
+    const acc_t result = pass == Pass::kDownBackward ? row.sums[0] : h[kOperands - 1];  // h, or dx in a backward pass
     if constexpr (!kParameterGradients) {
       if (write) {
-        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(h[kOperands - 1]));
+        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(result));
         if constexpr (is_backward(pass)) {
           store_streaming(at_vertex(ddecay_or_raw_delta, vertex, row_bytes), static_cast<T>(ddecay));
         }
       }
     } else {
       const acc_t x = static_cast<acc_t>(row.data[1]);
-      const acc_t dinput = h[1], by_rate = ddecay * step.decay * discretise.rate;
+      const acc_t dinput = result, by_rate = ddecay * step.decay * discretise.rate;
       const acc_t draw_delta = (dinput * x * row.input_weight + by_rate) * step.slope;
       dinput_weight_shares[j] = write ? dinput * x * step.delta : 0;
       if (write) {
@@ -159,14 +169,12 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) stacks[operand].template pop_if<kPush>(node, h[operand]);
   };
-  walk<Sweep::kDown, kParameterGradients>(item.nodes(plan), item.length(), row_copy, sum_copy, input_weights,
-                                          data.input_weight_stride * sizeof(T), ring, whole_tree, read_on_chip,
-                                          visit_row, [&](const Row<T, acc_t>(&rows)[kTileRows]) {
-                                            for (int operand = 0; operand < kOperands; ++operand)
-                                              stacks[operand].stay_inside();
-                                            if constexpr (kParameterGradients)
-                                              write_input_weight_gradients(rows, dinput_weight_shares, dinput_weights);
-                                          });
+  walk<Sweep::kDown, kSelective && kReadsX>(
+      item.nodes(plan), item.length(), row_copy, sum_copy, input_weights, data.input_weight_stride * sizeof(T), ring,
+      whole_tree, read_on_chip, visit_row, [&](const Row<T, acc_t>(&rows)[kTileRows]) {
+        for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
+        if constexpr (kParameterGradients) write_input_weight_gradients(rows, dinput_weight_shares, dinput_weights);
+      });
   if constexpr (kParameterGradients) {
     if (!item.active) return;
     data.dparameters[item.at_run] = dbias;

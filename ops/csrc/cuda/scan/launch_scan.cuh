@@ -57,6 +57,19 @@ bool aligned(const ScanData<T, acc_t>& data) {
          is_aligned(data.grad) && is_aligned(data.sums[0]) && is_aligned(data.sums[1]);
 }
 
+// Calls `run` with the pass of a direction as a constant.
+template <bool kBackward, typename Run>
+auto with_pass(Direction direction, Run run) {
+  switch (direction) {
+    case Direction::kUp:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kUpBackward : Pass::kUp>());
+    case Direction::kDown:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kDownBackward : Pass::kDown>());
+    default:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kBothBackward : Pass::kBoth>());
+  }
+}
+
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
   at::Tensor input_weight;  // (batch, L)
@@ -108,12 +121,12 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
 
   // Where the sums wait between the sweeps: on chip, where a column is short enough (what a longer one saves in memory
   // it costs in warps, of which a selective scan needs more), in the outputs, if these are as precise, or beside them.
-  const bool on_chip = pass == Pass::kFull && !several_runs && length <= (kSelective ? 64 : 256);
+  const bool on_chip = pass == Pass::kBoth && !several_runs && length <= (kSelective ? 64 : 256);
   at::Tensor sums;
   if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
     data.sums[1] = data.out;
-  } else if (pass != Pass::kUp && !on_chip) {
+  } else if (num_kept(pass) > 0 && !on_chip) {
     sums = at::empty({kOperands, batch, length, channels}, accumulation);
     for (int operand = 0; operand < kOperands; ++operand) {
       data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * batch * length * channels;
@@ -180,7 +193,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
            capacity);
   }
   auto finish = finish_runs<false, pass, kSelective, T, acc_t>;
-  if constexpr (pass == Pass::kFull) {
+  if constexpr (pass == Pass::kBoth) {
     if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
   }
   // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer are on their way.

@@ -82,20 +82,35 @@ namespace grootvl {
 
 constexpr int kWarpChannels = kWarpLanes;  // channels that a warp takes: one for each lane
 
+// What a scan of each direction, and its backward pass, computes.
 enum class Pass {
+  kBoth,          // h, both sweeps
   kUp,            // u, the sums over subtrees
-  kFull,          // h, both sweeps
-  kUpBackward,    // gradients of kUp: u by a sweep up, dx by a sweep down
-  kFullBackward,  // gradients of kFull: both sweeps for x and for the output's gradient
+  kDown,          // h by a sweep down alone, from x: h_v = x_v + a_v h_parent
+  kBothBackward,  // both sweeps for x and for the output's gradient
+  kUpBackward,    // u by a sweep up, dx by a sweep down
+  kDownBackward,  // dx by a sweep up, h by a sweep down
 };
 
-constexpr bool is_backward(Pass pass) { return pass == Pass::kUpBackward || pass == Pass::kFullBackward; }
-// The operands are the maps that are swept: 0 is x; in a backward pass, 1 is the output's gradient. That of kUp is
-// swept down only.
+constexpr bool is_backward(Pass pass) {
+  return pass == Pass::kBothBackward || pass == Pass::kUpBackward || pass == Pass::kDownBackward;
+}
+// The operands are the maps that are swept: x, and in a backward pass the output's gradient. An operand is swept up, or
+// up and down, before one that is swept down alone, so that in kDownBackward the gradient is operand 0.
 constexpr int num_operands(Pass pass) { return is_backward(pass) ? 2 : 1; }
-constexpr bool sweeps_up(Pass pass, int operand) { return operand == 0 || pass == Pass::kFullBackward; }
+constexpr int x_operand(Pass pass) { return pass == Pass::kDownBackward ? 1 : 0; }
+constexpr bool sweeps_up(Pass pass, int operand) {
+  return pass == Pass::kBothBackward || (operand == 0 && pass != Pass::kDown);
+}
+// How many operands have values that are kept between a sweep up and a sweep down. Where nothing is swept up, the sweep
+// down reads x itself.
+constexpr int num_kept(Pass pass) { return pass == Pass::kDown || pass == Pass::kUp ? 0 : num_operands(pass); }
 // Whether a pass sums up the gradients of the parameters of a selective scan.
 constexpr bool has_parameter_gradients(Pass pass, bool selective) { return selective && is_backward(pass); }
+// Whether the sweep down reads x, and of a selective scan the input weights with it.
+constexpr bool reads_x_down(Pass pass, bool selective) {
+  return pass == Pass::kDown || has_parameter_gradients(pass, selective);
+}
 
 // The tensors of a pass, (batch, L, D) contiguous unless said otherwise; unused ones are null.
 template <typename T, typename acc_t>

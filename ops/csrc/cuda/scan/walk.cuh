@@ -17,9 +17,9 @@ __host__ __device__ constexpr uint32_t ring_bytes_up() {
 }
 template <Pass pass, bool kSelective, typename T, typename acc_t>
 __host__ __device__ constexpr uint32_t ring_bytes_of() {
-  constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
+  constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const uint32_t up = ring_bytes_up<pass, kSelective, T, acc_t>();
-  const uint32_t down = ring_bytes<T, acc_t>(1 + kParameterGradients, num_operands(pass), kParameterGradients);
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_kept(pass), kSelective && kReadsX);
   return up > down ? up : down;
 }
 
@@ -156,7 +156,9 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
                                         uint32_t ring_memory, bool long_run, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&E)[num_operands(pass)], Visit visit) {
   constexpr int kOperands = num_operands(pass);
-  const T* columns[] = {data.decay_or_raw_delta + item.column, data.x + item.column, data.grad + item.column};
+  const T *x = data.x + item.column, *grad = data.grad + item.column;
+  const T* columns[] = {data.decay_or_raw_delta + item.column, x_operand(pass) == 0 ? x : grad,
+                        x_operand(pass) == 0 ? grad : x};
   const TileCopy<T, 1 + kOperands> rows(columns, item.lane_channel(), item.group_channels, data.channels, data.aligned);
   const TileCopy<acc_t, 0> no_sums(nullptr, 0, 0, 0, true);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
@@ -170,7 +172,7 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
     for (int operand = 0; operand < kOperands; ++operand) own[operand] = static_cast<acc_t>(row.data[1 + operand]);
     if constexpr (kSelective) {
       const auto step = discretise(decay);
-      own[0] *= step.delta * row.input_weight;
+      own[x_operand(pass)] *= step.delta * row.input_weight;
       decay = step.decay;
     }
     if (!interior && node & kRoot) decay = 0;

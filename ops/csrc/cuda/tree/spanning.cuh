@@ -122,7 +122,7 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
 }
 
 // Directions of a 4-neighbour grid, in the order of a turn: the opposite of d is d ^ 2.
-enum Direction { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
+enum Side { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
 
 __device__ __forceinline__ int grid_step(int direction, int width) {
   return direction & 1 ? 2 - direction : (direction - 1) * width;
