@@ -15,10 +15,11 @@
 #include <cstdint>
 #include <tuple>
 
-#include "../checks.h"
-#include "tree_rooting.cuh"
-#include "tree_spanning.cuh"
-#include "tree_team.cuh"
+#include "../../checks.h"
+#include "../common/vector.cuh"
+#include "rooting.cuh"
+#include "spanning.cuh"
+#include "team.cuh"
 
 namespace grootvl {
 namespace {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Ind
 }
 
 // One block for each image, all working memory in shared memory.
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
     small_grid_tree_kernel(const float* weights, GridShape shape, int* parent, int* order, int* subtree_size) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Arena arena(shared_memory);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }
 
 // Teams of blocks, each of which builds the trees of every teams-th image. Cooperative.
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
     large_grid_tree_kernel(const float* weights, GridShape shape, int batch, int team_blocks, GridScratch* scratch,
                            unsigned char* workspace, int* parent, int* order, int* subtree_size) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -178,7 +179,7 @@ struct GraphMemory {
 // Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings
 // sort into one run each, in the order of their visit (for equal keys: by vertex). Cooperative, as
 // large_grid_tree_kernel.
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
     graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root,
                       int shift, int team_blocks, GridScratch* scratch, unsigned char* workspace, int* parent,
                       int* subtree_size, int* down_ranks, int64_t* sibling_keys) {
@@ -332,18 +333,18 @@ at::Tensor comparable(const at::Tensor& weights) {
 struct Teams {
   int count;
   int blocks;  // of each
-  int threads() const { return blocks * kMaxThreads; }
+  int threads() const { return blocks * kMaxBlockThreads; }
 };
 
 template <typename Kernel>
 Teams plan_teams(Kernel kernel, int64_t batch, int64_t members) {
   int blocks_per_multiprocessor = 0;
-  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, kMaxThreads,
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, kMaxBlockThreads,
                                                                sizeof(BlockScratch)));
   const int64_t resident =
       int64_t{blocks_per_multiprocessor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-  TORCH_CHECK(resident > 0, "the GPU cannot run blocks of ", kMaxThreads, " threads of this kernel");
-  const int64_t useful = (members + kMaxThreads - 1) / kMaxThreads;
+  TORCH_CHECK(resident > 0, "the GPU cannot run blocks of ", kMaxBlockThreads, " threads of this kernel");
+  const int64_t useful = (members + kMaxBlockThreads - 1) / kMaxBlockThreads;
   const int64_t blocks = std::clamp<int64_t>(resident / batch, 1, std::min<int64_t>(useful, kMaxTeamBlocks));
   return {static_cast<int>(std::min(batch, resident / blocks)), static_cast<int>(blocks)};
 }
@@ -351,7 +352,7 @@ Teams plan_teams(Kernel kernel, int64_t batch, int64_t members) {
 template <typename Kernel>
 void launch_teams(Kernel kernel, const Teams& teams, void** arguments) {
   C10_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(teams.count * teams.blocks),
-                                             dim3(kMaxThreads), arguments, sizeof(BlockScratch),
+                                             dim3(kMaxBlockThreads), arguments, sizeof(BlockScratch),
                                              at::cuda::getCurrentCUDAStream()));
 }
 
@@ -385,8 +386,8 @@ TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, 
   int* size_data = subtree_size.mutable_data_ptr<int>();
 
   // As few threads as take the vertices in the same number of turns, since waiting for fewer is quicker.
-  const int64_t turns = (vertices + kMaxThreads - 1) / kMaxThreads;
-  const int64_t threads = ((vertices + turns - 1) / turns + kWarp - 1) / kWarp * kWarp;
+  const int64_t turns = (vertices + kMaxBlockThreads - 1) / kMaxBlockThreads;
+  const int64_t threads = ((vertices + turns - 1) / turns + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
   GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
   shape.shift = bin_shift(vertices, threads);
   Arena shared(nullptr);
@@ -435,7 +436,7 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
   at::Tensor ends =
       (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
   // Pairs are read whole.
-  if (reinterpret_cast<uintptr_t>(ends.const_data_ptr()) % sizeof(int2) != 0) ends = ends.clone();
+  if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = ends.clone();
   const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
   const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);
 

@@ -13,55 +13,28 @@
 #include <type_traits>
 #include <utility>
 
+#include "../common/vector.cuh"
+#include "../common/warp.cuh"
+
 namespace grootvl {
 
 constexpr int kBlockThreads = 128;  // at least; teams may be larger
-constexpr int kMaxThreads = 1024;
 // Blocks of up to so many threads may use all the registers they like; larger ones are compiled for themselves.
 constexpr int kUsualThreads = 384;
-
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Vec {
-  T values[kVec];
-};
-
-template <int kVec, typename T>
-__device__ __forceinline__ Vec<T, kVec> load(const T* from) {
-  return *reinterpret_cast<const Vec<T, kVec>*>(from);
-}
-
-template <int kVec, typename acc_t, typename T>
-__device__ __forceinline__ void unpack(acc_t (&to)[kVec], const Vec<T, kVec>& vec) {
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) to[i] = static_cast<acc_t>(vec.values[i]);
-}
-
-template <int kVec, typename acc_t, typename T>
-__device__ __forceinline__ void store(T* to, const acc_t (&from)[kVec]) {
-  Vec<T, kVec> vec;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) vec.values[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
-}
 
 // Sums over the threads of a team (threadIdx.y). Sums that follow one another must use the two buffers in turn.
 template <int kSums, typename acc_t>
 __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sums[i] += __shfl_xor_sync(0xffffffff, sums[i], distance);
-    }
-  }
-  if (blockDim.x == 32) return;
+  for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
+  if (blockDim.x == kWarpLanes) return;
   constexpr int kMaxSums = 3;
   static_assert(kSums <= kMaxSums);
-  __shared__ acc_t shared[2][kMaxThreads / 32][kMaxSums];
-  const int warps = blockDim.x / 32, first = threadIdx.y * warps;
-  if (threadIdx.x % 32 == 0) {
+  __shared__ acc_t shared[2][kMaxBlockThreads / kWarpLanes][kMaxSums];
+  const int warps = blockDim.x / kWarpLanes, first = threadIdx.y * warps;
+  if (threadIdx.x % kWarpLanes == 0) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) shared[buffer][first + threadIdx.x / 32][i] = sums[i];
+    for (int i = 0; i < kSums; ++i) shared[buffer][first + threadIdx.x / kWarpLanes][i] = sums[i];
   }
   __syncthreads();
 #pragma unroll
@@ -98,8 +71,8 @@ struct TeamLaunch {
   unsigned blocks;
 
   TeamLaunch(const char* name, int64_t rows, int64_t channels, int vec, int blocks_per_processor) {
-    const int64_t team = (channels / vec + 31) / 32 * 32;
-    TORCH_CHECK_VALUE(team <= kMaxThreads, name, " takes up to ", kMaxThreads * vec,
+    const int64_t team = (channels / vec + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
+    TORCH_CHECK_VALUE(team <= kMaxBlockThreads, name, " takes up to ", kMaxBlockThreads * vec,
                       " channels of this alignment, got ", channels);
     block = dim3(team, std::max<int64_t>(1, kBlockThreads / team));
     const int64_t most = int64_t{blocks_per_processor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
@@ -115,7 +88,7 @@ struct TeamLaunch {
       if (block.x * block.y <= kUsualThreads) {
         launch(std::integral_constant<int, kUsualThreads>(), vec);
       } else {
-        launch(std::integral_constant<int, kMaxThreads>(), vec);
+        launch(std::integral_constant<int, kMaxBlockThreads>(), vec);
       }
     };
     if (aligned) {
@@ -127,8 +100,7 @@ struct TeamLaunch {
 };
 
 inline bool is_aligned(const at::Tensor& map, int64_t vec) {
-  return reinterpret_cast<uintptr_t>(map.const_data_ptr()) % (vec * map.element_size()) == 0 &&
-         map.stride(1) % vec == 0;
+  return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
 }
 
 }  // namespace grootvl

@@ -3,15 +3,12 @@
 //
 //     delta = softplus(delta' + bias),   decay = exp(-exp(A_log) delta),   input = delta B x.
 //
-// In float32 it is done by the processor's fast functions and a polynomial, with a relative error of about 1e-6.
+// In float32 it uses the processor's fast functions and a polynomial, with a relative error of about 1e-6.
 #pragma once
 
-namespace grootvl {
+#include "../common/math.cuh"
 
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
-__device__ __forceinline__ double fast_exp(double x) { return exp(x); }
-__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double fast_divide(double a, double b) { return a / b; }
+namespace grootvl {
 
 template <typename acc_t>
 struct Softplus {
@@ -55,6 +52,16 @@ struct Discretisation {
     const Softplus<acc_t> delta = softplus(raw_delta + bias);
     return {delta.value, delta.slope, fast_exp(delta.value * rate)};
   }
+};
+
+// In its place where decays are given instead of step sizes.
+template <typename acc_t>
+struct GivenDecay {
+  struct Step {
+    acc_t decay;
+  };
+
+  __device__ __forceinline__ Step operator()(acc_t decay) const { return {decay}; }
 };
 
 }  // namespace grootvl

@@ -3,20 +3,15 @@
 
 #pragma once
 
+#include "../common/ptx.cuh"
+#include "../common/warp.cuh"
+
 namespace grootvl {
-
-constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
-
-__device__ __forceinline__ int warp_sum(int value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
 
 // What the threads of a block need in shared memory to work as a team.
 struct BlockScratch {
   int sums[3];
-  int warps[kMaxThreads / kWarp];
+  int warps[kMaxBlockThreads / kWarpLanes];
 };
 
 // All threads of one block, a whole number of warps. Every thread has to call each collective operation.
@@ -41,7 +36,7 @@ class BlockTeam {
     const int slot = slot_;
     slot_ = slot == 2 ? 0 : slot + 1;
     value = warp_sum(value);
-    if (threadIdx.x % kWarp == 0 && value != 0) atomicAdd(&scratch_->sums[slot], value);
+    if (threadIdx.x % kWarpLanes == 0 && value != 0) atomicAdd(&scratch_->sums[slot], value);
     if (threadIdx.x == 0) scratch_->sums[slot_] = 0;
     __syncthreads();
     return scratch_->sums[slot];
@@ -49,17 +44,17 @@ class BlockTeam {
 
   // The sum of the values of all threads of lower rank; `total` gets the sum of all.
   __device__ int exclusive_sum(int value, int& total) {
-    const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
+    const int lane = threadIdx.x % kWarpLanes;
+    const int warp = threadIdx.x / kWarpLanes;
     int inclusive = value;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, inclusive, offset);
+    for (int offset = 1; offset < kWarpLanes; offset *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, inclusive, offset);
       if (lane >= offset) inclusive += before;
     }
     __syncthreads();  // an earlier call's sums may still be read
-    if (lane == kWarp - 1) scratch_->warps[warp] = inclusive;
+    if (lane == kWarpLanes - 1) scratch_->warps[warp] = inclusive;
     __syncthreads();
-    const int warp_total = lane < static_cast<int>(blockDim.x) / kWarp ? scratch_->warps[lane] : 0;
+    const int warp_total = lane < static_cast<int>(blockDim.x) / kWarpLanes ? scratch_->warps[lane] : 0;
     total = warp_sum(warp_total);
     return warp_sum(lane < warp ? warp_total : 0) + inclusive - value;
   }
@@ -119,7 +114,7 @@ class GridTeam {
     if (threadIdx.x == 0) *const_cast<volatile int*>(&scratch_->blocks[block_]) = block_total;
     sync();
     int before = 0;
-    for (int i = threadIdx.x % kWarp; i < block_; i += kWarp) {
+    for (int i = threadIdx.x % kWarpLanes; i < block_; i += kWarpLanes) {
       before += *const_cast<volatile int*>(&scratch_->blocks[i]);
     }
     return warp_sum(before) + within_block;
@@ -128,15 +123,12 @@ class GridTeam {
  private:
   __device__ void wait_for_blocks() {
     expected_ += blocks_;
-    fence();  // releases what the block wrote, which the __syncthreads() before gathered
+    fence_acquire_release();  // releases what the block wrote, which the __syncthreads() before gathered
     atomicAdd(&scratch_->arrived, 1u);
     const volatile unsigned* arrived = &scratch_->arrived;
     while (static_cast<int>(*arrived - expected_) < 0) __nanosleep(20);
-    fence();  // makes what the others wrote visible to the block
+    fence_acquire_release();  // makes what the others wrote visible to the block
   }
-
-  // __threadfence() also orders all fences of the GPU among each other, which takes longer and is not needed.
-  __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
   BlockTeam block_team_;
   GridScratch* scratch_;

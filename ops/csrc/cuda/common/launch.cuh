@@ -4,15 +4,15 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 
+#include "ptx.cuh"
+
 namespace grootvl {
 
 // To begin a kernel that is launched with `launch`: waits until the kernels before it on the stream have ended and what
 // they wrote can be read, then lets the kernel after it be set up.
 __device__ __forceinline__ void await_kernels_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  await_earlier_kernels();
+  allow_next_kernel();
 }
 
 // Whether the current GPU runs code of this build that knows how to wait.

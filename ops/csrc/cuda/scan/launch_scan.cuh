@@ -11,8 +11,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "tree_scan_walk.cuh"
+#include "../../checks.h"
+#include "../common/vector.cuh"
+#include "finish.cuh"
+#include "join.cuh"
+#include "plan.cuh"
+#include "summarise.cuh"
 
 namespace grootvl {
 
@@ -49,25 +53,37 @@ inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
 // Whether the rows of all matrices that are walked through begin at multiples of 16 bytes.
 template <typename T, typename acc_t>
 bool aligned(const ScanData<T, acc_t>& data) {
-  const auto fits = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  return data.channels * sizeof(T) % 16 == 0 && fits(data.x) && fits(data.decay) && fits(data.grad) &&
-         fits(data.sums[0]) && fits(data.sums[1]);
+  return data.channels * sizeof(T) % kVectorBytes == 0 && is_aligned(data.x) && is_aligned(data.decay_or_raw_delta) &&
+         is_aligned(data.grad) && is_aligned(data.sums[0]) && is_aligned(data.sums[1]);
+}
+
+// Calls `run` with the pass of a direction as a constant.
+template <bool kBackward, typename Run>
+auto with_pass(Direction direction, Run run) {
+  switch (direction) {
+    case Direction::kUp:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kUpBackward : Pass::kUp>());
+    case Direction::kDown:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kDownBackward : Pass::kDown>());
+    default:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kBothBackward : Pass::kBoth>());
+  }
 }
 
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
-  at::Tensor input_weight;  // (B, L)
+  at::Tensor input_weight;  // (batch, L)
   at::Tensor of_channels;   // (2, D): of delta_bias and A_log
 };
 
 template <Pass pass, bool kSelective, typename T, typename acc_t>
 ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
-  constexpr int kStreams = num_streams(pass);
+  constexpr int kOperands = num_operands(pass);
   const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
   const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
-  constexpr bool kParameters = kSelective && is_backward(pass);
+  constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
   if (batch * length * channels == 0) {
-    if (!kParameters) return {};
+    if (!kParameterGradients) return {};
     return {at::zeros({batch, length}, options), at::zeros({2, channels}, accumulation)};
   }
   TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
@@ -79,7 +95,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   };
   const auto ints = options.dtype(at::kInt);
 
-  const int64_t groups = (channels + 31) / 32;
+  const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
   const bool several_runs = !in_one_run(batch * groups, length);
   Plan plan{};
   plan.runs.log2_size = several_runs ? choose_log2_run(length) : 31;
@@ -105,19 +121,21 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
 
   // Where the sums wait between the sweeps: on chip, where a column is short enough (what a longer one saves in memory
   // it costs in warps, of which a selective scan needs more), in the outputs, if these are as precise, or beside them.
-  const bool on_chip = pass == Pass::kFull && !several_runs && length <= (kSelective ? 64 : 256);
+  const bool on_chip = pass == Pass::kBoth && !several_runs && length <= (kSelective ? 64 : 256);
   at::Tensor sums;
   if constexpr (std::is_same_v<T, acc_t>) {
-    data.sums[0] = is_backward(pass) ? data.ddecay : data.out;
+    data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
     data.sums[1] = data.out;
-  } else if (pass != Pass::kUp && !on_chip) {
-    sums = at::empty({kStreams, batch, length, channels}, accumulation);
-    for (int s = 0; s < kStreams; ++s) data.sums[s] = sums.mutable_data_ptr<acc_t>() + s * batch * length * channels;
+  } else if (num_kept(pass) > 0 && !on_chip) {
+    sums = at::empty({kOperands, batch, length, channels}, accumulation);
+    for (int operand = 0; operand < kOperands; ++operand) {
+      data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * batch * length * channels;
+    }
   }
   data.aligned = aligned(data);
 
   at::Tensor dinput_weight, dparameters;
-  if constexpr (kParameters) {
+  if constexpr (kParameterGradients) {
     dinput_weight = at::empty({groups, batch, length}, accumulation);
     // There may be fewer runs than room for them.
     dparameters = several_runs ? at::zeros({2, batch * plan.runs.capacity, channels}, accumulation)
@@ -132,7 +150,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   const int log2_run = plan.runs.log2_size;
   const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
   const unsigned run_blocks = blocks(batch * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
-  const size_t stacks_bytes = stack_bytes<acc_t>(kStreams, capacity);
+  const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
   const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
@@ -142,14 +160,14 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
       pieces.id = storage.back().const_data_ptr<int32_t>();
     };
     const auto data_of = [&](const Pieces& pieces) {
-      storage.push_back(at::empty({2 + 3 * kStreams, batch, pieces.capacity, channels}, accumulation));
+      storage.push_back(at::empty({2 + 3 * kOperands, batch, pieces.capacity, channels}, accumulation));
       RunData<acc_t> result{};
       result.stride = batch * pieces.capacity * channels;
       result.beta = storage.back().template mutable_data_ptr<acc_t>();
-      result.decay = result.beta + result.stride;
-      result.end = result.decay + result.stride;
-      result.bottom = result.end + kStreams * result.stride;
-      result.below = result.bottom + kStreams * result.stride;
+      result.a_end = result.beta + result.stride;
+      result.U = result.a_end + result.stride;
+      result.P = result.U + kOperands * result.stride;
+      result.E = result.P + kOperands * result.stride;
       return result;
     };
     number(plan.runs);
@@ -161,31 +179,31 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
            capacity);
 
     const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
-    const unsigned section_blocks = blocks(kStreams * batch * plan.sections.capacity * channels, kWalkThreads);
+    const unsigned section_blocks = blocks(kOperands * batch * plan.sections.capacity * channels, kWalkThreads);
     if (several_sections) {
       number(plan.sections);
       launch(list_sections, blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, batch);
       sections = data_of(plan.sections);
       launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
              sections, capacity);
-      launch(join_sections<pass, T, acc_t>, blocks(kStreams * batch * channels, kWalkThreads), kWalkThreads, join_bytes,
-             stream, data, plan, sections, capacity);
+      launch(join_sections<pass, T, acc_t>, blocks(kOperands * batch * channels, kWalkThreads), kWalkThreads,
+             join_bytes, stream, data, plan, sections, capacity);
     }
     launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
            capacity);
   }
   auto finish = finish_runs<false, pass, kSelective, T, acc_t>;
-  if constexpr (pass == Pass::kFull) {
+  if constexpr (pass == Pass::kBoth) {
     if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
   }
   // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer are on their way.
   const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
-  size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kStreams * length * 32 : 0);
+  size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
   if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : 32, finish_bytes);
   C10_CUDA_CHECK(
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
   launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
-  if (!kParameters) return {};
+  if (!kParameterGradients) return {};
   return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};
 }
 
@@ -195,7 +213,7 @@ ScanData<T, acc_t> scan_data(const at::Tensor& x, const at::Tensor& decay, const
   TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
   ScanData<T, acc_t> data{};
   data.x = x.const_data_ptr<T>();
-  data.decay = decay.const_data_ptr<T>();
+  data.decay_or_raw_delta = decay.const_data_ptr<T>();
   data.parent = parent.const_data_ptr<int32_t>();
   data.order = order.const_data_ptr<int32_t>();
   data.subtree_size = subtree_size.const_data_ptr<int32_t>();

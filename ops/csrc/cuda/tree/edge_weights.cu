@@ -13,7 +13,9 @@
 #include <string>
 #include <type_traits>
 
-#include "../checks.h"
+#include "../../checks.h"
+#include "../common/vector.cuh"
+#include "../common/warp.cuh"
 
 namespace grootvl {
 namespace {
@@ -27,11 +29,6 @@ constexpr int kRows = (kTileHeight + 1) * (kTileWidth + 1) - 1;
 constexpr int kSums = 32;  // sums of a tile: an edge each, then a row each, padded to a power of two
 static_assert(kTileEdges + kRows <= kSums);
 constexpr int kThreads = 128;
-
-template <typename Scalar, int kVector>
-struct alignas(sizeof(Scalar) * kVector) Vector {
-  Scalar values[kVector];
-};
 
 struct Map {
   int64_t batch, height, width, channels;
@@ -48,7 +45,7 @@ __device__ __forceinline__ void reduce_scatter(Accumulator (&values)[kSums]) {
     for (int i = 0; i < kCount / 2; ++i) {
       const Accumulator low = values[i];
       const Accumulator high = values[i + kCount / 2];
-      const Accumulator received = __shfl_xor_sync(0xffffffffu, upper ? low : high, kGroup / 2);
+      const Accumulator received = __shfl_xor_sync(kAllLanes, upper ? low : high, kGroup / 2);
       values[i] = (upper ? high : low) + received;
     }
     reduce_scatter<kGroup / 2, kCount / 2>(values);
@@ -93,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
     Vector<Scalar, kVector> loaded[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      loaded[row] = *reinterpret_cast<const Vector<Scalar, kVector>*>(rows[row] + channel);
+      loaded[row] = load<kVector>(rows[row] + channel);
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -181,12 +178,11 @@ void launch(const Scalar* features, Accumulator* weights, const Map& map) {
 
 template <typename Scalar, typename Accumulator>
 void launch(const at::Tensor& features, at::Tensor& weights, const Map& map, Metric metric) {
-  constexpr int kVector = 16 / sizeof(Scalar);
+  constexpr int kVector = kVectorBytes / sizeof(Scalar);
   const auto* data = features.const_data_ptr<Scalar>();
   auto* output = weights.mutable_data_ptr<Accumulator>();
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && map.channels % kVector == 0 &&
-                       map.batch_stride % kVector == 0 && map.row_stride % kVector == 0 &&
-                       map.column_stride % kVector == 0;
+  const bool aligned = is_aligned(data) && map.channels % kVector == 0 && map.batch_stride % kVector == 0 &&
+                       map.row_stride % kVector == 0 && map.column_stride % kVector == 0;
   const auto choose = [&](auto metric_constant) {
     constexpr Metric kMetric = decltype(metric_constant)::value;
     aligned ? launch<kMetric, kVector>(data, output, map) : launch<kMetric, 1>(data, output, map);

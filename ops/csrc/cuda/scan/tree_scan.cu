@@ -1,11 +1,11 @@
-// The tree scan on CUDA. How it is divided among threads: tree_scan.cuh.
-#include "tree_scan_launch.cuh"
+// The tree scan on CUDA. How it is divided among threads: scan.cuh.
+#include "launch_scan.cuh"
 
 namespace grootvl {
 namespace {
 
 at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::Tensor& parent_,
-                     const at::Tensor& order_, const at::Tensor& subtree_size_, bool up_only) {
+                     const at::Tensor& order_, const at::Tensor& subtree_size_, std::string_view direction) {
   check_scan(x_, decay_, parent_, order_, subtree_size_);
   const c10::cuda::CUDAGuard guard(x_.device());
   const at::Tensor x = x_.contiguous(), decay = decay_.contiguous(), parent = parent_.contiguous(),
@@ -15,11 +15,7 @@ at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::T
     using acc_t = at::opmath_type<scalar_t>;
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.out = out.mutable_data_ptr<scalar_t>();
-    if (up_only) {
-      scan<Pass::kUp, false>(data, x.options());
-    } else {
-      scan<Pass::kFull, false>(data, x.options());
-    }
+    with_pass<false>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x.options()); });
   });
   return out;
 }

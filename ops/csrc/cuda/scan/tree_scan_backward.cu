@@ -1,5 +1,5 @@
-// The gradients of the tree scan on CUDA. How it is divided among threads: tree_scan.cuh.
-#include "tree_scan_launch.cuh"
+// The gradients of the tree scan on CUDA. How it is divided among threads: scan.cuh.
+#include "launch_scan.cuh"
 
 namespace grootvl {
 namespace {
@@ -7,7 +7,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, const at::Tensor& x_,
                                                       const at::Tensor& decay_, const at::Tensor& parent_,
                                                       const at::Tensor& order_, const at::Tensor& subtree_size_,
-                                                      bool up_only) {
+                                                      std::string_view direction) {
   check_scan(x_, decay_, parent_, order_, subtree_size_);
   check_like("grad", grad_, "x", x_, x_.sizes());
   const c10::cuda::CUDAGuard guard(x_.device());
@@ -20,12 +20,8 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
-    data.ddecay = ddecay.mutable_data_ptr<scalar_t>();
-    if (up_only) {
-      scan<Pass::kUpBackward, false>(data, x.options());
-    } else {
-      scan<Pass::kFullBackward, false>(data, x.options());
-    }
+    data.ddecay_or_raw_delta = ddecay.mutable_data_ptr<scalar_t>();
+    with_pass<true>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x.options()); });
   });
   return {dx, ddecay};
 }

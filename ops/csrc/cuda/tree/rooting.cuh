@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
-#include "tree_spanning.cuh"
-#include "tree_team.cuh"
+#include "spanning.cuh"
+#include "team.cuh"
 
 namespace grootvl {
 

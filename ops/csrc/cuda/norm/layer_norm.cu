@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "../checks.h"
+#include "../../checks.h"
 #include "pixel_team.cuh"
 
 namespace grootvl {
@@ -117,7 +117,15 @@ struct LayerNormInputs {
   LayerNormInputs(const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_)
       : x(x_.contiguous()),
         weight(weight_.to(at::toOpMathType(x_.scalar_type())).contiguous()),
-        bias(bias_.to(at::toOpMathType(x_.scalar_type())).contiguous()) {}
+        bias(bias_.to(at::toOpMathType(x_.scalar_type())).contiguous()) {
+    x = aligned_if_wide(x);
+  }
+
+  // Threads with one channel each would not hold all channels of a wide map.
+  static at::Tensor aligned_if_wide(const at::Tensor& map) {
+    const bool aligned = reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
+    return map.size(-1) <= kMaxThreads || aligned ? map : map.clone();
+  }
 
   template <typename T, typename out_t, typename acc_t>
   LayerNormData<T, out_t, acc_t> data() const {
@@ -178,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad_, 
                     "statistics must be those of the forward pass");
   const c10::cuda::CUDAGuard guard(x.device());
   const LayerNormInputs inputs(x, weight, weight);
-  const at::Tensor grad = grad_.contiguous(), statistics = statistics_.contiguous();
+  const at::Tensor grad = LayerNormInputs::aligned_if_wide(grad_.contiguous()), statistics = statistics_.contiguous();
   const at::Tensor dx = at::empty(x.sizes(), x.options());
   at::Tensor totals = at::zeros({2, x.size(-1)}, accumulation);
   dispatch(x.scalar_type(), grad.scalar_type(), [&](auto in, auto normed, auto acc) {

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "tree_team.cuh"
+#include "team.cuh"
 
 namespace grootvl {
 
@@ -40,13 +40,13 @@ __device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
 // The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many
 // atomic operations on one address of global memory would wait for each other. Every lane has to call.
 __device__ __forceinline__ void lower_by_runs(EdgeKey* best, int label, EdgeKey key) {
-  const int lane = threadIdx.x % kWarp;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other_label = __shfl_down_sync(0xffffffffu, label, offset);
-    const EdgeKey other_key = __shfl_down_sync(0xffffffffu, key, offset);
-    if (lane + offset < kWarp && other_label == label && other_key < key) key = other_key;
+  const int lane = threadIdx.x % kWarpLanes;
+  for (int offset = 1; offset < kWarpLanes; offset *= 2) {
+    const int other_label = __shfl_down_sync(kAllLanes, label, offset);
+    const EdgeKey other_key = __shfl_down_sync(kAllLanes, key, offset);
+    if (lane + offset < kWarpLanes && other_label == label && other_key < key) key = other_key;
   }
-  const int label_before = __shfl_up_sync(0xffffffffu, label, 1);
+  const int label_before = __shfl_up_sync(kAllLanes, label, 1);
   if (key != kNoEdge && (lane == 0 || label_before != label)) lower(best + label, key);
 }
 
@@ -122,7 +122,7 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
 }
 
 // Directions of a 4-neighbour grid, in the order of a turn: the opposite of d is d ^ 2.
-enum Direction { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
+enum Side { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
 
 __device__ __forceinline__ int grid_step(int direction, int width) {
   return direction & 1 ? 2 - direction : (direction - 1) * width;

@@ -10,8 +10,8 @@
 
 #include <tuple>
 
-#include "../checks.h"
-#include "discretise.cuh"
+#include "../../checks.h"
+#include "../common/math.cuh"
 #include "pixel_team.cuh"
 
 namespace grootvl {
@@ -62,7 +62,7 @@ struct Channels {
 // A thread's share of a pixel, on its way from memory. Past the end of the maps, the last pixel.
 template <int kVec, typename T, bool kBackward>
 struct Pixel {
-  Vec<T, kVec> h, x, z, grad;
+  Vector<T, kVec> h, x, z, grad;
   T C;
   int64_t row, at;
   bool valid;
@@ -195,7 +195,13 @@ struct NormInputs {
       parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
     }
     const int64_t vec = 16 / h.element_size();
-    aligned = is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
+    const auto all_aligned = [&] {
+      return is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
+    };
+    if (h.size(2) > kMaxThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+      h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
+    }
+    aligned = all_aligned();
   }
 
   // Pixels at one distance from each other, channels side by side.
@@ -259,7 +265,7 @@ Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, cons
   const c10::cuda::CUDAGuard guard(h.device());
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
   at::Tensor grad = grad_.contiguous();
-  if (reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 != 0) grad = grad.clone();
+  if (!is_aligned(grad.const_data_ptr())) grad = grad.clone();
   const auto accumulation = h.options().dtype(at::toOpMathType(h.scalar_type()));
   TORCH_CHECK_VALUE(statistics_.sizes() == at::IntArrayRef({h.size(0), h.size(1), 4}) &&
                         statistics_.scalar_type() == at::typeMetaToScalarType(accumulation.dtype()) &&
