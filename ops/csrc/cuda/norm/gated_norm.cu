@@ -198,7 +198,7 @@ struct NormInputs {
     const auto all_aligned = [&] {
       return is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
     };
-    if (h.size(2) > kMaxThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+    if (h.size(2) > kMaxBlockThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
       h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
     }
     aligned = all_aligned();
