@@ -13,7 +13,9 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
-_PERIODIC_CHECKPOINT = re.compile(r"(epoch|iter)_(\d+)\.pth")
+from .termination import ResumableEpochTrainLoop
+
+_PERIODIC_CHECKPOINT = re.compile(r"(?:epoch|iter)_(\d+)(?:_iter_(\d+))?\.pth")
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -77,16 +79,16 @@ def is_intact(checkpoint: str | Path) -> bool:
 
 
 def find_intact_checkpoint(folder: str | Path) -> str | None:
-    """The intact `epoch_N.pth` or `iter_N.pth` in `folder` with the largest N, or None.
+    """The intact `epoch_N.pth`, `epoch_N_iter_I.pth` or `iter_N.pth` in `folder` with the largest N, then I, or None.
 
     Each damaged file that it skips is logged.
     """
     found = [
-        (int(match[2]), path)
+        (int(match[1]), int(match[2] or 0), path)
         for path in Path(folder).glob("*.pth")
         if (match := _PERIODIC_CHECKPOINT.fullmatch(path.name))
     ]
-    for _, path in sorted(found, reverse=True):
+    for *_, path in sorted(found, reverse=True):
         if is_intact(path):
             return str(path)
         print_log(
@@ -129,6 +131,8 @@ class AtomicCheckpointHook(CheckpointHook):
             for leftover in Path(self.out_dir).glob("*.pth.tmp"):
                 leftover.unlink()
         loop = runner.train_loop
+        if isinstance(loop, ResumableEpochTrainLoop) and loop.trained_batches:
+            return  # within an epoch no validation is due
         done = loop.epoch if isinstance(loop, EpochBasedTrainLoop) else loop.iter
         end = loop.max_epochs if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters
         if (

@@ -5,17 +5,20 @@ import copy
 from mmengine.device import is_cuda_available
 from mmengine.dist import is_distributed
 from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 
 from .checkpoints import find_intact_checkpoint, is_intact
-from .distributed import GlooSyncBatchNorm2d, init_gloo
+from .distributed import GlooSyncBatchNorm2d, init_gloo, set_slurm_environment
+from .termination import ResumableEpochTrainLoop, TerminationHook
 
 
 class Runner(MMEngineRunner):
     """mmengine's `Runner`, with these differences:
 
     - Resuming takes the last intact checkpoint, and logs which damaged ones it skips.
+    - On SIGTERM, training ends after the iteration, with a checkpoint (:class:`TerminationHook`).
     - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
     - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
     - Testing raises an error if the checkpoint has missing or unexpected parameters.
@@ -25,7 +28,9 @@ class Runner(MMEngineRunner):
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up the environment and the process group."""
-        if self.launcher == "pytorch" and not is_cuda_available() and not is_distributed():
+        if self.launcher == "slurm":
+            set_slurm_environment()
+        if self.launcher in ("pytorch", "slurm") and not is_cuda_available() and not is_distributed():
             init_gloo()
         super().setup_env(env_cfg)
 
@@ -43,6 +48,12 @@ class Runner(MMEngineRunner):
             kinds = {type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
             model = GlooSyncBatchNorm2d.convert(model, tuple(kinds))
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the training loop; one that counts epochs can resume within an epoch."""
+        if isinstance(loop, dict) and loop.get("by_epoch"):
+            loop = {"type": ResumableEpochTrainLoop, **{key: loop[key] for key in loop if key != "by_epoch"}}
+        return super().build_train_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
         """Build the optimizer."""
@@ -108,6 +119,7 @@ class Runner(MMEngineRunner):
                 f"accumulative_counts={accumulation}: the gradients accumulated at its end are not in the "
                 f"checkpoint, so a resumed run will differ slightly."
             )
+        self.register_hook(TerminationHook())
         return super().train()
 
     def test(self) -> dict:
