@@ -15,7 +15,7 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-detection demo-segmentation test lint format bench clean
+.PHONY: demo demo-detection demo-segmentation test sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -29,6 +29,10 @@ demo-segmentation: $(VENV)/openmmlab
 
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
+
+# The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize-cpu: $(VENV)/test
+	PYTHON=$(CURDIR)/$(VENV)/bin/python ops/tests/sanitize_cpu.sh
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,7 @@ checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrai
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -18,6 +19,7 @@ from timm.layers import (
     ClassifierHead,
     DropPath,
     Mlp,
+    SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -255,6 +257,13 @@ class GrootVHead(ClassifierHead):
         return x if pre_logits else self.fc(x)
 
 
+def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
+    try:
+        return find(layer)
+    except (KeyError, AssertionError, AttributeError) as error:
+        raise ValueError(f"timm knows no {argument} {layer!r}") from error
+
+
 class GrootV(nn.Module):
     """GrootV backbone and classifier.
 
@@ -278,8 +287,9 @@ class GrootV(nn.Module):
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: dims and depths of different length; an unknown metric, root or tree_per; metric, root or d_state
-            beside a mixer, which would not see them; one tree for each stage, but a mixer that takes no tree.
+        ValueError: dims and depths of different length; numbers out of range; a pooling, norm or activation that timm
+            does not know; an unknown metric, root or tree_per; metric, root or d_state beside a mixer, which would not
+            see them; one tree for each stage, but a mixer that takes no tree.
     """
 
     def __init__(
@@ -305,6 +315,16 @@ class GrootV(nn.Module):
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must name as many stages, got {tuple(dims)} and {tuple(depths)}")
+        if min(dims, default=0) < 1 or min(depths) < 0:
+            raise ValueError(f"dims must be at least 1 and depths at least 0, got {tuple(dims)} and {tuple(depths)}")
+        for name, value, lowest in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if not 0 < mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
+        for name, value in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
         if mixer is None:
@@ -314,7 +334,9 @@ class GrootV(nn.Module):
                 f"metric, root and d_state are TreeSSM's and have no effect on mixer={mixer}: "
                 "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
             )
-        norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
+        norm_layer = _find_layer("norm_layer", get_norm_layer, norm_layer)
+        act_layer = _find_layer("act_layer", get_act_layer, act_layer)
+        _find_layer("global_pool", lambda name: SelectAdaptivePool2d(pool_type=name), global_pool)
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -3,6 +3,16 @@
 Nothing here depends on a task: any model, data set and config of mmengine can use it.
 """
 
-from . import checkpoints, distributed, hooks, learning_curve, optim, runner, termination
+from . import checkpoints, data_errors, distributed, finite, hooks, learning_curve, optim, runner, termination
 
-__all__ = ["checkpoints", "distributed", "hooks", "learning_curve", "optim", "runner", "termination"]
+__all__ = [
+    "checkpoints",
+    "data_errors",
+    "distributed",
+    "finite",
+    "hooks",
+    "learning_curve",
+    "optim",
+    "runner",
+    "termination",
+]

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
+from .finite import finite_metrics
 from .termination import ResumableEpochTrainLoop
 
 _PERIODIC_CHECKPOINT = re.compile(r"(?:epoch|iter)_(\d+)(?:_iter_(\d+))?\.pth")
@@ -142,3 +143,7 @@ class AtomicCheckpointHook(CheckpointHook):
         ):
             runner.logger.info("Validating the checkpoint that the run resumes from.")
             runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, unless the metric that decides is not finite: nothing could beat infinity."""
+        super().after_val_epoch(runner, finite_metrics(metrics))

@@ -4,13 +4,17 @@ import copy
 
 from mmengine.device import is_cuda_available
 from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .checkpoints import find_intact_checkpoint, is_intact
+from .data_errors import name_files, naming_annotations
 from .distributed import GlooSyncBatchNorm2d, init_gloo, set_slurm_environment
+from .finite import FiniteValuesHook
 from .termination import ResumableEpochTrainLoop, TerminationHook
 
 
@@ -20,8 +24,11 @@ class Runner(MMEngineRunner):
     - Resuming takes the last intact checkpoint, and logs which damaged ones it skips.
     - On SIGTERM, training ends after the iteration, with a checkpoint (:class:`TerminationHook`).
     - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
+    - With a GPU, mixed precision logs the steps that it skips (:class:`~.optim.GPUAmpOptimWrapper`).
     - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
+    - Errors in images and annotations name the file.
     - Testing raises an error if the checkpoint has missing or unexpected parameters.
+    - :class:`FiniteValuesHook` is in every run: NaN stops an evaluation, and is not saved.
     """
 
     _strict_load = False
@@ -33,6 +40,11 @@ class Runner(MMEngineRunner):
         if self.launcher in ("pytorch", "slurm") and not is_cuda_available() and not is_distributed():
             init_gloo()
         super().setup_env(env_cfg)
+
+    def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
+        """Register the hooks of the config, and `FiniteValuesHook`."""
+        super().register_hooks(default_hooks, custom_hooks)
+        self.register_hook(FiniteValuesHook())
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Move the model to its device and wrap it for distributed training."""
@@ -57,17 +69,28 @@ class Runner(MMEngineRunner):
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
         """Build the optimizer."""
-        if (
-            isinstance(optim_wrapper, dict)
-            and optim_wrapper.get("type") == "AmpOptimWrapper"
-            and (not is_cuda_available())
-        ):
+        if isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper":
             optim_wrapper = copy.deepcopy(optim_wrapper)
-            optim_wrapper["type"] = "CPUAmpOptimWrapper"
-            for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
-                optim_wrapper.pop(gpu_only, None)
-            self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
+            optim_wrapper["type"] = "GPUAmpOptimWrapper"
+            if not is_cuda_available():
+                optim_wrapper["type"] = "CPUAmpOptimWrapper"
+                for gpu_only in ("loss_scale", "dtype", "use_fsdp"):
+                    optim_wrapper.pop(gpu_only, None)
+                self.logger.info("Mixed precision on a CPU: bfloat16, without loss scaling.")
         return super().build_optim_wrapper(optim_wrapper)
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """Build a data loader whose errors name the file."""
+        with naming_annotations(dataloader):
+            loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        name_files(loader.dataset)
+        return loader
+
+    def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
+        """Build the metrics."""
+        with naming_annotations(evaluator):
+            return super().build_evaluator(evaluator)
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Scale the learning rate with processes x batch x accumulation / `auto_scale_lr.base_batch_size`."""

@@ -202,6 +202,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor>
 graph_tree(const at::Tensor &edges, const at::Tensor &weights,
            int64_t num_vertices, int64_t root) {
   check_graph(edges, weights, num_vertices, root);
+  // Before memory for that many vertices is asked for.
+  TORCH_CHECK_VALUE(weights.size(0) == 0 || weights.size(1) >= num_vertices - 1,
+                    "the graph is not connected: a tree over ", num_vertices, " vertices needs ", num_vertices - 1,
+                    " edges, but only ", weights.size(1), " are given");
   if (edges.numel() > 0) {
     const auto [low, high] = at::aminmax(edges);
     TORCH_CHECK_VALUE(
