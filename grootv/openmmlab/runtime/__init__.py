@@ -3,6 +3,6 @@
 Nothing here depends on a task: any model, data set and config of mmengine can use it.
 """
 
-from . import checkpoints, distributed, hooks, learning_curve, optim, runner
+from . import checkpoints, distributed, hooks, learning_curve, optim, runner, work_dir_lock
 
-__all__ = ["checkpoints", "distributed", "hooks", "learning_curve", "optim", "runner"]
+__all__ = ["checkpoints", "distributed", "hooks", "learning_curve", "optim", "runner", "work_dir_lock"]
