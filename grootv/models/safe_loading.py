@@ -64,7 +64,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is incomplete or damaged, or no file of `torch.save`."""
+    """A checkpoint is incomplete or damaged, or no file that `torch.save` writes by default."""
 
 
 def trusts_files() -> bool:
@@ -108,10 +108,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", file: BinaryIO 
     except Exception as error:  # what wrong content raises depends on the content
         refused = re.search(r"GLOBAL (\S+)", str(error))  # torch's message goes on to tell how to allow it
         if refused:
-            reason = f"it refers to {refused[1]}, {_NOT_DATA}"
-        else:
-            reason = f"it cannot be read as plain data ({type(error).__name__}: {_one_line(error)})"
-        raise CheckpointError(path, reason) from error
+            raise CheckpointError(path, f"it refers to {refused[1]}, {_NOT_DATA}") from error
+        reason = f"it cannot be read as plain data ({type(error).__name__}: {_one_line(error)})"
+        raise DamagedCheckpointError(path, reason) from error
     if not isinstance(content, dict):
         raise CheckpointError(path, f"it holds {_kind(content)} instead of a dict of weights")
     return content

@@ -24,7 +24,11 @@ class KillHook(Hook):
         if runner.iter + 1 == int(os.environ.get("KILL_AT_ITERATION", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
 
+flush = os.fsync
+
 def kill_half_way(file):
+    if os.fstat(file).st_size < 100_000:  # not a checkpoint
+        return flush(file)
     os.ftruncate(file, os.fstat(file).st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 

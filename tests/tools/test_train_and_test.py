@@ -138,9 +138,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for result, factor in ((single, "1 processes x 8"), (double, "2 processes x 4"), (scaled, "1 processes x 4")):
         assert f"{factor} images" in result.stdout and "make 8: scaled by 1." in result.stdout
     assert accuracy(single.stdout) == accuracy(double.stdout)
-    one, two = (
-        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two")
-    )
+    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(
             two[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -174,9 +172,7 @@ def test_two_gpus_equal_one_with_twice_the_batch(data: Path, tmp_path: Path, mon
     run_tool("train.py", config, "--work-dir", tmp_path / "one", gpu=True)
     options = ("--cfg-options", "train_dataloader.batch_size=4")
     run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options, gpu=True)
-    one, two = (
-        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two")
-    )
+    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(
             two[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
