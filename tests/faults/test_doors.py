@@ -16,7 +16,7 @@ pytest.importorskip("mmengine")
 
 import mmengine
 import torch
-from doors import DOORS, FIRST, WEIGHT_DOORS, RunsCode, flip, make_model, save_as_published, yacs
+from doors import DOORS, FAULT_TRIES, FIRST, WEIGHT_DOORS, RunsCode, campaign, flip, make_model, save_as_published, yacs
 from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer, MMLogger
 from model_helpers import OFFICIAL_NAMES, official_state
@@ -285,6 +285,7 @@ def test_class_map_pickles_are_read_as_data(images: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "executed").exists()
 
 
+@campaign
 @pytest.mark.slow
 def test_the_tools_refuse(folder: Path) -> None:
     config = write_config(folder, folder / "data")
@@ -309,9 +310,10 @@ def test_the_tools_refuse(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_doors_times_damage(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Flipped bits and cut files at every door: refused, or loaded with exactly the right weights."""
-    tries = int(os.environ.get("FAULT_TRIES", "10"))
+    tries = FAULT_TRIES or 4
     generator = np.random.default_rng(0)
     good = own_file(folder / "good.pth")
     expected = torch.load(good)["state_dict"][FIRST]
