@@ -1,6 +1,7 @@
-# make demo    train a small model on real digits, evaluate it, draw pictures
-# make test    the whole test suite
-# Both set up .venv first, from pinned versions; later calls reuse it.
+# make demo         train a small model on real digits, evaluate it, draw pictures
+# make test         the whole test suite
+# make test-faults  kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
+# They set up .venv first, from pinned versions; later calls reuse it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-detection demo-segmentation test sanitize-cpu lint format bench clean
+.PHONY: demo demo-detection demo-segmentation test test-faults sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -33,6 +34,10 @@ test: $(VENV)/test
 # The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize-cpu: $(VENV)/test
 	PYTHON=$(CURDIR)/$(VENV)/bin/python ops/tests/sanitize_cpu.sh
+
+test-faults: export FAULT_TRIES ?= 20
+test-faults: $(VENV)/test
+	$(VENV)/bin/python -m pytest tests/faults
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

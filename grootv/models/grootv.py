@@ -9,7 +9,7 @@ checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrai
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -39,7 +39,7 @@ from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.norms import norm_for_product
 from grootvl_ops import Tree
 
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, official_to_own
 from .released import require_weights
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
@@ -500,6 +500,12 @@ class GrootV(nn.Module):
         """The last stage's map to (B, num_classes) logits, or with `pre_logits` to what the classifier reads."""
         return self.head(x, pre_logits=pre_logits)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of `nn.Module`; the parameters may also have their official names, as in released files."""
+        if any(official_to_own(name) != name for name in state_dict):
+            state_dict = checkpoint_filter_fn(dict(state_dict), self)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
@@ -530,16 +536,22 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
+    source = None
     if pretrained:
-        require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    return build_model_with_cfg(
-        GrootV,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+        source = require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    try:
+        return build_model_with_cfg(
+            GrootV,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **kwargs,
+        )
+    except RuntimeError as error:
+        if source is None or source in str(error):
+            raise
+        raise RuntimeError(f"{source}: {error}") from error
 
 
 @register_model

@@ -43,8 +43,7 @@ def test_nano_has_about_three_million_parameters():
 def test_registered_by_import_and_nothing_heavy_is_imported():
     heavy = ("mmengine", "mmcv", "mmdet", "mmseg", "matplotlib", "sklearn", "skimage")
     code = (
-        "import sys, grootv, timm; print(timm.list_models('grootv*'));"
-        f"print([m for m in {heavy} if m in sys.modules])"
+        f"import sys, grootv, timm; print(timm.list_models('grootv*'));print([m for m in {heavy} if m in sys.modules])"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == ["['grootv_base', 'grootv_nano', 'grootv_small', 'grootv_tiny']", "[]"]
@@ -224,9 +223,7 @@ def test_grad_checkpointing_changes_nothing(kwargs):
 
 def test_drop_path_grows_from_first_to_last_block():
     model = small(drop_path_rate=0.5)
-    rates = [
-        getattr(block.drop_path1, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks
-    ]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx(torch.linspace(0, 0.5, sum(DEPTHS)).tolist())
 
 

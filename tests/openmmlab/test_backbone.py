@@ -263,7 +263,7 @@ class TestPretrained:
         config = write_config(tmp_path, tmp_path / "data")
         run_tool("train.py", config, "--work-dir", tmp_path / "run", "--cfg-options", "train_cfg.max_epochs=1")
         checkpoint = tmp_path / "run" / "epoch_1.pth"
-        content = torch.load(checkpoint, weights_only=False)
+        content = torch.load(checkpoint, weights_only=True)
         changes = {"depths": (1, 1), "drop_path_rate": 0.0}
         backbone = build(init_cfg={"type": "Pretrained", "checkpoint": str(checkpoint)}, **changes)
         backbone.init_weights()

@@ -3,7 +3,18 @@
 Nothing here depends on a task: any model, data set and config of mmengine can use it.
 """
 
-from . import checkpoints, data_errors, distributed, finite, hooks, learning_curve, optim, runner, termination
+from . import (
+    checkpoints,
+    data_errors,
+    distributed,
+    finite,
+    hooks,
+    learning_curve,
+    optim,
+    runner,
+    termination,
+    work_dir_lock,
+)
 
 __all__ = [
     "checkpoints",
@@ -15,4 +26,5 @@ __all__ = [
     "optim",
     "runner",
     "termination",
+    "work_dir_lock",
 ]
