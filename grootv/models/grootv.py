@@ -31,7 +31,6 @@ from timm.models import (
     checkpoint,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -61,6 +60,19 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+@torch.fx.wrap
+def check_images(x: Tensor) -> None:
+    """Raise an error that says what to do if `x` are not images (B, C, H, W) of floating point."""
+    if x.dim() != 4:
+        advice = "; add the batch dimension by unsqueeze(0)" if x.dim() == 3 else ""
+        raise ValueError(f"images must be (B, C, H, W), got {list(x.shape)}{advice}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"images must be floating point, got {x.dtype}: scale them to [0, 1], subtract the mean and divide by the "
+            "standard deviation of timm.data.resolve_model_data_config(model), as timm.data.create_transform does"
+        )
+
+
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride two, each with a norm: (B, C_in, H, W) to (B, C, H / 4, W / 4)."""
 
@@ -82,8 +94,9 @@ class Stem(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         # Convolutions keep the memory format of their input: no map is transposed after this one.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_nchw(to_nhwc(x).contiguous())
         x = self.act(self.norm1(to_nhwc(self.conv1(x))))
         return to_nchw(self.norm2(to_nhwc(self.conv2(to_nchw(x)))))
 
@@ -146,7 +159,7 @@ class GrootVBlock(nn.Module):
         return to_nchw(x + self.drop_path2(self.mlp(self.norm2(x))))
 
 
-@register_notrace_function
+@torch.fx.wrap
 def tree_list(x: Tensor) -> list[Tree]:
     """An empty list. A symbolic trace keeps calls with a tensor, and so a list that one returns as one object."""
     return []
