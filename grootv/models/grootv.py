@@ -277,7 +277,7 @@ class GrootVHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.act(self.norm(self.conv(x)))))
-        return x if pre_logits else self.fc(x)
+        return self.flatten(x if pre_logits else self.fc(x))
 
 
 class GrootV(nn.Module):
