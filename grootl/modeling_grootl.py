@@ -379,8 +379,7 @@ class GrootLCausalLMOutput(MambaCausalLMOutput):
     """Mamba's output, and the prompts.
 
     Attributes:
-        prompt_length: (B,), or (1,) if all rows are alike: the number of tokens of each row's prompt. None for tokens
-            that continue a cache.
+        prompt_length: (B,), the number of tokens of each row's prompt. None for tokens that continue a cache.
     """
 
     prompt_length: Tensor | None = None
@@ -472,7 +471,7 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
             logits=logits,
             cache=output.cache,
             hidden_states=output.hidden_states,
-            prompt_length=None if prompts is None else prompts.length,
+            prompt_length=None if prompts is None else prompts.length.expand(inputs.shape[0]),
         )
         return result if return_dict else result.to_tuple()
 
