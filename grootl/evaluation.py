@@ -34,6 +34,9 @@ class GrootLLM(HFLM):
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **_: Any) -> None:
         self._config = GrootLConfig.from_pretrained(pretrained, revision=revision, subfolder=subfolder)
 
+    def _get_backend(self, *_: Any, **__: Any) -> None:
+        self.backend = "causal"
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],

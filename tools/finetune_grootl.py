@@ -5,21 +5,18 @@ The defaults are the published recipe: Alpaca's 52,000 records for one epoch, th
 AdamW with a learning rate of 2e-5 that is constant after 20 steps.
 
     tools/finetune_grootl.py state-spaces/mamba-130m-hf alpaca_data.json --method grootl --merge
-    torchrun --nproc-per-node 8 tools/finetune_grootl.py state-spaces/mamba-130m-hf alpaca_data.json
+    torchrun --nproc-per-node 4 tools/finetune_grootl.py state-spaces/mamba-130m-hf alpaca_data.json
 
 The result is in OUT_DIR/model: the whole model with --method full or --merge, else the adapters.
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoTokenizer, set_seed
 
-from grootl.finetuning import METHODS, InstructionTrainer, add_lora, find_complete_checkpoint, load_model, merge_lora
+from grootl.finetuning import METHODS, add_lora, finetune, load_model, recipe
 from grootl.instructions import InstructionData, read_records
 
 
@@ -34,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out-dir", type=Path, help="default: work_dirs/grootl/METHOD")
     parser.add_argument("--epochs", type=float, default=1, help="default: %(default)s")
     parser.add_argument("--max-steps", type=int, default=-1, help="instead of epochs")
-    parser.add_argument("--batch-size", type=int, default=16, help="records a step, of all processes; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="records a step, all processes; default: %(default)s")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="at a time in a process; default: %(default)s")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a record; default: %(default)s")
     parser.add_argument("--lr", type=float, default=2e-5, help="default: %(default)s")
@@ -55,30 +52,28 @@ def parse_args() -> argparse.Namespace:
         args.out_dir = Path("work_dirs/grootl") / args.method
     if args.tree_scale is None:
         args.tree_scale = METHODS[args.method].tree_scale
-    at_a_time = args.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % at_a_time:
-        parser.error(
-            f"--batch-size must be a multiple of --micro-batch-size times the processes, {at_a_time}, got {args.batch_size}"
-        )
-    args.accumulation = args.batch_size // at_a_time
     if not args.resume and any(args.out_dir.glob("checkpoint-*")):
         parser.error(f"{args.out_dir} has checkpoints of another run: --resume continues it, --out-dir names another")
     return args
 
 
-def save(model: PreTrainedModel | PeftModel, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer to a temporary folder, which is then renamed."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)
+    training = recipe(
+        args.out_dir,
+        args.batch_size,
+        args.micro_batch_size,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        learning_rate=args.lr,
+        warmup_steps=args.warmup_steps,
+        bf16=args.bf16,
+        gradient_checkpointing=args.gradient_checkpointing,
+        save_steps=args.save_steps,
+        logging_steps=args.log_steps,
+        seed=args.seed,
+    )
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     model = load_model(args.model, args.tree_scale)
     if len(tokenizer) > model.config.vocab_size:
@@ -91,45 +86,8 @@ def main() -> None:
     if METHODS[args.method].lora:
         model = add_lora(model, args.lora_rank, args.lora_alpha)
         model.print_trainable_parameters()
-
-    trainer = InstructionTrainer(
-        model,
-        TrainingArguments(
-            output_dir=str(args.out_dir),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.micro_batch_size,
-            gradient_accumulation_steps=args.accumulation,
-            learning_rate=args.lr,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=args.warmup_steps,
-            weight_decay=0.0,
-            bf16=args.bf16,
-            gradient_checkpointing=args.gradient_checkpointing,
-            save_steps=args.save_steps,
-            save_total_limit=2,
-            logging_steps=args.log_steps,
-            logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="non_padding",
-            seed=args.seed,
-            remove_unused_columns=False,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        data,
-        tokenizer,
-    )
-    checkpoint = find_complete_checkpoint(args.out_dir) if args.resume else None
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint}", flush=True)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if args.merge and isinstance(model, PeftModel):
-            model = merge_lora(model)
-        save(model, tokenizer, args.out_dir / "model")
-        print(f"written to {args.out_dir / 'model'}", flush=True)
+    finetune(model, tokenizer, data, training, args.resume, args.merge)
+    print(f"written to {args.out_dir / 'model'}", flush=True)
 
 
 if __name__ == "__main__":
