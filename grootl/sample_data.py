@@ -24,7 +24,8 @@ def documentation(held_out: float = 0.3, seed: int = 0) -> tuple[list[str], list
     """Texts of Python's documentation: those to train on, and the share that is held out.
 
     A text is a topic of the language reference, as `help()` shows it, or the docstrings of a module of the standard
-    library. They depend on the release of Python, and the choice on the seed.
+    library. A paragraph that occurs several times stays in one text only, so that none of those to train on is held
+    out. The texts depend on the release of Python, and the choice on the seed.
     """
     texts = [re.sub(r"[*`]+", "", text) for _, text in sorted(topics.items())]
     library = Path(sysconfig.get_path("stdlib"))
@@ -34,9 +35,16 @@ def documentation(held_out: float = 0.3, seed: int = 0) -> tuple[list[str], list
             docstrings = _docstrings(path)
             if docstrings:
                 texts.append("\n\n".join(docstrings))
-    random.Random(seed).shuffle(texts)
-    count = round(held_out * len(texts))
-    return texts[count:], texts[:count]
+    seen: set[str] = set()
+    unique = []
+    for text in texts:
+        blocks = [block for block in re.split(r"\n\s*\n", text) if " ".join(block.split()) not in seen]
+        seen.update(" ".join(block.split()) for block in blocks)
+        if blocks:
+            unique.append("\n\n".join(blocks))
+    random.Random(seed).shuffle(unique)
+    count = round(held_out * len(unique))
+    return unique[count:], unique[:count]
 
 
 def _docstrings(path: Path, shortest: int = 120) -> list[str]:

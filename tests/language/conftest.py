@@ -1,13 +1,19 @@
 """Skips the language tests where transformers is not installed."""
 
 import importlib.util
+from pathlib import Path
 
-REASON = "needs transformers: pip install 'grootv[language]'"
+import pytest
 
-collect_ignore_glob = []
-if importlib.util.find_spec("transformers") is None:
-    collect_ignore_glob = ["test_*.py"]
+MISSING = [name for name in ("transformers", "peft", "lm_eval", "datasets") if importlib.util.find_spec(name) is None]
 
 
-def pytest_report_header() -> str | None:
-    return f"tests/language: skipped, {REASON}" if collect_ignore_glob else None
+class SkippedModule(pytest.Module):
+    """A file of tests whose imports would fail."""
+
+    def collect(self):
+        pytest.skip(f"needs {', '.join(MISSING)}: pip install '.[language]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return SkippedModule.from_parent(parent, path=module_path) if MISSING else None

@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 from golden import grootl_fill
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from grootl import GrootLConfig, GrootLForCausalLM
+from grootl.sample_data import train_tokenizer
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "grootl.pt", weights_only=True)
 VOCABULARY = GOLDEN["config"]["vocab_size"]
@@ -42,3 +44,19 @@ def pad(rows: list[Tensor], side: str, extra: int = 0) -> tuple[Tensor, Tensor]:
         place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[number, place], mask[number, place] = row, 1
     return ids, mask
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, after end of text, which is also padding."""
+    return train_tokenizer([], 257)
+
+
+def save_mamba(folder: Path, **changes) -> MambaForCausalLM:
+    """A small Mamba for `byte_tokenizer` with random weights, in the folder beside its tokenizer, as transformers saves
+    it."""
+    settings = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 260, **changes}
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(**settings)).eval()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
