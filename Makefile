@@ -1,18 +1,18 @@
 # make demo    train a small model on real digits, evaluate it, draw pictures
 # make test    the whole test suite
-# Both set up .venv first, from pinned versions; that is quick the second time.
+# Both set up .venv first, from pinned versions; later calls reuse it.
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
 
-# Without a GPU to build for, one architecture is enough to see that the CUDA sources compile.
+# Without a GPU, one architecture is enough to test that the CUDA sources compile.
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-# As many compilers at a time as there are cores; nvcc takes much memory.
+# One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo demo-detection demo-segmentation test lint format bench clean

@@ -4,7 +4,7 @@
     python benchmarks/cpu_latency.py --model grootv_nano --peer mambaout_femto --size 160
 
 Prints the median latencies and their ratio, and the share of the tree and scan operations in the model's forward pass.
-To be run on a machine that has nothing else to do.
+Run it on a machine that does nothing else.
 """
 
 import argparse

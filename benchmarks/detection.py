@@ -4,8 +4,8 @@
     python benchmarks/detection.py --models grootv_tiny grootv_small --steps 30
 
 Every model runs through configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py: forward, losses, backward and
-optimizer, on a GPU in mixed precision. The images are noise with random boxes and masks, always the same ones, so that
-the losses fall.
+optimizer, on a GPU in mixed precision. The images are noise with random boxes and masks. They are the same in every
+step, so the losses fall.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PEER = "swin_tiny_patch4_window7_224"
 
 @MODELS.register_module()
 class TimmFeatures(BaseModule):
-    """The feature maps of a timm model that is made for images of `size` (height, width), as NCHW."""
+    """The feature maps of a timm model for images of `size` (height, width), as NCHW."""
 
     def __init__(self, name: str, size: tuple[int, int], drop_path_rate: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class TimmFeatures(BaseModule):
 
 
 def make_batch(images: int, height: int, width: int, objects: int = 8) -> dict:
-    """A batch as mmdet's data loader gives it: noise, and boxes with elliptic masks at random places."""
+    """A batch in the form of mmdet's data loader: noise, and boxes with elliptic masks at random places."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
@@ -100,7 +100,7 @@ def build(name: str, size: tuple[int, int]) -> tuple[torch.nn.Module, object]:
     model = MODELS.build(config.model)
     model.init_weights()
     model.train().to("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.is_available():  # on CPUs, where one only tries the script out, mixed precision is slow
+    if torch.cuda.is_available():  # mixed precision is slow on CPUs, where this script runs only as a trial
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     return model, build_optim_wrapper(model, config.optim_wrapper)
 

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --compile reduce-overhead
 
-First one process trains alone while the others wait, then all of them together, each on a batch of its own. Forward,
+First one process trains alone while the others wait. Then all train together, each on its own batch. Forward,
 loss, backward and optimizer, float16 by autocast.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/operations.py
 
-The scan is set against its floor: the time in which each of its tensors (three forward: x, decay, h; six backward:
-grad, x, decay, h, dx, ddecay) would pass through memory once, at the copy bandwidth measured in the same run.
+The scan is compared with its floor: the time to read or write each of its tensors once (three forward: x, decay, h; six
+backward: grad, x, decay, h, dx, ddecay) at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LARGE = [(2, 200, 336, 160), (16, 128, 128, 160), (1, 512, 512, 160), (1, 2048, 
 
 
 class Times(NamedTuple):
-    """Milliseconds of the operations on one kind of map, and in which a tensor of its size passes through memory."""
+    """Milliseconds of the operations on maps of one size, and of reading or writing one tensor of that size."""
 
     edges: float
     tree: float
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 def measure(shape: tuple[int, int, int, int], bandwidth: float, dtype: torch.dtype, sets: int | None = None) -> Times:
-    """The operations on maps (B, H, W, D), at a memory `bandwidth` in bytes a second."""
+    """Measure the operations on maps (B, H, W, D); `bandwidth` is the memory's, in bytes a second."""
     _, height, width, _ = shape
     ops = torch.ops.grootvl_ops
     sets = sets or (2 if shape[0] > 1 else 1)  # more data than the cache holds, so that every call reads memory

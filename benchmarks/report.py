@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing on the GPU, and results that say where they come from."""
+"""Timing on the GPU, and reports with hardware, versions and commit, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """The checked out commit, marked if files differ from it."""
+    """The checked-out commit, with a mark if files differ from it."""
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -41,7 +41,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def shown_arguments() -> list[str]:
-    """The arguments of this run, but for the name of the commit."""
+    """The arguments of this run without the name of the commit."""
     arguments = sys.argv[1:]
     if "--commit" in arguments:
         at = arguments.index("--commit")
@@ -66,9 +66,9 @@ def publish(title: str, name: str, sections: Sequence[str], command: str, commit
 
 
 def graph_milliseconds(calls: Sequence[Callable[[], object]], rounds: int = 10, repeats: int = 15) -> float:
-    """Median milliseconds of one call, from replays of a CUDA graph of all `calls` (best on different data).
+    """Median milliseconds of one call, from replays of a CUDA graph of all `calls`, each on its own data.
 
-    The graph has the calls `rounds` times, since to start it takes some microseconds.
+    The graph contains the calls `rounds` times, because its start takes some microseconds.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -85,7 +85,7 @@ def graph_milliseconds(calls: Sequence[Callable[[], object]], rounds: int = 10, 
 
 
 def event_milliseconds(call: Callable[[], object], repeats: int, warmup: int = 1, in_a_row: int = 1) -> float:
-    """Median milliseconds of a call on the GPU, by events around so many calls in a row."""
+    """Median milliseconds of a call on the GPU, from events around `in_a_row` calls."""
     for _ in range(warmup):
         call()
     torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py          # writes docs/images/scaling.png and benchmarks/results/scaling-MACHINE.md
 
-Every size has about as many values, so that the GPU is full: what differs is how many trees there are and how long.
+All sizes have about the same number of values, which fills the GPU; they differ in the number and the size of trees.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.png"
 
 
 def peak_memory(shape: tuple[int, int, int, int]) -> float:
-    """Bytes that tree and scan, forward and backward, need beside their inputs, for each value of the map."""
+    """Bytes per value of the map that tree and scan need besides their inputs, forward and backward."""
     features = torch.randn(shape, device="cuda")
     x, decay = (torch.rand(shape, device="cuda").flatten(1, 2).requires_grad_() for _ in range(2))
     torch.cuda.synchronize()

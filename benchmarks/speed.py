@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py
 
-The peer is timm's swin_tiny in the same run and precision (float16 by autocast). The published implementation is what
-it is set against where that was measured before, on another H200 with torch 2.11.
+The peer is timm's swin_tiny in the same run and precision (float16 by autocast). Where figures of the published
+implementation are given, they were measured earlier, on another H200 with torch 2.11.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def dense_rows(repeats: int) -> list[list[str]]:
 
 
 def latency_rows() -> list[list[str]]:
-    """Batch 1, from replays of a CUDA graph: what the GPU takes, without the host."""
+    """Batch 1, from replays of a CUDA graph: the time of the GPU without the host."""
     times = []
     for name in (PEER, "grootv_tiny"):
         run = Run(name, 1)

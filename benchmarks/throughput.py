@@ -5,7 +5,8 @@
     python benchmarks/throughput.py --models grootv_tiny --compile reduce-overhead --precisions float16
 
 Inference in inference mode; training is forward, loss and backward, without an optimizer. float32 lets matrix products
-use TF32, float16 is autocast. Nothing waits for the GPU between batches, as in a training that reads its loss rarely.
+use TF32, float16 is autocast. The host does not wait for the GPU between batches, as in training that reads its loss
+rarely.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from grootvl_ops import Tree, build_tree, build_tree_from_edges, tree_scan
+from grootvl_ops import Tree, build_tree, path_tree, tree_scan
 
 SCANS = ("tree", "raster")
 # Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
@@ -51,23 +51,6 @@ def lab_features(image: np.ndarray, height: int, width: int) -> Tensor:
     channels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
     cells = torch.nn.functional.adaptive_avg_pool2d(channels, (height, width))
     return torch.from_numpy(rgb2lab(cells[0].permute(1, 2, 0).numpy()).astype(np.float32))[None]
-
-
-def raster_tree(num_vertices: int) -> Tree:
-    """The path 0, 1, ..., L - 1 as a `Tree` rooted at 0: the order in which a raster scan walks over the pixels.
-
-    Args:
-        num_vertices: L, at least 1.
-
-    Returns:
-        `Tree` with fields (1, L) int32. Scanned with `grootvl_ops.tree_scan`, it is a raster scan in both directions.
-
-    Raises:
-        ValueError: L less than 1.
-    """
-    vertices = torch.arange(max(num_vertices, 0))
-    edges = torch.stack([vertices[:-1], vertices[1:]], 1)
-    return build_tree_from_edges(edges, torch.zeros(1, len(edges)), num_vertices)
 
 
 def tree_depths(tree: Tree) -> Tensor:
@@ -112,7 +95,7 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
     if scan not in SCANS:
         raise ValueError(f"scan must be one of {', '.join(map(repr, SCANS))}, got {scan!r}")
     features = features.detach().cpu()
-    tree = build_tree(features, "euclidean") if scan == "tree" else raster_tree(height * width)
+    tree = build_tree(features, "euclidean") if scan == "tree" else path_tree(torch.arange(height * width))
     flat = features.reshape(height * width, channels)
     distances = (flat - flat[tree.parent[0].long()]).norm(dim=1)
     impulse = torch.zeros_like(distances)

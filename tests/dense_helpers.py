@@ -44,13 +44,13 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
 
 
 def make_data(task: str, root: Path) -> Path:
-    """Eight scenes for training and four held out, in the format of the task."""
+    """Write eight scenes for training and four held-out ones in the format of the task."""
     export = {"detection": export_coco, "segmentation": export_ade20k}[task]
     return export(root, num_train=8, num_val=4)
 
 
 def write_dense_config(folder: Path, task: str, data: Path, extra: str = "") -> Path:
-    """A config of a small run on `data`; `extra` is appended to it."""
+    """Write the config of a small run on `data`; `extra` is appended to it."""
     text = {"detection": DETECTION, "segmentation": SEGMENTATION}[task]
     path = folder / f"small_{task}.py"
     path.write_text(text.format(root=ROOT, data=data) + extra)
@@ -58,7 +58,7 @@ def write_dense_config(folder: Path, task: str, data: Path, extra: str = "") -> 
 
 
 def build_runner(config: Path, work_dir: Path, **changes: object):
-    """The project's Runner for a config, in this process."""
+    """Build the project's Runner for a config, in this process."""
     from grootv.openmmlab.runtime.runner import Runner
 
     cfg = Config.fromfile(config)

@@ -1,11 +1,18 @@
-"""Official parameter names, and checkpoints made up from them."""
+"""Official parameter names, checkpoints made up from them, and the operations' definitions under a model."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from golden import fill
 from torch import Tensor
+
+import grootvl_ops
+from grootv.layers import scans
+from grootvl_ops import reference
 
 OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads(
     (Path(__file__).parent / "golden" / "official_names.json").read_text()
@@ -36,3 +43,40 @@ def shrink(names: dict[str, list[int]], dims: tuple[int, ...], depths: tuple[int
             sizes |= rank
         smaller[name] = [sizes.get(size, size) for size in shape]
     return smaller
+
+
+class ReferenceScan(torch.autograd.Function):
+    """The reference's scan and its gradient, in place of the registered operation."""
+
+    @staticmethod
+    def forward(ctx, x, decay, parent, order, subtree_size, direction):
+        ctx.save_for_backward(x, decay, parent, order, subtree_size)
+        ctx.direction = direction
+        return reference.tree_scan(x, decay, parent, order, subtree_size, direction)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *reference.tree_scan_backward(grad, *ctx.saved_tensors, ctx.direction), None, None, None, None
+
+
+def reference_tree(features: Tensor, metric: str) -> grootvl_ops.Tree:
+    weights = reference.edge_weights(features.detach(), metric)
+    return grootvl_ops.Tree(*reference.grid_tree(weights, features.shape[1], features.shape[2], 0))
+
+
+@contextmanager
+def plain_operations(
+    scan: Callable[..., Tensor] = ReferenceScan.apply,
+    build_tree: Callable[[Tensor, str], grootvl_ops.Tree] = reference_tree,
+) -> Iterator[None]:
+    """Models run on the definitions of the operations in plain PyTorch, with the gradients of autograd."""
+
+    def selective_scan(x, dt, dt_weight, dt_bias, A_log, B, tree, direction="both", C=None):
+        return reference.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction, scan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scans, "_build_tree", build_tree)
+        patch.setattr(grootvl_ops, "selective_scan", selective_scan)
+        patch.setattr(grootvl_ops, "gated_norm", lambda *args: reference.gated_norm(*args)[0])
+        patch.setattr(grootvl_ops, "layer_norm", lambda *args: reference.layer_norm(*args)[0])
+        yield

@@ -1,13 +1,9 @@
-"""Pictures of trees, affinities and predictions, and the demo that makes them."""
+"""Pictures of trees, affinities and predictions."""
 
-import importlib.util
-import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -21,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
-from training_helpers import ROOT, environment
+from training_helpers import environment
 
 from grootv.visualization import (
     RIGHT,
@@ -30,13 +26,13 @@ from grootv.visualization import (
     lab_features,
     plot_predictions,
     plot_tree_and_affinity,
-    raster_tree,
     scan_affinity,
     tree_depths,
 )
-from grootvl_ops import build_tree, tree_scan
+from grootvl_ops import build_tree, path_tree
 
 GRID = (7, 9)
+PATHS = {length: path_tree(torch.arange(length)) for length in (1, 4)}
 
 
 @pytest.fixture
@@ -93,16 +89,6 @@ def test_affinity_of_the_raster_scan_follows_the_rows(features: torch.Tensor) ->
     np.testing.assert_allclose(affinity.ravel(), np.exp(-np.abs(along - along[2 * GRID[1] + 4]) / 0.7), rtol=1e-9)
 
 
-@pytest.mark.parametrize("length", [1, 2, 13])
-def test_raster_tree_is_a_path(length: int) -> None:
-    tree = raster_tree(length)
-    assert tree.order.tolist() == [list(range(length))]
-    assert tree.parent.tolist() == [[0, *range(length - 1)]]
-    assert tree_depths(tree).tolist() == [list(range(length))]
-    ones = torch.ones(1, length, 1)
-    assert tree_scan(ones, ones, tree, up_only=True).flatten().tolist() == list(range(length, 0, -1))
-
-
 def test_depths_count_the_steps_to_the_root() -> None:
     tree = build_tree(torch.randn(2, 6, 8, 4, generator=torch.Generator().manual_seed(1)), root=20)
     for parents, depths in zip(tree.parent.tolist(), tree_depths(tree).tolist(), strict=True):
@@ -134,7 +120,7 @@ def test_the_drawn_tree_spans_the_grid_on_the_photograph(photo: np.ndarray, colo
 
 
 def test_a_tree_of_one_pixel_can_be_drawn(photo: np.ndarray) -> None:
-    assert not draw_tree(Figure().subplots(), photo, raster_tree(1), 1, 1).get_segments()
+    assert not draw_tree(Figure().subplots(), photo, PATHS[1], 1, 1).get_segments()
 
 
 def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tmp_path: Path) -> None:
@@ -179,15 +165,14 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: lab_features(IMAGE / 255, 2, 2), TypeError, "image must be uint8, got float64"),
         (lambda: lab_features(IMAGE, 9, 2), ValueError, "image's 8 x 8, got 9 x 2"),
         (lambda: lab_features(IMAGE, 2, 0), ValueError, "got 2 x 0"),
-        (lambda: raster_tree(0), ValueError, "num_vertices must be at least 1, got 0"),
         (lambda: scan_affinity(FEATURES[0], (0, 0), 1.0), ValueError, r"must be \(1, H, W, C\), got \[4, 4, 3\]"),
         (lambda: scan_affinity(FEATURES, (0, 4), 1.0), ValueError, r"on the 4 x 4 map, got \(0, 4\)"),
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
         (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', got 'cross'"),
-        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
-        (lambda: draw_tree(Figure().subplots(), IMAGE, raster_tree(4), 2, 2, "age"), ValueError, "got 'age'"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
+        (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 2, "age"), ValueError, "got 'age'"),
         (lambda: plot_predictions(IMAGE[0], SCORES, [0, 1], "abc"), ValueError, r"images must be .*, got \[8, 3\]"),
         (lambda: plot_predictions(np.zeros((2, 8, 8)), SCORES, [0, 1], "abc"), TypeError, "uint8, got float64"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abcd"), ValueError, r"\[2, 4\] .* got \[2, 3\]"),
@@ -198,99 +183,3 @@ SCORES = np.full((2, 3), 0.3)
 def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    pytest.importorskip("mmengine")
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_digits_to_show_are_the_wrong_ones_and_then_some_of_all_classes(demo: ModuleType) -> None:
-    targets = np.repeat(np.arange(10), 30)
-    scores = np.eye(10)[targets]
-    scores[[17, 250]] = np.eye(10)[[3, 4]]
-    shown = demo.choose_digits(scores, targets, 40)
-    assert shown[:2].tolist() == [17, 250] and len(set(shown.tolist())) == 40
-    assert set(targets[shown[2:]]) == set(range(10))
-    assert demo.choose_digits(scores, targets, 1).tolist() == [17]
-    assert len(demo.choose_digits(scores, targets, 1000)) == 300
-    all_wrong = np.roll(scores, 1, axis=1)
-    assert demo.choose_digits(all_wrong, targets, 400).tolist() == list(range(300))
-
-
-@pytest.fixture
-def run_demo(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[str | None, str]]:
-    """Runs the demo with one epoch of a tiny model, elsewhere; gives why it ended (None: well), and its output."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tiny = ("model.backbone.dims=(8,16)", "model.backbone.depths=(1,1)", "train_cfg.max_epochs=1")
-
-    def run(*arguments: str) -> tuple[str | None, str]:
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--out-dir", "demo", *arguments, "--cfg-options", *tiny])
-        end = None
-        try:
-            demo.main()
-        except SystemExit as error:
-            end = error.code
-        return end, capfd.readouterr().out
-
-    return run
-
-
-@pytest.mark.slow
-def test_the_demo_draws_its_pictures_and_judges_the_accuracy(
-    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "demo"
-    end, log = run_demo()
-    assert "is below the 97 % it should reach" in end, log
-    measured = [float(value) for value in re.findall(r"accuracy/top1: ([\d.]+)", log)]
-    reported = float(re.search(r"accuracy on 360 held-out digits: ([\d.]+) %", log)[1])
-    assert reported == pytest.approx(measured[-1], abs=0.01) and reported < 97
-    predictions = pickle.loads((out / "evaluation/predictions.pkl").read_bytes())
-    right = [int(prediction["scores"].argmax()) == prediction["target"] for prediction in predictions]
-    assert reported == pytest.approx(100 * np.mean(right), abs=0.01)
-    for path in (out / "training/learning_curve.png", out / "digits.png", out / "tree_and_affinity.png"):
-        assert str(path) in log
-        with Image.open(path) as image:
-            assert min(image.size) > 400
-
-    # What is finished is used again; an accuracy that suffices makes a success.
-    checkpoint = out / "training/epoch_1.pth"
-    written = checkpoint.stat().st_mtime_ns
-    monkeypatch.setattr(demo, "evaluate", lambda *_: (97.0, predictions))
-    end, log = run_demo()
-    assert end is None and checkpoint.stat().st_mtime_ns == written
-    assert "resumed epoch: 1" in log and "Epoch(train)" not in log
-
-
-def test_a_fresh_demo_forgets_the_training(
-    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = tmp_path / "demo/training/epoch_1.pth"
-    left.parent.mkdir(parents=True)
-    left.touch()
-
-    def stop(step: str, *_: object) -> None:
-        raise SystemExit(f"{step} {left.exists()}")
-
-    monkeypatch.setattr(demo, "run_tool", stop)
-    assert run_demo()[0] == "training True"
-    assert run_demo("--fresh")[0] == "training False"
-
-
-def test_a_failing_step_ends_the_demo(
-    run_demo: Callable[..., tuple[str | None, str]], demo: ModuleType, tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit, match=r"demo: evaluation failed with exit code 2(.|\n)*make_digits.py --unknown"):
-        demo.run_tool("evaluation", "make_digits.py", "--unknown")
-    (tmp_path / "demo/digits").mkdir(parents=True)
-    (tmp_path / "demo/digits/notes.txt").touch()
-    assert "does not hold the digits" in run_demo()[0]

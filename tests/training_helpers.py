@@ -14,7 +14,7 @@ CLASSES = ("circle", "square", "stripes")
 
 
 def write_images(root: Path, split: str, per_class: int, seed: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """PNG files of 32x32 pixels in `root/split/<class>/`: a class has its own colour, under noise."""
+    """Write PNG files of 32x32 pixels to `root/split/<class>/`: each class has its own colour, under noise."""
     generator = np.random.default_rng(seed)
     for label, name in enumerate(classes):
         folder = root / split / name
@@ -80,16 +80,16 @@ default_hooks = dict(logger=dict(interval=2))
 
 
 def write_config(folder: Path, data: Path, extra: str = "") -> Path:
-    """A config that trains a two-stage GrootV on `data` for three epochs; `extra` is appended to it."""
+    """Write a config that trains a two-stage GrootV on `data` for three epochs; `extra` is appended to it."""
     path = folder / "small.py"
     path.write_text(CONFIG.format(root=ROOT, data=data) + extra)
     return path
 
 
 def environment(*extra_paths: Path, gpu: bool = False) -> dict[str, str]:
-    """Environment of a tool: this source tree, one thread, and no GPU unless `gpu`."""
+    """Environment for a tool: this source tree, one thread, and no GPU unless `gpu`."""
     paths = [str(path) for path in (*extra_paths, ROOT)]
-    # The operations from the source tree too, where they are not installed.
+    # If the operations are not installed, they are imported from the source tree too.
     paths += [path for path in sys.path if path.endswith("ops")] + [os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -124,7 +124,7 @@ def run_tool(
 
 
 def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` in an interpreter of its own, whose path begins with `paths`."""
+    """Run `code` in a new interpreter; its search path begins with `paths`."""
     return subprocess.run([sys.executable, "-c", code], env=environment(*paths), capture_output=True, text=True)
 
 

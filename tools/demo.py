@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train a small GrootV on handwritten digits, test it on held-out ones, and draw what it and its trees do.
+"""Train a small GrootV on handwritten digits, test it on held-out ones, and draw its predictions and a tree.
 
-Everything goes through the ordinary tools and configs/classification/grootv-nano_digits.py, on data that
-scikit-learn carries. A run that was interrupted is continued and a finished one is reused, unless --fresh is given.
+It calls the ordinary tools with configs/classification/grootv-nano_digits.py, on data from scikit-learn. It continues
+an interrupted run and reuses a finished one, unless --fresh is given.
 """
 
 import argparse
@@ -36,13 +36,13 @@ SHOWN_DIGITS = 60
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out-dir", type=Path, default=ROOT / "work_dirs/demo", help="default: %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier training and train again")
     parser.add_argument(
         "--min-accuracy",
         type=float,
         default=97.0,
         metavar="PERCENT",
-        help="exit with an error below it; default: %(default)s",
+        help="exit with an error if the accuracy is lower; default: %(default)s",
     )
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
@@ -78,11 +78,11 @@ def run_tool(step: str, tool: str, *arguments: object, threads: int | None = 1) 
 
 
 def train(work_dir: Path, options: list[str]) -> Path:
-    """Train, or continue what is there, and return the last checkpoint."""
+    """Train, or continue an earlier training, and return the last checkpoint."""
     run_tool("training", "train.py", CONFIG, "--work-dir", work_dir, "--resume", "--cfg-options", *options)
     checkpoint = find_intact_checkpoint(work_dir)
     if checkpoint is None:
-        raise SystemExit(f"demo: training left no checkpoint in {work_dir}")
+        raise SystemExit(f"demo: training wrote no checkpoint to {work_dir}")
     return Path(checkpoint)
 
 
@@ -97,7 +97,7 @@ def evaluate(checkpoint: Path, work_dir: Path, options: list[str]) -> tuple[floa
 
 
 def choose_digits(scores: np.ndarray, targets: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of at most `count` predictions (N, C) to show: the wrong ones first, then right ones of all classes."""
+    """Numbers of at most `count` predictions (N, C) to show: wrong ones first, then right ones of all classes."""
     wrong = scores.argmax(1) != targets
     right = np.flatnonzero(~wrong)
     shown = np.flatnonzero(wrong)[:count]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Train a small detector or segmentor on handwritten digits in photographs, and draw what it finds in held-out ones.
+"""Train a small detector or segmentor on handwritten digits in photographs, and draw its predictions for held-out ones.
 
-Everything goes through the ordinary tools and the configs for digits. As for COCO and ADE20K, the backbone has been
-trained as a classifier before: by tools/demo.py, which runs first if it has not. An interrupted run is continued and a
-finished one is reused, unless --fresh is given.
+It calls the ordinary tools with the configs for digits. As for COCO and ADE20K, the backbone starts from a classifier's
+weights: those of tools/demo.py, which runs first if they are missing. It continues an interrupted run and reuses a
+finished one, unless --fresh is given.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=PRETRAINED,
         metavar="CHECKPOINT",
-        help="of the backbone; default: %(default)s",
+        help="weights of the backbone; default: %(default)s",
     )
-    parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier training and train again")
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
     )
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
-    """Overrides that make the task's config read `data` and begin with the backbone in `pretrained`."""
+    """Overrides with which the task's config reads `data` and starts from the backbone in `pretrained`."""
     root = data.resolve() / {"detection": "coco", "segmentation": "ade"}[task]
     options = [f"{split}_dataloader.dataset.data_root={root}/" for split in ("train", "val", "test")]
     if task == "detection":
@@ -62,7 +62,7 @@ def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
 
 
 def make_sheet(folder: Path, sheet: Path, columns: int = 3, gap: int = 8) -> None:
-    """Put the first pictures below `folder` on one picture, in rows."""
+    """Write the first pictures in `folder` and its subfolders to one picture, in rows."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))[:SHOWN]
     pictures = [Image.open(path).convert("RGB") for path in paths]
     width, height = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures), strict=True))
@@ -85,12 +85,12 @@ def main() -> None:
     config = CONFIGS[args.task]
     options = ("--cfg-options", *overrides(args.task, args.data, args.pretrained), *args.cfg_options)
     if args.pretrained == PRETRAINED and not PRETRAINED.is_file():
-        run("the classifier, whose backbone goes on", "demo.py")
+        run("training the classifier for the backbone", "demo.py")
     run("data", "make_sample_data.py", args.data.resolve())
     run("training", "train.py", config, "--work-dir", folder, "--resume", *options)
     checkpoint = find_intact_checkpoint(folder)
     if checkpoint is None:
-        raise SystemExit(f"demo: training left no checkpoint in {folder}")
+        raise SystemExit(f"demo: training wrote no checkpoint to {folder}")
     for old in ("evaluation", "pictures"):
         shutil.rmtree(folder / old, ignore_errors=True)
     evaluation = ("--work-dir", folder / "evaluation", "--show-dir", folder / "pictures")
@@ -103,7 +103,7 @@ def main() -> None:
     for key, name in METRICS[args.task].items():
         value = metrics[key] if args.task == "segmentation" else 100 * metrics[key]
         print(f"    {name:26s} {value:5.1f} %")
-    print(f"    predictions, on the right of the ground truth   {sheet}")
+    print(f"    predictions, right of the ground truth          {sheet}")
     print(f"    all of them                                     {folder / 'pictures'}")
     print(f"    learning curve                                  {folder / 'learning_curve.png'}")
 

@@ -4,9 +4,9 @@
     python tools/get_flops.py configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py --shape 800 1280
     python tools/get_flops.py configs/segmentation/grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py --shape 512 2048
 
-As in papers, a multiplication with its addition is one FLOP, and elementwise operations are not counted, but norms
-(five a value). Tree and scan have their own lines. A segmentor's auxiliary head, which serves training only, has
-parameters but no FLOPs; a detector's second stage is counted for 1000 boxes and the masks of 100.
+As in papers, a multiplication with its addition is one FLOP. Elementwise operations are not counted, except norms (five
+FLOPs a value). Tree and scan have their own lines. A segmentor's auxiliary head, used in training only, counts for the
+parameters and not for the FLOPs. A detector's second stage is counted for 1000 boxes and 100 masks.
 """
 
 from __future__ import annotations
@@ -25,58 +25,91 @@ from torch.utils.flop_counter import FlopCounterMode
 import grootv  # noqa: F401  registers the models in timm
 
 
-def tree_scan_flops(x_shape: list[int], *args: object, out_shape: object = None) -> int:
-    """Of the scan of (B, L, D): one for the up sweep, and a^2, (1 - a^2) u and + a h for the down sweep."""
-    up_only = bool(args) and args[-1] is True
-    return prod(x_shape) * (1 if up_only else 4)
+def scan_flops(x_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of the scan of (B, L, D): one for a sweep up or down; in both directions a^2, (1 - a^2) u and + a h more."""
+    one_sweep = "up" in args or "down" in args  # "both" is the default, which PyTorch leaves out
+    return prod(x_shape) * (1 if one_sweep else 4)
 
 
-def edge_weights_flops(features_shape: list[int], *args: object, out_shape: object = None) -> int:
+def selective_scan_flops(
+    x_shape: list[int],
+    dt_shape: list[int],
+    dt_weight_shape: list[int] | None,
+    dt_bias_shape: list[int] | None,
+    A_log_shape: list[int],
+    B_shape: list[int],
+    C_shape: list[int] | None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    """Of a scan for each state, and of the sum over the states if C weights them."""
+    states = A_log_shape[1] if len(A_log_shape) == 2 else 1
+    return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
+
+
+def step_projection_flops(
+    x_shape: list[int], dt_shape: list[int], dt_weight_shape: list[int] | None, *args: object, **kwargs: object
+) -> int:
+    """Of the product that makes the step size of each channel from one of low rank."""
+    return prod(x_shape) * dt_shape[-1] if dt_weight_shape is not None else 0
+
+
+def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: object) -> int:
     """Of the edge weights of (B, H, W, C) maps: a product of C channels for each edge, one for each pixel's norm."""
     batch, height, width, channels = features_shape
     edges = (height - 1) * width + height * (width - 1)
     return batch * channels * (edges + height * width)
 
 
-def norm_flops(input_shape: list[int], *args: object, out_shape: object = None) -> int:
+def norm_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
     """Of a norm: five for each value."""
     return 5 * prod(input_shape)
 
 
-# By the parts of the table: PyTorch counts multiplications and additions, so these are doubled like its own.
-_COUNTED: dict[str, dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {
-    "tree": {torch.ops.grootvl_ops.edge_weights: edge_weights_flops},
-    "scan": {torch.ops.grootvl_ops.tree_scan: tree_scan_flops},
-    "norms": {
-        torch.ops.aten.native_layer_norm: norm_flops,
-        # What the counter takes batch normalisation apart into.
-        torch.ops.aten._native_batch_norm_legit: norm_flops,
-        torch.ops.aten._native_batch_norm_legit_no_training: norm_flops,
-    },
+def two_norms_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of the two norms after a scan."""
+    return 2 * norm_flops(input_shape)
+
+
+# What operations add to the parts of the table. PyTorch counts the others: convolutions and products.
+_COUNTED: dict[torch._ops.OpOverloadPacket, dict[str, Callable[..., int]]] = {
+    torch.ops.grootvl_ops.edge_weights: {"tree": edge_weights_flops},
+    torch.ops.grootvl_ops.tree_scan: {"scan": scan_flops},
+    torch.ops.grootvl_ops.selective_scan: {"scan": selective_scan_flops, "products": step_projection_flops},
+    torch.ops.grootvl_ops.gated_norm: {"norms": two_norms_flops},
+    torch.ops.grootvl_ops.layer_norm: {"norms": norm_flops},
+    torch.ops.aten.native_layer_norm: {"norms": norm_flops},
+    # What the counter takes batch normalisation apart into.
+    torch.ops.aten._native_batch_norm_legit: {"norms": norm_flops},
+    torch.ops.aten._native_batch_norm_legit_no_training: {"norms": norm_flops},
 }
 
 
 def count_flops(run: Callable[[], object]) -> dict[str, int]:
     """FLOPs of what `run` does, by "tree", "scan", "norms", "convolutions" and "products" (linear layers)."""
+    flops = dict.fromkeys(("tree", "scan", "norms", "convolutions", "products"), 0)
 
-    def doubled(formula: Callable[..., int]) -> Callable[..., int]:
-        return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
+    def adder(formulas: dict[str, Callable[..., int]]) -> Callable[..., int]:
+        def add(*args: object, **kwargs: object) -> int:
+            for part, formula in formulas.items():
+                flops[part] += formula(*args, **kwargs)
+            return 0  # nothing is left for the counter to add
 
-    part_of = {operation: part for part, operations in _COUNTED.items() for operation in operations}
-    mapping = {op: doubled(formula) for operations in _COUNTED.values() for op, formula in operations.items()}
+        return add
+
+    mapping = {operation: adder(formulas) for operation, formulas in _COUNTED.items()}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
         run()
-    flops = dict.fromkeys((*_COUNTED, "convolutions", "products"), 0)
     for operation, number in counter.get_flop_counts()["Global"].items():
-        part = part_of.get(operation, "convolutions" if "conv" in str(operation) else "products")
-        flops[part] += number // 2
+        part = "convolutions" if "conv" in str(operation) else "products"
+        flops[part] += number // 2  # PyTorch counts multiplications and additions
     return flops
 
 
 def build(model: str, shape: tuple[int, int]) -> tuple[nn.Module, Callable[[], object]]:
     """The model, with random weights, and a function that runs it on one image of `shape` (height, width).
 
-    On the meta device nothing is computed; detectors are made on the CPU, because they select boxes by their values.
+    Models are on the meta device, which computes nothing, except detectors: they select boxes by values.
     """
     if not model.endswith(".py"):
         image = torch.empty(1, 3, *shape, device="meta")

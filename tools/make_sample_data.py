@@ -11,15 +11,15 @@ from grootv.sample_data.scenes import export_ade20k, export_coco
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="the folder to make them in; formats that it has already are kept")
+    parser.add_argument("root", type=Path, help="folder to create them in; formats that exist there are kept")
     parser.add_argument("--train", type=int, default=1200, help="images for training")
     parser.add_argument("--val", type=int, default=100, help="images held out")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other scenes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     args = parser.parse_args()
     for name, export in (("coco", export_coco), ("ade", export_ade20k)):
         folder = args.root / name
         if folder.exists():
-            print(f"{folder} is there already")
+            print(f"{folder} exists already")
         else:
             print(f"{export(folder, args.train, args.val, args.seed)}: {args.train} + {args.val} images")
 

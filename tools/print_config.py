@@ -1,4 +1,4 @@
-"""Print a config as it is after inheritance and overrides: python tools/print_config.py CONFIG [--cfg-options ...]."""
+"""Print a config with inheritance and overrides applied: python tools/print_config.py CONFIG [--cfg-options ...]."""
 
 import argparse
 

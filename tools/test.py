@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions there")
     parser.add_argument("--show-dir", metavar="FOLDER", help="draw predictions beside the ground truth, to files there")
     parser.add_argument(
-        "--tta", action="store_true", help="augment at test time, by the config's tta_model and tta_pipeline"
+        "--tta", action="store_true", help="augment at test time, with the config's tta_model and tta_pipeline"
     )
     args = parser.parse_args()
     if not Path(args.checkpoint).is_file():
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def test_config(args: argparse.Namespace) -> Config:
-    """The config with what the command line changes in it."""
+    """Load the config and apply the command line to it."""
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
@@ -48,7 +48,7 @@ def _draw_predictions(cfg: Config, folder: Path) -> None:
     hook.draw = True
     if cfg.default_scope == "mmdet":
         hook.test_out_dir = str(folder)
-    else:  # mmseg draws every 50th image unless told otherwise, to the folder of its visualizer
+    else:  # by default mmseg draws every 50th image, to the folder of its visualizer
         hook.interval = 1
         cfg.visualizer.save_dir = str(folder)
 

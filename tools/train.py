@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="continue a run: from CHECKPOINT, or else from the last good one in the work directory",
+        help="continue a run: from CHECKPOINT, or by default from the last intact one in the work directory",
     )
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument(
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def training_config(args: argparse.Namespace) -> Config:
-    """The config with what the command line changes in it."""
+    """Load the config and apply the command line to it."""
     cfg = load_config(args)
     if args.amp:
         cfg.optim_wrapper.type = "AmpOptimWrapper"

@@ -25,7 +25,7 @@ train_dataloader = dict(
         root=data_root,
         split="train",
         is_training=True,
-        # Shifts and zooms, but no flips: a mirrored digit is another sign.
+        # Shifts and zooms, but no flips: most mirrored digits are no digits.
         transform=dict(
             input_size=32, interpolation="bicubic", scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, color_jitter=0.0
         ),
@@ -61,5 +61,5 @@ param_scheduler = [
 ]
 
 custom_hooks = [*_base_.custom_hooks, dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=2e-2)]
-# The held-out digits are the test: no checkpoint is chosen by them.
+# The held-out digits are the test set, so they do not select a checkpoint.
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best=None))

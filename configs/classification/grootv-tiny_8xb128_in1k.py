@@ -11,5 +11,5 @@ model = dict(
     ),
 )
 
-# Decay 0.9999 in timm's terms. The averaged weights are validated, and are the state_dict of the checkpoints.
+# Decay 0.9999 in timm's terms. Validation uses the averaged weights, and they are the state_dict of checkpoints.
 custom_hooks = [*_base_.custom_hooks, dict(type="EMAHook", ema_type="ExponentialMovingAverage", momentum=1e-4)]

@@ -1,4 +1,4 @@
-"""Another detector: the one-stage GFL, on its own config of mmdet and the schedule of the Mask R-CNN here."""
+"""A one-stage detector: mmdet's config of GFL with GrootV-Tiny and the optimizer of the Mask R-CNN configs."""
 
 _base_ = [
     *__import__("grootv.openmmlab", fromlist=["base_configs"]).base_configs("mmdet", "gfl/gfl_r50_fpn_1x_coco.py"),

@@ -1,7 +1,6 @@
 """Mask R-CNN on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
 
-Of the COCO config differ the data, the sizes and the schedule. Images are not mirrored, because digits do not stay
-digits.
+Data, sizes and schedule differ from the COCO config. Images are not mirrored: most mirrored digits are no digits.
 """
 
 _base_ = ["../_base_/grootv_nano.py", "_base_/mask-rcnn_grootv_1x_coco.py"]

@@ -1,7 +1,7 @@
 """UperNet on scenes of handwritten digits (tools/make_sample_data.py), some minutes on a CPU with two cores.
 
-Of the ADE20K config differ the data, the sizes and the schedule; the photograph, three quarters of the pixels, counts a
-fifth in the loss. Images are not mirrored, because digits do not stay digits.
+Data, sizes and schedule differ from the ADE20K config. The photograph, three quarters of the pixels, has weight 0.2 in
+the loss. Images are not mirrored: most mirrored digits are no digits.
 """
 
 _base_ = ["../_base_/grootv_nano.py", "_base_/upernet_grootv_8xb2-160k_ade20k-512x512.py"]
@@ -48,12 +48,13 @@ train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(**dataset, pip
 val_dataloader = dict(num_workers=1, dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# The mean over the digits alone, beside that over all classes.
+# It gives the mean over the digits alone and the mean over all classes.
 val_evaluator = dict(type="ObjectIoUMetric")
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_iters=2000, val_interval=500)
-# The heads begin with nothing and have few steps; at their rate the backbone's deeper maps would all become the same.
+# The heads start from random weights and have few steps, so their learning rate is high. At that rate the backbone's
+# deeper maps would all become the same.
 optimizer = dict(lr=4e-3)
 optim_wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(backbone_lr_mult=0.25))
 param_scheduler = [

@@ -1,4 +1,4 @@
-"""Another segmentor: SegFormer's all-MLP head on the same backbone, data and schedule."""
+"""Another segmentor: SegFormer's all-MLP head, with the backbone, data and schedule of the UperNet config."""
 
 _base_ = "grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py"
 

@@ -1,5 +1,7 @@
 """The GrootV models and their parts."""
 
+from grootv.layers import TreeSSM
+
 from .grootv import (
     GrootV,
     checkpoint_filter_fn,
@@ -8,7 +10,6 @@ from .grootv import (
     grootv_small,
     grootv_tiny,
 )
-from .tree_ssm import TreeSSM
 
 __all__ = [
     "GrootV",

@@ -7,42 +7,66 @@ The maps stay channels-last, (B, H, W, C), from the stem to the head. The projec
 checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    Mlp,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    trunc_normal_,
+)
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
+    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from grootv.layers import LayerNorm, TreeSSM
+from grootv.layers.norms import norm_for_product
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn
-from .layer_norm import LayerNorm, can_fuse
-from .tree_ssm import TreeSSM
+from .released import require_weights
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
 
 TREE_PER = ("block", "stage")
 
+Layer = Callable[..., nn.Module]
+"""What makes a layer: a class, or a function with the same arguments."""
+
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride two, each with a LayerNorm: (B, C_in, H, W) to (B, H / 4, W / 4, C)."""
+    """Two 3x3 convolutions of stride two, each with a norm: (B, C_in, H, W) to (B, H / 4, W / 4, C)."""
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm(dim // 2, feeds_product=True, **dd)
-        self.act = nn.GELU()
+        self.norm1 = norm_for_product(norm_layer, dim // 2, **dd)
+        self.act = act_layer()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = LayerNorm(dim, **dd)
+        self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         # Convolutions keep the memory format of their input: no map is transposed after this one.
@@ -53,50 +77,90 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride two and a LayerNorm, on channels-last maps."""
+    """3x3 convolution of stride two and a norm, on channels-last maps."""
 
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+    def __init__(self, in_dim: int, dim: int, norm_layer: Layer = LayerNorm, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
-        self.norm = LayerNorm(dim, **dd)
+        self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class GrootVBlock(nn.Module):
-    """Pre-norm residual block: TreeSSM, then an MLP."""
+    """Pre-norm residual block: a mixer, then an MLP.
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        drop_path: Probability with which an image skips the mixer, and the MLP, in training.
+        mixer: Makes the mixer of (B, H, W, dim) maps from `dim`, `device` and `dtype`: a `TreeSSM`, or any other.
+        norm_layer: Makes the norms over the last dimension of channels-last maps.
+        act_layer: Makes the activation of the MLP.
+        device, dtype: Where and as what the parameters are made.
+    """
+
+    takes_tree: Final[bool]
 
     def __init__(
         self,
         dim: int,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        metric: str = "cosine",
-        root: str = "all",
+        mixer: Layer = TreeSSM,
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, feeds_product=True, **dd)
-        self.mixer = TreeSSM(dim, metric=metric, root=root, **dd)
+        self.norm1 = norm_for_product(norm_layer, dim, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.takes_tree = {"tree", "built"} <= inspect.signature(self.mixer.forward).parameters.keys()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = LayerNorm(dim, feeds_product=True, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.norm2 = norm_for_product(norm_layer, dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tree]:
-        """(B, H, W, C) to (B, H, W, C), and the tree that was scanned: `tree`, or one built here."""
-        mixed, tree = self.mixer(self.norm1(x), tree)
+    def forward(self, x: Tensor, tree: Tree | None = None, built: list[Tree] | None = None) -> Tensor:
+        """(B, H, W, C) to (B, H, W, C), along `tree` or a tree that is appended to `built` (see `TreeSSM`)."""
+        mixed = self.norm1(x)
+        mixed = self.mixer(mixed, tree=tree, built=built) if self.takes_tree else self.mixer(mixed)
         x = x + self.drop_path1(mixed)
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x, tree
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+@register_notrace_function
+def tree_list(x: Tensor) -> list[Tree]:
+    """An empty list. A symbolic trace keeps calls with a tensor, and so a list that one returns as one object."""
+    return []
+
+
+def _call_and_keep_tree(block: GrootVBlock, x: Tensor) -> tuple[Tensor, Tree]:
+    """What `block` returns, and the tree that it built: a checkpoint may not change a list outside of it."""
+    built = tree_list(x)
+    x = block(x, None, built)
+    return x, built[0]
 
 
 class GrootVStage(nn.Module):
-    """Downsampling (but in the first stage), blocks, and the LayerNorm whose output is the stage's feature."""
+    """Downsampling (but in the first stage), blocks, and the norm whose output is the stage's feature.
+
+    Args:
+        in_dim, dim: Channels of the input and output.
+        depth: Blocks.
+        downsample: Whether the stage begins with a convolution of stride two.
+        mlp_ratio, mixer, norm_layer, act_layer: As of `GrootVBlock`.
+        drop_path: For each block.
+        tree_per: One tree for each "block", or one for the "stage", built by its first block.
+        device, dtype: Where and as what the parameters are made.
+
+    Raises:
+        ValueError: one tree for the stage, but a mixer that takes no tree.
+    """
 
     def __init__(
         self,
@@ -106,9 +170,10 @@ class GrootVStage(nn.Module):
         downsample: bool,
         mlp_ratio: float,
         drop_path: list[float],
-        metric: str,
-        root: str,
-        tree_per: str,
+        mixer: Layer = TreeSSM,
+        tree_per: str = "block",
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
         device=None,
         dtype=None,
     ) -> None:
@@ -116,27 +181,37 @@ class GrootVStage(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.share_tree = tree_per == "stage"
-        self.downsample = Downsample(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.downsample = Downsample(in_dim, dim, norm_layer, **dd) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
-            GrootVBlock(dim, mlp_ratio, drop_path[i], metric, root, **dd) for i in range(depth)
+            GrootVBlock(dim, mlp_ratio, drop_path[i], mixer, norm_layer, act_layer, **dd) for i in range(depth)
         )
-        self.norm = LayerNorm(dim, **dd)
+        self.norm = norm_layer(dim, **dd)
+        for block in self.blocks:
+            if self.share_tree and not block.takes_tree:
+                name = type(block.mixer).__name__
+                raise ValueError(f"tree_per='stage' needs a mixer that takes `tree` and `built`; {name} does not")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         tree: Tree | None = None
         for block in self.blocks:
+            keeps_tree = self.share_tree and tree is None
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, scanned = checkpoint(block, x, tree)
+                if keeps_tree:
+                    x, tree = checkpoint(_call_and_keep_tree, block, x)
+                else:
+                    x = checkpoint(block, x, tree)
+            elif keeps_tree:
+                built = tree_list(x)
+                x = block(x, tree, built)
+                tree = built[0]
             else:
-                x, scanned = block(x, tree)
-            if self.share_tree:
-                tree = scanned
+                x = block(x, tree)
         return self.norm(x)
 
 
 class GrootVHead(ClassifierHead):
-    """1x1 convolution to 1.5 times the channels, BatchNorm and GELU before pooling and classifier."""
+    """1x1 convolution to 1.5 times the channels, norm (of NCHW maps) and activation before pooling and classifier."""
 
     def __init__(
         self,
@@ -144,6 +219,8 @@ class GrootVHead(ClassifierHead):
         num_classes: int,
         pool_type: str = "avg",
         drop_rate: float = 0.0,
+        norm_layer: Layer = nn.BatchNorm2d,
+        act_layer: Layer = nn.GELU,
         device=None,
         dtype=None,
     ) -> None:
@@ -151,8 +228,8 @@ class GrootVHead(ClassifierHead):
         hidden_dim = in_dim * 3 // 2
         super().__init__(hidden_dim, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
         self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
-        self.norm = nn.BatchNorm2d(hidden_dim, **dd)
-        self.act = nn.GELU()
+        self.norm = norm_layer(hidden_dim, **dd)
+        self.act = act_layer()
 
     def reset(
         self,
@@ -188,15 +265,21 @@ class GrootV(nn.Module):
         dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratio: Hidden channels of a block's MLP per channel.
-        metric: Dissimilarity by which trees choose their edges: "cosine", "euclidean" or "manhattan".
-        root: "all" pixels are roots, or only the "first" (see `TreeSSM`).
+        metric, root, d_state: Of the mixer, a `TreeSSM`.
+        mixer: Another mixer in place of `TreeSSM`: what makes it from `dim`, `device` and `dtype`, such as
+            `partial(TreeSSM, expand=1)` or a class of modules from (B, H, W, dim) to (B, H, W, dim). It brings its own
+            initialisation, in `reset_parameters`.
         tree_per: One tree for each "block", or one for each "stage", built by its first block.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth; grows linearly from 0 in the first block to this in the last.
+        norm_layer: Class or timm's name of the norms over the last dimension of channels-last maps. The head's
+            BatchNorm and the mixers' norms stay.
+        act_layer: Class or timm's name of the activation in stem, MLPs and head.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: dims and depths of different length, or an unknown metric, root or tree_per.
+        ValueError: dims and depths of different length; an unknown metric, root or tree_per; metric, root or d_state
+            beside a mixer, which would not see them; one tree for each stage, but a mixer that takes no tree.
     """
 
     def __init__(
@@ -212,6 +295,10 @@ class GrootV(nn.Module):
         tree_per: str = "block",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        d_state: int = 1,
+        mixer: Layer | None = None,
+        norm_layer: Layer | str = LayerNorm,
+        act_layer: Layer | str = nn.GELU,
         device=None,
         dtype=None,
     ) -> None:
@@ -220,6 +307,14 @@ class GrootV(nn.Module):
             raise ValueError(f"dims and depths must name as many stages, got {tuple(dims)} and {tuple(depths)}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
+        if mixer is None:
+            mixer = partial(TreeSSM, metric=metric, root=root, d_state=d_state)
+        elif (metric, root, d_state) != ("cosine", "all", 1):
+            raise ValueError(
+                f"metric, root and d_state are TreeSSM's and have no effect on mixer={mixer}: "
+                "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
+            )
+        norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -227,7 +322,7 @@ class GrootV(nn.Module):
         self.output_fmt = "NHWC"
         self.feature_info = []
 
-        self.stem = Stem(in_chans, dims[0], **dd)
+        self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -239,29 +334,27 @@ class GrootV(nn.Module):
                     downsample=i > 0,
                     mlp_ratio=mlp_ratio,
                     drop_path=drop_path[i],
-                    metric=metric,
-                    root=root,
+                    mixer=mixer,
                     tree_per=tree_per,
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
                     **dd,
                 )
             )
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
-        self.head = GrootVHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.head = GrootVHead(self.num_features, num_classes, global_pool, drop_rate, act_layer=act_layer, **dd)
         self.head_hidden_size = self.head.num_features
-        self.apply(self._init_weights)
+        self._init_linear_layers()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # Convolutions and norms keep PyTorch's initialisation.
-        if isinstance(module, TreeSSM):
-            trunc_normal_(module.in_proj.weight, std=0.02)
-            trunc_normal_(module.out_proj.weight, std=0.02)
-        elif isinstance(module, (Mlp, ClassifierHead)):
-            for layer in module.children():
-                if isinstance(layer, nn.Linear):
-                    trunc_normal_(layer.weight, std=0.02)
-                    nn.init.zeros_(layer.bias)
+    def _init_linear_layers(self) -> None:
+        # Convolutions and norms keep PyTorch's initialisation, mixers their own.
+        mlps = [block.mlp for stage in self.stages for block in stage.blocks]
+        for layer in (layer for parent in (*mlps, self.head) for layer in parent.children()):
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -269,7 +362,7 @@ class GrootV(nn.Module):
         for module in reversed(list(self.modules())):  # parents after their children, whose defaults they replace
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        self.apply(self._init_weights)
+        self._init_linear_layers()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -300,16 +393,6 @@ class GrootV(nn.Module):
         """Recompute blocks in the backward pass instead of keeping their activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def set_fused(self, enable: bool = True) -> None:
-        """Run CUDA tensors through fused kernels where there are some (the default), or through the plain layers and
-        the tree scan alone. Both compute the same."""
-        for module in self.modules():
-            if isinstance(module, TreeSSM):
-                module.fused = enable and can_fuse(module.A_log.numel())
-            elif isinstance(module, LayerNorm):
-                module.fused = enable and can_fuse(module.weight.numel())
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -425,6 +508,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
+    if pretrained:
+        require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return build_model_with_cfg(
         GrootV,
         variant,

@@ -8,7 +8,7 @@ registers its parts in mmengine's registries. `import grootv` alone imports noth
 """
 
 try:
-    import mmengine.hooks  # noqa: F401  its first part that needs OpenCV, which it does not declare
+    import mmengine.hooks  # noqa: F401  needs OpenCV, which mmengine does not declare
 except ImportError as error:
     raise ImportError(
         f"grootv.openmmlab needs mmengine and OpenCV ({error}): pip install 'grootv[train]' "

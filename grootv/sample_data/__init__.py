@@ -1,4 +1,4 @@
-"""Small data sets that the project makes for itself, from what its dependencies carry: nothing is downloaded."""
+"""Small data sets made from images that the dependencies contain: nothing is downloaded."""
 
 from .digits import export_digits
 

@@ -1,4 +1,4 @@
-"""Handwritten digits as a folder of images: real data for the demo and for trying out a training set-up."""
+"""Handwritten digits as a folder of images: real data for the demonstration and for short training runs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ HELD_OUT = 0.2
 
 
 def export_digits(root: str | Path) -> Path:
-    """Writes scikit-learn's handwritten digits as an image folder that torchvision and timm read.
+    """Write scikit-learn's handwritten digits as an image folder that torchvision and timm read.
 
     The 1,797 digits (8x8 pixels, 17 grey levels, from UCI's Optical Recognition of Handwritten Digits) become greyscale
     PNG files of 32x32 pixels, `root/{train,val}/{0..9}/{number}.png`, where the number is that of the image in
-    `sklearn.datasets.load_digits`. 80 % of every class are for training, 20 % are held out, the same ones each time.
+    `sklearn.datasets.load_digits`. Of each class 80 % are for training and 20 % are held out, always the same ones.
 
-    The folder appears at once and complete, or not at all: it is written beside its place and then renamed. A complete
-    folder that is already there is left as it is.
+    The folder is written under another name and then renamed, so it is complete or does not exist. An existing complete
+    folder stays as it is.
 
     Args:
-        root: the folder to make. Folders above it are made too.
+        root: folder to create, with the folders above it.
 
     Returns:
         `root` as a Path.
 
     Raises:
-        FileExistsError: `root` exists and holds anything else than these digits.
+        FileExistsError: `root` exists and is not exactly the folder of these digits.
     """
     import numpy as np
     from PIL import Image
@@ -56,7 +56,7 @@ def export_digits(root: str | Path) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        unfinished.chmod(0o755)  # mkdtemp makes folders for their owner only
+        unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
         for path, number in number_at.items():
             image = Image.fromarray(np.round(digits.images[number] * (255 / 16)).astype(np.uint8))
             target = unfinished / path

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 HELD_OUT = 0.2
-# Segmentation counts pixels, not objects: with the digits of detection, nine in ten pixels would be photograph.
+# Segmentation counts pixels, not objects: with the settings for detection, nine of ten pixels show the photograph.
 SEGMENTATION = {"digits": (3, 7), "sides": (0.3, 0.7), "places": 12}
-# Photographs that come inside scikit-image and scikit-learn; those for validation are not seen in training.
+# Photographs that scikit-image and scikit-learn contain; those for validation are not used in training.
 PHOTOGRAPHS = {
     "train": (
         ("skimage", "astronaut.png"),
@@ -40,7 +40,7 @@ PHOTOGRAPHS = {
 
 @dataclass
 class Instance:
-    """One digit, or a crowd of tiny ones: its class, those of its pixels (H, W) that can be seen, and which it is."""
+    """One digit, or a crowd of tiny ones: its class, its visible pixels (H, W) bool, and whether it is a crowd."""
 
     label: int
     mask: np.ndarray
@@ -49,25 +49,28 @@ class Instance:
 
 @dataclass
 class Scene:
-    """An RGB image (H, W, 3) uint8 and what is on it, from back to front."""
+    """An RGB image (H, W, 3) uint8 and the instances on it, from back to front."""
 
     image: np.ndarray
     instances: list[Instance]
 
 
 class SceneMaker:
-    """Draws scenes of one split: some digits on a part of a photograph, with its colours changed.
+    """Draws scenes of one split: digits on a part of a photograph whose colours are changed.
 
     Digits (scikit-learn's, 8x8 pixels) are enlarged, rotated by up to 25 degrees, coloured, and pasted one over the
-    other. Some are tiny, every eighth image has a crowd, every tenth none.
+    other. Some are tiny. Every eighth image has a crowd, every tenth has no digits.
 
     Args:
-        split: "train" or "val"; they have different digits (four in five are for training) and photographs.
-        seed: of all random choices. Scene i is a function of the split, the seed and i.
-        size: shorter and longer side of an image in pixels, at most 300 and 400; which one is the height is random.
-        digits: least and greatest number of digits on an image that has some.
-        sides: least and greatest side of a digit that is not tiny, in shorter sides of the image.
-        places: random places that each digit tries; it takes the one where it covers least of those before it.
+        split: "train" or "val"; they have different digits (four of five are for training) and photographs.
+        seed: seed of all random choices. Scene i is a function of the split, the seed and i.
+        size: shorter and longer side of an image in pixels, at most 300 and 400. Which one is the height is random.
+        digits: smallest and largest number of digits on an image that has digits.
+        sides: smallest and largest side of a digit that is not tiny, as fractions of the image's shorter side.
+        places: number of random places to try for each digit. It goes where it covers the least of earlier digits.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -88,9 +91,9 @@ class SceneMaker:
             raise ValueError(f"size must be from 64 to 300 (shorter side) and at most 400 (longer side), got {size}")
         self.key = (tuple(PHOTOGRAPHS).index(split), seed)
         if not 1 <= digits[0] <= digits[1]:
-            raise ValueError(f"digits must be a least and a greatest number, from 1 on, got {digits}")
+            raise ValueError(f"digits must be a smallest and a largest number, at least 1, got {digits}")
         if not 0 < sides[0] <= sides[1] <= 1:
-            raise ValueError(f"sides must be a least and a greatest part of the shorter side, up to 1, got {sides}")
+            raise ValueError(f"sides must be a smallest and a largest fraction, above 0 and at most 1, got {sides}")
         if places < 1:
             raise ValueError(f"places must be at least 1, got {places}")
         self.size = tuple(sorted(size))
@@ -130,13 +133,13 @@ class SceneMaker:
         left = rng.integers(photograph.width - part_width + 1)
         top = rng.integers(photograph.height - part_height + 1)
         part = photograph.crop((left, top, left + part_width, top + part_height)).resize((int(width), int(height)))
-        # Few photographs become many by exchanging their colours and changing contrast and brightness.
+        # Exchanging colours and changing contrast and brightness makes many backgrounds of few photographs.
         image = np.asarray(part, np.float32)[:, :: rng.choice([1, -1]), rng.permutation(3)]
         image = (image - image.mean()) * rng.uniform(0.6, 1.2) + rng.uniform(50, 200)
         return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
     def _glyph(self, rng: np.random.Generator, side: int) -> tuple[np.ndarray, int]:
-        """Opacity in [0, 1] of a digit of about `side` pixels, cut to what is to be seen of it, and its class."""
+        """Opacity in [0, 1] of a digit of about `side` pixels, cropped to its visible part, and its class."""
         number = rng.integers(len(self.labels))
         glyph = Image.fromarray(np.pad(self.digits[number], 1))
         glyph = glyph.resize((side * 10 // 8, side * 10 // 8), Image.Resampling.BICUBIC)
@@ -168,7 +171,7 @@ class SceneMaker:
         y, x = min(places, key=covered)
         opacity = opacity[: height - y, : width - x]
         place = scene.image[y : y + opacity.shape[0], x : x + opacity.shape[1]]
-        # A colour far enough from what is behind it to be read.
+        # A colour that differs enough from the background to be read.
         brightness = place.mean()
         colour = rng.uniform(0, 255, 3)
         colour *= (rng.uniform(0, 60) if brightness > 110 else rng.uniform(190, 255)) / max(colour.mean(), 1)
@@ -178,7 +181,7 @@ class SceneMaker:
         scene.instances.append(Instance(label, mask))
 
     def _paste_crowd(self, rng: np.random.Generator, scene: Scene) -> None:
-        """A dozen tiny digits close together, annotated as one region, with the class of most of them."""
+        """A dozen tiny digits close together, annotated as one region with their most frequent class."""
         height, width = scene.image.shape[:2]
         top, left = rng.integers(height - 36), rng.integers(width - 48)
         members = Scene(scene.image, [])
@@ -202,20 +205,20 @@ def _photograph(package: str, name: str) -> Image.Image:
 
 
 def export_coco(root: str | Path, num_train: int = 400, num_val: int = 80, seed: int = 0) -> Path:
-    """Write scenes as COCO has its images: `annotations/instances_{train,val}2017.json`, `{train,val}2017/*.jpg`.
+    """Write scenes in COCO's layout: `annotations/instances_{train,val}2017.json`, `{train,val}2017/*.jpg`.
 
-    Masks are run lengths, exact to the pixel. The ten categories are called "0" to "9".
+    Masks are run lengths, exact to the pixel. The ten categories are named "0" to "9".
 
     Args:
-        root: the folder to make; it appears complete or not at all.
+        root: folder to create. It is complete or does not exist.
         num_train, num_val: number of images.
-        seed: of the scenes.
+        seed: seed of the scenes.
 
     Returns:
         `root` as a Path.
 
     Raises:
-        FileExistsError: `root` is there already.
+        FileExistsError: `root` exists already.
     """
     with _complete_folder(root) as folder:
         (folder / "annotations").mkdir()
@@ -251,10 +254,10 @@ def export_coco(root: str | Path, num_train: int = 400, num_val: int = 80, seed:
 
 
 def export_ade20k(root: str | Path, num_train: int = 400, num_val: int = 80, seed: int = 0) -> Path:
-    """Write scenes as ADE20K has its images: `{images,annotations}/{training,validation}/*.{jpg,png}`.
+    """Write scenes in ADE20K's layout: `{images,annotations}/{training,validation}/*.{jpg,png}`.
 
     Labels: 1 is the photograph, 2 to 11 are the digits, 0 (crowds) is not evaluated. The scenes differ from those of
-    `export_coco`: more and larger digits, which cover less of each other, fill about a quarter of the pixels.
+    `export_coco`: they have more and larger digits, which cover less of each other and fill a quarter of the pixels.
 
     Args, returns and errors are those of `export_coco`.
     """
@@ -278,7 +281,7 @@ def _scenes(split: str, seed: int, number: int, **options: Any) -> Iterator[Scen
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's run lengths: of pixels in column order, first those outside."""
+    """COCO's run lengths: pixels in column order, beginning with a run outside the mask."""
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(pixels)) + 1
     runs = np.diff([0, *changes, pixels.size]).tolist()
@@ -287,7 +290,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 @contextmanager
 def _complete_folder(root: str | Path) -> Iterator[Path]:
-    """A folder to write to that becomes `root` if nothing goes wrong, and vanishes otherwise."""
+    """A temporary folder that is renamed to `root` at the end, or removed after an error."""
     root = Path(root)
     if root.exists():
         raise FileExistsError(f"{root} exists already: remove it, or give another folder")

@@ -66,6 +66,11 @@ struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
 template <Gradients* gradients>
 Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved,
                       std::string_view direction = {}) {
+  for (const Tensor& input : inputs) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(),
+                                "the operations of torch.ops.grootvl_ops have no forward-mode derivatives: call the "
+                                "functions of the package grootvl_ops, which have");
+  }
   if (!torch::autograd::compute_requires_grad(inputs)) return result;
   return Differentiable<gradients>::apply(inputs, Record{result, saved.vec(), std::string(direction)});
 }

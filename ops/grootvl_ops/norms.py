@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registration  # noqa: F401  registers the operations
+from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
 
 __all__ = ["gated_norm", "layer_norm"]
@@ -54,6 +54,9 @@ def gated_norm(
     check_parameter("h_bias", h_bias, h, [channels])
     check_parameter("out_weight", out_weight, h, [channels])
     check_parameter("out_bias", out_bias, h, [channels])
+    if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this condition)
+        if _transforms.active():
+            return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)
     if not _in_one_pass(h):
         dtype = _accumulation_dtype(h)
         inner = F.layer_norm(h.to(dtype), [channels], h_weight.to(dtype), h_bias.to(dtype), eps)
@@ -90,6 +93,9 @@ def layer_norm(
         raise ValueError(f"x must be (..., C), got {list(x.shape)}")
     check_parameter("weight", weight, x, [x.size(-1)])
     check_parameter("bias", bias, x, [x.size(-1)])
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
+        if _transforms.active():
+            return _transforms.layer_norm(x, weight, bias, eps, dtype)
     if not _in_one_pass(x):
         accumulation = _accumulation_dtype(x)
         out = F.layer_norm(x.to(accumulation), [x.size(-1)], weight.to(accumulation), bias.to(accumulation), eps)

@@ -1,14 +1,18 @@
 """Scans along trees: the plain one, and the selective one of a state space model."""
 
+import os
+
 import torch
 from torch import Tensor
 
-from . import _registration  # noqa: F401  registers the operations
+from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
 from .reference import DIRECTIONS
-from .trees import Tree
+from .trees import Tree, check_tree
 
 __all__ = ["DIRECTIONS", "selective_scan", "tree_scan"]
+
+_CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "0") not in ("", "0")
 
 
 def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:
@@ -50,6 +54,9 @@ def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> 
         raise ValueError(f"x and decay must be on one device, got {x.device} and {decay.device}")
     _check_direction(direction)
     tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as above)
+        if _transforms.active():
+            return _transforms.tree_scan(x, decay, tree, direction)
     return torch.ops.grootvl_ops.tree_scan(x, decay, tree.parent, tree.order, tree.subtree_size, direction)
 
 
@@ -111,6 +118,9 @@ def selective_scan(
         check_parameter("dt_bias", dt_bias, x, [channels])
     _check_direction(direction)
     tree = _tree_for(x, tree)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if _transforms.active():
+            return _transforms.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction)
     return torch.ops.grootvl_ops.selective_scan(
         x, dt, dt_weight, dt_bias, A_log, B, C, tree.parent, tree.order, tree.subtree_size, direction
     )
@@ -133,4 +143,12 @@ def _tree_for(x: Tensor, tree: Tree) -> Tree:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
         if field.device != x.device:
             raise ValueError(f"x and the tree must be on one device, got {x.device} and {field.device}")
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if not torch.compiler.is_compiling():
+            if _CHECK_TREES:
+                check_tree(tree)
+            if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
+                tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
+    if list(tree.parent.shape) == shape and list(tree.order.shape) == shape and list(tree.subtree_size.shape) == shape:
+        return tree
     return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))

@@ -14,6 +14,7 @@ __all__ = [
     "build_tree",
     "build_tree_from_edges",
     "build_tree_from_grid",
+    "check_tree",
     "edge_weights",
     "grid_edges",
     "path_tree",
@@ -35,6 +36,9 @@ class Tree(NamedTuple):
     largest subtree comes first, the order in which a scan from the leaves has the least to remember."""
     subtree_size: Tensor
     """The number of vertices in the subtree of each vertex, itself included."""
+
+
+torch.serialization.add_safe_globals([Tree])  # so that torch.load takes trees by default
 
 
 def edge_weights(features: Tensor, metric: str = "cosine") -> Tensor:
@@ -106,12 +110,12 @@ def build_tree_from_grid(weights: Tensor, height: int, width: int, root: int = 0
         ValueError: sizes that do not fit each other, or a root outside the map.
         TypeError: weights that are not floating point.
     """
-    size = f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
     if frames < 1 or height < 1 or width < 1:
-        raise ValueError(f"a map needs at least one pixel, got {size}")
+        raise ValueError(f"a map needs at least one pixel, got {_size(height, width, frames)}")
     in_plane = (height - 1) * width + height * (width - 1)
     num_edges = (frames - 1) * height * width + frames * in_plane
     if weights.dim() != 2 or weights.size(1) != num_edges:
+        size = _size(height, width, frames)
         raise ValueError(f"weights must be (B, {num_edges}) for a {size} map, got {list(weights.shape)}")
     _check_weights_and_root(weights, frames * height * width, root)
     if frames == 1:
@@ -160,6 +164,10 @@ def build_tree_from_edges(edges: Tensor, weights: Tensor, num_vertices: int, roo
     return Tree(parent, order, subtree_size)
 
 
+def _size(height: int, width: int, frames: int) -> str:
+    return f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
+
+
 def _check_weights_and_root(weights: Tensor, num_vertices: int, root: int) -> None:
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
@@ -198,3 +206,61 @@ def path_tree(order: Tensor) -> Tree:
         raise ValueError(f"order must be (L,) or (B, L) with at least one vertex, got {list(order.shape)}")
     parent, preorder, subtree_size = torch.ops.grootvl_ops.path_tree(order)
     return Tree(parent, preorder, subtree_size)
+
+
+@torch.no_grad()
+def check_tree(tree: Tree) -> None:
+    """Raise unless a tree has every property that `Tree` names. For trees made by hand.
+
+    The scans do not look: on a tree that is none they give numbers without a meaning. On the CPU they refuse vertices
+    out of range, cycles, and an order in which a child comes before its parent. With GROOTVL_CHECK_TREES=1 in the
+    environment they call this function, on every device. On CUDA it waits for the GPU.
+
+    Args:
+        tree: Several roots are allowed: the fields then describe a forest, one tree after the other.
+
+    Raises:
+        ValueError: names the first image and vertex at which a property fails.
+        TypeError: fields that are not int32.
+    """
+    shape = list(tree.parent.shape)
+    for name, field in zip(Tree._fields, tree):  # noqa: B905 (TorchScript knows no strict)
+        if field.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {field.dtype}")
+        if field.dim() != 2 or list(field.shape) != shape:
+            raise ValueError(f"the tree's fields must all be (B, L), got {shape} and {name} {list(field.shape)}")
+        if field.device != tree.parent.device:
+            raise ValueError(f"the tree's fields must be on one device, got {tree.parent.device} and {field.device}")
+    length = shape[1]
+    parent, order, size = tree.parent.long(), tree.order.long(), tree.subtree_size.long()
+    vertices = torch.arange(length, device=parent.device).expand(shape)
+
+    def require(holds: Tensor, what: str) -> None:
+        if not bool(holds.all()):
+            image, vertex = (~holds).nonzero()[0].tolist()
+            raise ValueError(f"not a tree: {what}; first at vertex {vertex} of image {image}")
+
+    require((parent >= 0) & (parent < length), f"parents must be from 0 to {length - 1}")
+    found = torch.zeros_like(order).scatter_add_(1, order.clamp(0, length - 1), torch.ones_like(order))
+    outside = (order < 0) | (order >= length)
+    require(~outside.any(1, keepdim=True) & (found == 1), "order must hold each vertex once")
+    position = torch.empty_like(order).scatter_(1, order, vertices)
+    is_root = parent == vertices
+    require(is_root | (position.gather(1, parent) < position), "parents must come before their children in order")
+    below = torch.ones_like(size).scatter_add_(1, parent, size.masked_fill(is_root, 0))
+    require(size == below, "subtree_size must count the vertices of each subtree")
+
+    # Siblings, and roots, which count as siblings in the order in which they come: each begins where the sizes of those
+    # before it end.
+    family = torch.where(is_root, -1, parent)
+    rank = torch.where(is_root, position, size * length + vertices)
+    siblings = rank.argsort(dim=1, stable=True)
+    siblings = siblings.gather(1, family.gather(1, siblings).argsort(dim=1, stable=True))
+    sizes, families = size.gather(1, siblings), family.gather(1, siblings)
+    before = sizes.cumsum(1) - sizes
+    first = torch.ones_like(is_root)
+    first[:, 1:] = families[:, 1:] != families[:, :-1]
+    start = torch.where(first, before, 0).cummax(1).values
+    within = torch.empty_like(size).scatter_(1, siblings, before - start)
+    begin = torch.where(is_root, 0, position.gather(1, parent) + 1)
+    require(position == begin + within, "order must be the preorder in which smaller subtrees come first")

@@ -479,3 +479,22 @@ def test_graph_kernel_checks_what_it_is_called_with(compiled_device, call):
     edges, weights, *sizes = call
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         torch.ops.grootvl_ops.graph_tree(edges.to(compiled_device), weights.to(compiled_device), *sizes)
+
+
+def test_trees_are_saved_and_loaded_with_default_arguments(device, tmp_path):
+    """A NamedTuple of its own kind is no plain container: torch.load must know it."""
+    tree = grootvl_ops.build_tree(torch.randn(2, 3, 4, 5, device=device))
+    torch.save({"tree": tree}, tmp_path / "tree.pt")
+    loaded = torch.load(tmp_path / "tree.pt")["tree"]
+    assert isinstance(loaded, grootvl_ops.Tree)
+    assert all(torch.equal(a, b) for a, b in zip(loaded, tree, strict=True))
+
+
+def test_trees_of_inference_mode_can_be_used_in_training(device):
+    with torch.inference_mode():
+        tree = grootvl_ops.build_tree(torch.randn(2, 3, 4, 5, device=device))
+    x = torch.rand(2, 12, 3, device=device, requires_grad=True)
+    dt_bias = torch.rand(3, device=device, requires_grad=True)
+    h = grootvl_ops.selective_scan(x, x, None, dt_bias, dt_bias, x[..., 0], tree)
+    (grootvl_ops.tree_scan(h, x.sigmoid(), tree).sum()).backward()
+    assert x.grad.isfinite().all() and dt_bias.grad.isfinite().all()

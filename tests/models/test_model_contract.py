@@ -13,6 +13,7 @@ from torch import nn
 
 import grootv
 import grootvl_ops
+from grootv.layers import scans
 from grootv.models import GrootV
 
 SIZES = {"grootv_tiny": 29_958_600, "grootv_small": 51_331_624, "grootv_base": 90_597_096}
@@ -157,46 +158,38 @@ def test_other_dtypes(dtype, bound):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_autocast_scans_in_float32(monkeypatch):
-    seen = []
-    scan = grootvl_ops.tree_scan
-
-    def record(x, decay, tree, up_only):
-        seen.extend((x.dtype, decay.dtype))
-        return scan(x, decay, tree, up_only)
-
-    monkeypatch.setattr(grootvl_ops, "tree_scan", record)
+def test_autocast_is_near_float32():
     model = small().eval()
     images = image(2, 3, 64, 64)
     expected = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.stages[0].blocks[0].mixer.in_proj(images.new_ones(1, DIMS[0])).dtype == torch.bfloat16
         logits = model(images)
-    assert set(seen) == {torch.float32}
+        assert model.forward_features(images).dtype == torch.float32
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - expected).norm() < 0.1 * expected.norm()
     logits.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_step_size_keeps_float32_under_autocast():
-    """The step size of a bfloat16 product would be off by a percent; from bfloat16 factors in float32 it is exact."""
+def test_scan_under_autocast_is_computed_in_float32():
+    """From bfloat16 inputs the results are exact but for their last rounding, half a step of one part in 128: a step
+    size or a sum in bfloat16 would be off by more than a percent."""
     mixer = small().stages[0].blocks[0].mixer
-    x, z = image(2, 1, 12, mixer.A_log.numel()).bfloat16()
+    x, z = image(2, 1, 12, mixer.D_skip.numel()).bfloat16()
     projected = image(1, 12, mixer.dt_rank + 2).bfloat16()
-    tree = grootvl_ops.build_tree(x.view(1, 3, 4, -1))
+    along = [(grootvl_ops.build_tree(x.view(1, 3, 4, -1)), "both")]
     with torch.autocast("cpu", torch.bfloat16):
-        actual = mixer.selective_scan(x, z.float(), projected, tree)
-    expected = mixer.selective_scan(x.double(), z.double(), projected.double(), tree)
-    assert (actual - expected).norm() < 1e-5 * expected.norm()
+        actual = mixer.selective_scan(x, z, projected, along)
+    expected = mixer.selective_scan(x.double(), z.double(), projected.double(), along)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).norm() < 0.004 * expected.norm()
 
 
 def test_tree_per_stage_builds_one_tree_a_stage(monkeypatch):
-    import grootv.models.tree_ssm as tree_ssm
-
     built = []
-    build = tree_ssm._build_tree
-    monkeypatch.setattr(tree_ssm, "_build_tree", lambda x, metric: built.append(x.shape) or build(x, metric))
+    build = scans._build_tree
+    monkeypatch.setattr(scans, "_build_tree", lambda x, metric: built.append(x.shape) or build(x, metric))
     images = image(2, 3, 64, 64)
     shared, own = small(tree_per="stage").eval(), small().eval()
     own.load_state_dict(shared.state_dict())
@@ -386,20 +379,15 @@ def test_configuration():
         assert (cfg.input_size, cfg.num_classes, cfg.interpolation) == ((3, 224, 224), 1000, "bicubic")
         assert cfg.crop_pct == pytest.approx(224 / 256)
         assert not cfg.has_weights  # none are hosted
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+
+
+def test_pretrained_without_a_file_names_the_command() -> None:
+    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_tiny`.*checkpoints/grootv_tiny.pth"):
+        timm.create_model("grootv_tiny", pretrained=True)
+    with pytest.raises(RuntimeError, match="`python -m grootv.weights grootv_base`"):
+        timm.create_model("grootv_base", pretrained=True, features_only=True)
+    with pytest.raises(RuntimeError, match="for grootv_nano, of which none is released .*grootv_tiny.*file=PATH"):
         timm.create_model("grootv_nano", pretrained=True)
-
-
-def test_set_fused_reaches_every_layer():
-    model = small()
-    layers = [module for module in model.modules() if hasattr(module, "fused")]
-    assert {type(layer).__name__ for layer in layers} == {"TreeSSM", "LayerNorm"}
-    expected = grootvl_ops.backend("cuda") == "compiled"
-    assert {layer.fused for layer in layers} == {expected}
-    model.set_fused(False)
-    assert {layer.fused for layer in layers} == {False}
-    model.set_fused()
-    assert {layer.fused for layer in layers} == {expected}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

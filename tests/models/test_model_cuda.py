@@ -1,21 +1,21 @@
-"""The model on a GPU: its fused kernels against the plain layers, CUDA graphs, and mixed precision over many steps."""
+"""The model on a GPU: fused operations against their definitions, CUDA graphs, and mixed precision over many steps."""
 
 from __future__ import annotations
 
-import copy
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from model_helpers import plain_operations
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import grootv  # noqa: F401  registers the models
 import grootvl_ops
-from grootv.models.layer_norm import LayerNorm
-from grootv.models.tree_ssm import TreeSSM
+from grootv.layers import LayerNorm, TreeSSM, scans
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or grootvl_ops.backend("cuda") != "compiled", reason="needs a GPU and its kernels"
@@ -50,10 +50,9 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
         assert error <= tolerance * size, f"result {number}: {error} > {tolerance} x {size}"
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(model)
-    plain.set_fused(False)
-    return plain
+def plain() -> AbstractContextManager[None]:
+    """The definitions in plain PyTorch, but for trees and the scan along them, which have tests of their own."""
+    return plain_operations(torch.ops.grootvl_ops.tree_scan, scans._build_tree)
 
 
 @VARIANTS
@@ -62,7 +61,9 @@ def test_fused_equals_plain(kwargs, dtype, tolerance):
     """Convolutions in float32 round to TF32, whose steps are one part in two thousand."""
     model = small(**kwargs).to(dtype)
     x = images(2, 3, 96, 160).to(dtype)
-    assert_near(loss_and_gradients(model, x), loss_and_gradients(plain_copy(model), x), tolerance)
+    with plain():
+        expected = loss_and_gradients(model, x)
+    assert_near(loss_and_gradients(model, x), expected, tolerance)
 
 
 @VARIANTS
@@ -71,7 +72,8 @@ def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance):
     """As near to float32 as the format allows; trees of rounded features may differ in edges of near weights."""
     model = small(**kwargs)
     x = images(2, 3, 96, 160)
-    exact = loss_and_gradients(plain_copy(model), x)
+    with plain():
+        exact = loss_and_gradients(model, x)
     loss, *gradients = loss_and_gradients(model, x, dtype)
     assert {g.dtype for g in gradients} == {torch.float32}
     assert_near([loss, flat(gradients)], [exact[0], flat(exact[1:])], tolerance)
@@ -83,9 +85,7 @@ def test_what_autocast_gives():
     seen: dict[str, torch.dtype] = {}
     for name, module in model.named_modules():
         if isinstance(module, (LayerNorm, TreeSSM)):
-            module.register_forward_hook(
-                lambda _, __, out, name=name: seen.update({name: (out[0] if isinstance(out, tuple) else out).dtype})
-            )
+            module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.dtype}))
     with torch.autocast("cuda", torch.float16):
         features = model.forward_features(images(1, 3, 64, 64))
     assert features.dtype == torch.float32
@@ -94,12 +94,15 @@ def test_what_autocast_gives():
     assert seen["stages.0.blocks.0.mixer"] == torch.float16
 
 
-def test_too_many_channels_take_the_plain_path():
-    mixer = TreeSSM(1030, device="cuda")
-    assert not mixer.fused
-    out, _ = mixer(torch.randn(1, 2, 3, 1030, device="cuda"))
-    assert torch.isfinite(out).all()
-    assert TreeSSM(640, device="cuda").fused and TreeSSM(1024, device="cuda").fused
+@pytest.mark.parametrize("dim", [1024, 1030])
+def test_any_number_of_channels(dim):
+    """The norms' kernels end at 2048 inner channels."""
+    torch.manual_seed(0)
+    mixer = TreeSSM(dim, device="cuda", dtype=torch.float64)
+    x = images(1, 2, 3, dim).double()
+    with plain():
+        expected = mixer(x)
+    torch.testing.assert_close(mixer(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
@@ -133,7 +136,7 @@ def test_cuda_graph(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_precision_follows_float32(dtype):
-    """400 steps on handwritten digits: the loss falls along the curve of float32 without fused kernels."""
+    """400 steps on handwritten digits: the loss falls along the curve of float32 by the operations' definitions."""
     digits = load_digits()
     pixels = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     pixels = F.interpolate(pixels, scale_factor=4).cuda()
@@ -154,7 +157,8 @@ def test_mixed_precision_follows_float32(dtype):
             losses.append(loss.detach())
         return torch.stack(losses).float().cpu().numpy().reshape(-1, 50).mean(1)
 
-    model = small()
-    exact, mixed = curve(plain_copy(model), None), curve(model, dtype)
+    with plain():
+        exact = curve(small(), None)
+    mixed = curve(small(), dtype)
     assert exact[0] > 1 and exact[-1] < 0.1, exact
     assert np.all(np.abs(mixed - exact) < 0.15 * exact + 0.1), (mixed, exact)

@@ -1,5 +1,6 @@
 """GrootV against outputs of the published implementation, and against a plain recomputation for other inputs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
-from model_helpers import OFFICIAL_NAMES, official_state, shrink
+from model_helpers import OFFICIAL_NAMES, official_state, plain_operations, shrink
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
-import grootv.models.tree_ssm as tree_ssm
 import grootvl_ops
-from grootv.models import GrootV, TreeSSM, checkpoint_filter_fn
+from grootv.layers import TreeSSM
+from grootv.layers.tree_ssm import ROOTS
+from grootv.models import GrootV, checkpoint_filter_fn
 from grootv.models.checkpoint import official_to_own
-from grootvl_ops import reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEVICES = [
@@ -32,39 +33,11 @@ def full_precision():
         yield
 
 
-class ReferenceScan(torch.autograd.Function):
-    """The reference's scan and its gradient, in place of the registered operation."""
-
-    @staticmethod
-    def forward(ctx, x, decay, parent, order, subtree_size, up_only):
-        ctx.save_for_backward(x, decay, parent, order, subtree_size)
-        ctx.up_only = up_only
-        return reference.tree_scan(x, decay, parent, order, subtree_size, up_only)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *reference.tree_scan_backward(grad, *ctx.saved_tensors, ctx.up_only), None, None, None, None
-
-
-@pytest.fixture
-def use_reference(monkeypatch):
-    """Let the model run on the plain PyTorch reference."""
-
-    def build_tree(features: Tensor, metric: str) -> grootvl_ops.Tree:
-        weights = reference.edge_weights(features.detach(), metric)
-        return grootvl_ops.Tree(*reference.grid_tree(weights, features.shape[1], features.shape[2], 0))
-
-    monkeypatch.setattr(tree_ssm, "_build_tree", build_tree)
-    monkeypatch.setattr(
-        grootvl_ops, "tree_scan", lambda x, decay, tree, up_only: ReferenceScan.apply(x, decay, *tree, up_only)
-    )
-
-
 @pytest.fixture(params=["operations", "reference"])
 def operations(request):
-    if request.param == "reference":
-        request.getfixturevalue("use_reference")
-    return request.param
+    """What the model runs on: the operations as they are, or their definitions."""
+    with plain_operations() if request.param == "reference" else nullcontext():
+        yield request.param
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -255,7 +228,7 @@ def test_gradients_of_other_sizes(dtype, bound, device, operations):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", grootvl_ops.METRICS)
-@pytest.mark.parametrize("root", tree_ssm.ROOTS)
+@pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (6, 8)])
 def test_mixer_options(size, root, metric, device):
     torch.manual_seed(0)
@@ -275,7 +248,8 @@ def test_mixer_options(size, root, metric, device):
         "out_proj.weight": p["out_proj.weight"],
     }
     x = torch.randn(2, *size, 24, dtype=torch.float64)
-    output, tree = mixer(x.to(device))
+    built = []
+    output = mixer(x.to(device), built=built)
     expected = plain_tree_ssm(official, x.movedim(-1, 1), metric, root).movedim(1, -1)
     assert relative_error(output, expected) < 1e-10
-    assert torch.equal(mixer(x.to(device), tree)[0], output)
+    assert torch.equal(mixer(x.to(device), tree=built[0]), output)

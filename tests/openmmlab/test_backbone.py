@@ -17,7 +17,7 @@ from training_helpers import environment, run_tool, write_config, write_images
 
 import grootv.openmmlab  # noqa: F401
 
-# Two stages of few channels, for tests that need no more.
+# Two stages with few channels, enough for most tests.
 SMALL = {"type": "GrootV", "arch": "nano", "dims": (8, 16), "depths": (1, 2), "out_indices": (0, 1)}
 
 
@@ -89,6 +89,7 @@ def test_import_of_the_model_alone_needs_no_openmmlab() -> None:
         ({"out_indices": ()}, "out_indices must be"),
         ({"frozen_stages": 3}, "frozen_stages must be from -1 .none. to 2, got 3"),
         ({"init_cfg": {"type": "Kaiming"}}, "init_cfg must be None or"),
+        ({"pretrained": "x.pth"}, r"pretrained must be None.*init_cfg=dict.type=\"Pretrained\", checkpoint='x.pth'."),
     ],
 )
 def test_bad_arguments_are_named(changes: dict, message: str) -> None:
@@ -149,12 +150,12 @@ def test_drop_path_rate_grows_to_what_is_asked_for() -> None:
 
 @pytest.mark.parametrize("out_indices", [(0,), (1,), (0, 1)])
 def test_every_parameter_serves_the_outputs(out_indices: tuple[int, ...]) -> None:
-    """Otherwise distributed training would wait for gradients that never come."""
+    """Distributed training waits for a gradient of every parameter."""
     backbone = build(out_indices=out_indices)
     maps = backbone(torch.randn(1, 3, 32, 32))
     assert [map.shape[1] for map in maps] == [(8, 16)[i] for i in out_indices] == list(backbone.out_channels)
     sum(map.square().sum() for map in maps).backward()
-    # A stage's last norm is not used where only a later stage is taken, but its output is what the next one reads.
+    # A stage's last norm is used even if only a later stage is returned: the next stage reads its output.
     assert not [name for name, p in backbone.named_parameters() if p.grad is None]
 
 
@@ -172,11 +173,11 @@ def test_any_number_of_input_channels(in_channels: int) -> None:
 
 
 class TestPretrained:
-    """`init_cfg=dict(type="Pretrained")` with all kinds of files."""
+    """`init_cfg=dict(type="Pretrained")` with files of every kind."""
 
     @pytest.fixture
     def whole(self) -> torch.nn.Module:
-        """A classifier of timm's with the sizes of `SMALL`, and not its weights."""
+        """A timm classifier with the sizes of `SMALL` and other weights."""
         torch.manual_seed(123)
         return timm.create_model("grootv_nano", dims=SMALL["dims"], depths=SMALL["depths"], num_classes=7)
 
@@ -256,7 +257,7 @@ class TestPretrained:
             build(init_cfg={"type": "Pretrained", "checkpoint": "nowhere.pth"}).init_weights()
 
     def test_the_checkpoint_of_a_classification_run(self, tmp_path: Path) -> None:
-        """What tools/train.py writes has the averaged weights, and all of the run's state beside them."""
+        """A checkpoint of tools/train.py contains the averaged weights and the run's whole state."""
         for split in ("train", "val"):
             write_images(tmp_path / "data", split, 8, seed=0)
         config = write_config(tmp_path, tmp_path / "data")

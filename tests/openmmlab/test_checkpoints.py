@@ -1,4 +1,4 @@
-"""Checkpoints of runs: whole or not there, and verified before a run resumes from them."""
+"""Checkpoints of runs: written atomically, and verified before a run resumes from them."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
 
 
 def test_checkpoints_with_more_than_tensors_load(tmp_path: Path) -> None:
-    """Runs keep their message hub in them, which torch.load refuses by default."""
+    """Checkpoints contain the run's message hub, which torch.load refuses by default."""
     torch.save({"meta": {"history": HistoryBuffer([1.0, 2.0], [1, 1])}}, tmp_path / "epoch_1.pth")
     content = CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_1.pth"), map_location="cpu")
     assert content["meta"]["history"].mean() == 1.5

@@ -1,4 +1,4 @@
-"""Classification configs: they hold the published recipe, and describe models that can be built."""
+"""Classification configs: they contain the published recipe, and describe models that can be built."""
 
 from pathlib import Path
 

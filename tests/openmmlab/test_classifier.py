@@ -65,7 +65,7 @@ def test_mixup_must_have_the_models_classes() -> None:
 
 
 def test_released_checkpoints_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint with the official names, filled by the golden rule, gives the golden logits."""
+    """A checkpoint with the official names, filled by tests/golden/fill.py, gives the golden logits."""
     golden = ROOT / "tests/golden"
     monkeypatch.syspath_prepend(golden)
     fill = importlib.import_module("fill")

@@ -73,7 +73,7 @@ def test_tar_files_and_torchvision_sets_are_read_through_timm(images: Path, tmp_
 
 
 def test_missing_folder_is_named_with_what_is_there(images: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"validation does not exist: .* holds \['train'\]"):
+    with pytest.raises(FileNotFoundError, match=r"validation does not exist: .* contains \['train'\]"):
         ImageClassificationDataset(str(images), "validation")
     with pytest.raises(FileNotFoundError, match="does not exist either"):
         ImageClassificationDataset(str(images / "nowhere"), "train")

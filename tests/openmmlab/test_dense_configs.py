@@ -1,4 +1,4 @@
-"""Detection and segmentation configs: they load, hold what was published, and describe models that can be built."""
+"""Detection and segmentation configs: they contain the published recipe and describe models that can be built."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_the_model_builds_with_heads_that_fit_the_backbone(config: Config) -> No
 def test_it_prints_completely_and_carries_nothing_of_another_backbone(config: Config) -> None:
     text = config.pretty_text
     assert Config.fromstring(text, ".py").to_dict() == config.to_dict()
-    # What their base configs are written for, and leave behind unless it is replaced.
+    # Values of the base configs that must be replaced.
     for foreign in ("resnet", "ResNet", "torchvision://", "open-mmlab://", "SGD", "swin", "_delete_", "_scope_"):
         assert foreign not in text
 

@@ -1,4 +1,4 @@
-"""Bad data, bad configs and bad checkpoints of detection and segmentation runs: each with an outcome that tells."""
+"""Bad data, configs and checkpoints of detection and segmentation runs: each raises an error that names the cause."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_a_damaged_image_stops_with_its_path(task: str, data: Path, tmp_path: Pa
 def test_missing_images_are_named_before_the_first_iteration(task: str, data: Path, tmp_path: Path, fault: str) -> None:
     image = first_image(task, data)
     if task == "segmentation" and fault == "missing":
-        # mmseg lists the images that are there: what can be missing is their labels.
+        # mmseg lists the images that exist, so only their labels can be missing.
         image = data / "annotations" / "training" / f"{image.stem}.png"
     image.unlink()
     if fault == "empty":
@@ -71,7 +71,7 @@ def test_a_batch_without_any_object_trains(task: str, data: Path, tmp_path: Path
     total, values = runner.model.parse_losses(losses)
     total.backward()
     assert all(value.isfinite().all() for value in values.values())
-    # Every parameter gets a gradient, so that the other processes of a distributed run do not wait for it.
+    # Every parameter gets a gradient, because the other processes of a distributed run wait for it.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters())
 
 

@@ -14,7 +14,7 @@ from grootv.openmmlab.runtime.hooks import IterationSeedHook
 
 
 class RandomItems(torch.utils.data.Dataset):
-    """Items as OpenMMLab's pipelines make them: from the generators of the process that loads them."""
+    """Items as OpenMMLab's pipelines make them: random by the generators of the loading process."""
 
     def __len__(self) -> int:
         return 6

@@ -1,4 +1,4 @@
-"""The learning curve, and the logged scalars it is drawn from."""
+"""The learning curve, and the logged scalars from which it is drawn."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ def nano(**kwargs) -> nn.Module:
 
 
 class Detector(BaseModel):
-    """A backbone of timm inside something larger."""
+    """A model that contains a timm backbone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is said where OpenMMLab's packages are missing or broken."""
+"""Errors for missing and broken packages of OpenMMLab say what to do."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: kills, damaged files, invalid losses, data that does not fit."""
+"""Faults of long runs: kills, damaged files, invalid losses, data that does not fit the model."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ pytest.importorskip("mmengine")
 import torch
 from training_helpers import KILLED, ROOT, environment, run_tool, write_config, write_images
 
-# Kills its own process, as the environment says, in the middle of an epoch or of writing a checkpoint.
+# Kills its own process in the middle of an epoch or of writing a checkpoint, as environment variables say.
 KILLER = """
 import os, signal
 from mmengine.hooks import Hook
@@ -59,7 +59,7 @@ def assert_equal_runs(first: dict, second: dict) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, config, and the work directory `unbroken` of a run that nothing disturbed."""
+    """A folder with data, config, and the work directory `unbroken` of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("small")
     write_images(folder / "data", "train", 12, seed=0)
     write_images(folder / "data", "val", 4, seed=1)
@@ -95,7 +95,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(small: Path) -> None:
     (work_dir / "epoch_3.pth").write_bytes(content)
     result = train(small / "small.py", work_dir, "--resume")
     assert result.returncode == 0, result.stdout[-6000:]
-    assert f"{work_dir / 'epoch_3.pth'} is damaged and is passed over" in result.stdout
+    assert f"{work_dir / 'epoch_3.pth'} is damaged and is skipped" in result.stdout
     assert "Validating the checkpoint that the run resumes from" in result.stdout
     assert "resumed epoch: 2" in result.stdout
     assert_equal_runs(load(small / "unbroken/epoch_3.pth"), load(work_dir / "epoch_3.pth"))

@@ -1,4 +1,4 @@
-"""Scenes of digits: true masks, splits that share nothing, and files that COCO's and ADE20K's readers take."""
+"""Scenes of digits: correct masks, splits that share nothing, and files that readers of COCO and ADE20K load."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_labels_of_ade20k_are_the_masks_of_scenes(ade: Path) -> None:
         for instance in scene.instances:
             expected[instance.mask] = 0 if instance.crowd else instance.label + 2
         assert np.array_equal(np.asarray(Image.open(path)), expected)
-        # The picture belongs to the labels: what JPEG changes of it is little.
+        # The picture belongs to the labels; JPEG changes it only a little.
         assert np.abs(np.asarray(Image.open(image), float) - scene.image).mean() < 8
 
 
@@ -91,7 +91,7 @@ def test_scenes_for_segmentation_have_all_that_is_hard_and_more_digits(ade: Path
 
 
 def test_digits_that_try_several_places_hide_less_of_each_other() -> None:
-    """The more of the digits is seen, the more pixels they have together, if their sizes are the same."""
+    """Digits of equal sizes have more visible pixels in total if they hide less of each other."""
     options = {"digits": (6, 6), "sides": (0.4, 0.4)}
     seen = []
     for places in (1, 12):

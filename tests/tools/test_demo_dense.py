@@ -1,4 +1,4 @@
-"""The demonstrations of detection and segmentation, cut to a few iterations."""
+"""The demonstrations of detection and segmentation with few iterations."""
 
 import subprocess
 import sys

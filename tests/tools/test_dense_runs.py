@@ -1,4 +1,4 @@
-"""Whole small runs of detectors and segmentors with the project's tools, and with those of mmdet and mmseg."""
+"""Small complete runs of detectors and segmentors with the project's tools and with those of mmdet and mmseg."""
 
 import importlib
 import json
@@ -69,7 +69,7 @@ def test_training_logs_evaluates_and_saves(run: SimpleNamespace) -> None:
     assert {"detection": {"coco/bbox_mAP_50", "coco/segm_mAP_50"}, "segmentation": {"mIoU"}}[run.task] <= metrics
     assert "images_per_second" in metrics
     if run.task == "detection" and install_mmcv_ops():
-        assert run.log.read_text().count("torchvision's nms and roi_align serve instead") == 1
+        assert run.log.read_text().count("torchvision's nms and roi_align replace them") == 1
 
 
 def test_evaluation_with_augmentation_and_pictures(run: SimpleNamespace) -> None:
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes(run: SimpleNamespace) -> None:
     steps = [
         entry["iter" if run.task == "detection" else "step"] for entry in scalars(run, work_dir) if "loss" in entry
     ]
-    # The killed run logged four iterations; the second one goes on after the last checkpoint, that of the fourth.
+    # The killed run logged four iterations; the second run continues after the last checkpoint, that of the fourth.
     assert steps == [1, 2, 3, 4, *({"detection": [5, 6, 7, 8], "segmentation": [5, 6]}[run.task])]
 
 

@@ -13,6 +13,8 @@ from dense_helpers import skip_without
 from torch import nn
 from training_helpers import ROOT
 
+import grootvl_ops
+
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
@@ -48,7 +50,7 @@ def test_published_detection_parameters(tool: ModuleType, size: str, parameters:
 
 
 def test_parts_of_a_detector(tool: ModuleType) -> None:
-    """A detector runs for real: more of the image costs more, in proportion, but for the second stage."""
+    """FLOPs of a detector grow in proportion to the image, except those of the second stage."""
     skip_without("detection")
     config = ROOT / "configs" / "detection" / "mask-rcnn_grootv-nano_fpn_digits.py"
     small, large = (tool.count_flops(tool.build(str(config), shape)[1]) for shape in ((128, 128), (128, 256)))
@@ -58,7 +60,7 @@ def test_parts_of_a_detector(tool: ModuleType) -> None:
 
 
 def test_layers_are_counted_as_by_hand(tool: ModuleType) -> None:
-    """Products and convolutions from the shapes that layers see, and the parts without a layer from the sizes."""
+    """Products and convolutions are counted by the shapes that layers get, parts without layers by the sizes."""
     model = timm.create_model("grootv_nano", num_classes=10, dims=(16, 32), depths=(1, 2)).eval()
     expected = {"convolutions": 0, "products": 0, "norms": 0}
 
@@ -74,13 +76,25 @@ def test_layers_are_counted_as_by_hand(tool: ModuleType) -> None:
         module.register_forward_hook(count)
     x = torch.randn(2, 3, 32, 48)
     counted = tool.count_flops(lambda: model(x))
-    # The step size's projection is applied by its weight, past the layer: (R -> D) for each pixel of each block.
-    maps = [(8 * 12, 32, 1), (4 * 6, 64, 2)]  # pixels, inner channels, blocks; R is a 32nd of the channels
-    expected["products"] += sum(2 * pixels * dim * (dim // 32) * blocks for pixels, dim, blocks in maps)
+    maps = [(8 * 12, 32, 1), (4 * 6, 64, 2)]  # pixels, inner channels, blocks
     assert {part: counted[part] for part in expected} == expected
     assert counted["scan"] == sum(4 * 2 * pixels * dim * blocks for pixels, dim, blocks in maps)
     edges = {96: 7 * 12 + 8 * 11, 24: 3 * 6 + 4 * 5}
     assert counted["tree"] == sum(2 * (pixels + edges[pixels]) * dim * blocks for pixels, dim, blocks in maps)
+    # Without hooks, the fused operations take the weights of some layers, and the counts stay.
+    for module in model.modules():
+        module._forward_hooks.clear()
+    assert tool.count_flops(lambda: model(x)) == counted
+
+
+@pytest.mark.parametrize("direction, sweeps", [("both", 4), ("up", 1), ("down", 1)])
+def test_states_are_counted(tool: ModuleType, direction: str, sweeps: int) -> None:
+    """Three states: three scans, and three products with C."""
+    tree = grootvl_ops.path_tree(torch.arange(6))
+    x, dt, B = torch.ones(2, 6, 8), torch.ones(2, 6, 4), torch.ones(2, 6, 3)
+    arguments = (x, dt, torch.ones(8, 4), None, torch.ones(8, 3), B, tree, direction, B)
+    counted = tool.count_flops(lambda: grootvl_ops.selective_scan(*arguments))
+    assert counted["scan"] == 3 * (sweeps + 1) * x.numel() and counted["products"] == 4 * x.numel()
 
 
 def test_a_scan_of_one_sweep_costs_a_quarter(tool: ModuleType) -> None:

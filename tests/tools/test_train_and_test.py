@@ -16,7 +16,7 @@ from training_helpers import run_tool, write_config, write_images
 
 import grootv  # noqa: F401  registers the models
 
-# Nothing random in the model and the batches, and no rounding of the batch's average: what is left is arithmetic.
+# Nothing is random in the model and the batches, so that runs with the same batches differ by rounding only.
 DETERMINISTIC = """
 model.update(backbone=dict(model_name="grootv_nano", num_classes=3, dims=(8, 16), depths=(1, 1)))
 model.update(data_preprocessor=dict(type="ImagePreprocessor"))

@@ -1,4 +1,4 @@
-# What all classification runs share besides data, model and schedule.
+# Settings of all classification runs, apart from data, model and schedule.
 custom_imports = dict(imports=["grootv.openmmlab"], allow_failed_imports=False)
 default_scope = "mmengine"
 

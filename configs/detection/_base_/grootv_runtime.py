@@ -1,4 +1,4 @@
-"""What the detection configs here have in common and mmdet's base configs do not set."""
+"""Settings of all detection configs here that mmdet's base configs do not have."""
 
 custom_imports = dict(imports=["grootv.openmmlab", "grootv.openmmlab.dense.detection"], allow_failed_imports=False)
 

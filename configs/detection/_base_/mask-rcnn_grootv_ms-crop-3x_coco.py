@@ -1,4 +1,4 @@
-"""The 3x schedule: 36 epochs on images of a short side of 480 to 800, half of them cropped before (DETR)."""
+"""The 3x schedule: 36 epochs; the shorter side of images is 480 to 800, and half of them are cropped first (DETR)."""
 
 _base_ = "mask-rcnn_grootv_1x_coco.py"
 

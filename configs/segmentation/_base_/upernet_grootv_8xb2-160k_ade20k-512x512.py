@@ -1,6 +1,6 @@
 """UperNet on ADE20K as published for GrootV: AdamW, 160k iterations of 16 images (8 GPUs x 2) of 512 x 512.
 
-tools/test.py gives the single-scale result; with --tta the one of six sizes, each also flipped.
+tools/test.py gives the single-scale result, with --tta that of six sizes, each also flipped.
 """
 
 _base_ = __import__("grootv.openmmlab", fromlist=["base_configs"]).base_configs(

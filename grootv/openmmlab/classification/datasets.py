@@ -17,17 +17,17 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-# What Pillow raises for files that are not images, are cut off, or hold wrong bytes.
+# Pillow raises these for files that are no images, are cut off, or contain wrong bytes.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class DamagedDataError(RuntimeError):
-    """More images could not be read than the config allows."""
+    """More images are damaged than `max_damaged` allows."""
 
 
 @contextmanager
 def _random_state(*key: int) -> Iterator[None]:
-    """Draw random numbers from a stream that depends on `key` alone, leaving the process's own stream untouched."""
+    """Seed all random generators by `key` within the block, and restore their states after it."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -42,41 +42,42 @@ def _random_state(*key: int) -> Iterator[None]:
 
 
 def _folder(root: str, split: str) -> Path:
-    """The folder of classes (or tar file) that `root` and `split` name, checked."""
+    """The folder of classes, or tar file, at `root/split`; FileNotFoundError if it does not exist."""
     folder = Path(root, split)
     if not folder.exists():
         parent = Path(root)
         content = sorted(path.name for path in parent.iterdir())[:10] if parent.is_dir() else None
         raise FileNotFoundError(
             f"dataset folder {folder} does not exist: "
-            + (f"root={root!r} does not exist either" if content is None else f"root={root!r} holds {content}")
+            + (f"root={root!r} does not exist either" if content is None else f"root={root!r} contains {content}")
         )
     return folder
 
 
 @DATASETS.register_module()
 class ImageClassificationDataset(Dataset):
-    """Images with one class each, from a folder with one subfolder a class or any indexed data set that timm reads.
+    """Images with one class each, from a folder with a subfolder a class or any indexed data set that timm reads.
 
-    An item is a dict of `inputs` (C, H, W) uint8, `targets` int and `indices` int, the place in the data set.
+    An item is a dict of `inputs` (C, H, W) uint8, `targets` int and `indices` int, the position in the data set.
 
-    An image that cannot be decoded is reported in the log once, by its path. In training the next readable one takes
-    its place; in evaluation it is given as a grey image with target -1, which the metrics leave out.
+    An image that cannot be decoded is logged once, with its path. In training the next readable image replaces it; in
+    evaluation a grey image with target -1 replaces it, which the metrics ignore.
 
     Args:
-        root: folder of the data, that holds `split`. For Hugging Face data the cache folder.
-        split: name of the split; for folders the subfolder, may be empty.
-        name: as of `timm.data.create_dataset`: empty for image folders and tar files of images, "hfds/..." for
+        root: folder that contains `split`; for Hugging Face data, the cache folder.
+        split: name of the split; for folders the name of the subfolder, which may be empty.
+        name: as in `timm.data.create_dataset`: empty for image folders and tar files of images, "hfds/..." for
             Hugging Face, "torch/..." for torchvision.
         is_training: whether `transform` is random and damaged images are replaced.
-        transform: arguments of `timm.data.create_transform`; normalising and random erasing are left to
-            :class:`ImagePreprocessor`.
-        max_damaged: how many different images may be damaged before :class:`DamagedDataError` is raised. Each process
-            of a distributed run counts its own; `DamagedImagesHook` counts them together after each epoch.
+        transform: arguments of `timm.data.create_transform`. :class:`ImagePreprocessor` does normalisation and random
+            erasing.
+        max_damaged: number of different damaged images that are allowed. Each process of a distributed run counts its
+            own; `DamagedImagesHook` counts them together after each epoch.
         reader: further arguments of `timm.data.create_dataset`, such as `class_map` or `input_key`.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        DamagedDataError: while reading, more than `max_damaged` images are damaged.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ImageClassificationDataset(Dataset):
         )
         reader_classes = getattr(getattr(self.source, "reader", self.source), "class_to_idx", None)
         self.metainfo = {"classes": tuple(sorted(reader_classes, key=reader_classes.get))} if reader_classes else {}
-        # In shared memory, so that loader processes that outlive an epoch see the changes, and each other's.
+        # In shared memory: persistent worker processes must see changes by the main process and by each other.
         self._seed = torch.full((2,), -1, dtype=torch.int64).share_memory_()
         self.damaged = torch.zeros(len(self.source), dtype=torch.bool).share_memory_()
 
@@ -111,7 +112,7 @@ class ImageClassificationDataset(Dataset):
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Make each image's random transform a function of `seed`, `epoch` and its index.
 
-        Then neither the number of processes nor an interruption changes what a run sees.
+        Then neither the number of processes nor an interruption changes the images that a run trains on.
         """
         self._seed.copy_(torch.tensor([seed, epoch]))
 
@@ -161,16 +162,16 @@ class ImageClassificationDataset(Dataset):
 class StreamedClassificationDataset(IterableDataset):
     """Images with one class each, streamed: WebDataset shards ("wds/..."), Hugging Face ("hfids/..."), TFDS.
 
-    Items as of :class:`ImageClassificationDataset`, with index -1. The readers of timm shard over processes, shuffle
-    by epoch and skip damaged records with a warning of their own. Use it with `sampler=None`.
+    Items are those of :class:`ImageClassificationDataset`, with index -1. timm's readers distribute the data over
+    processes, shuffle by epoch and skip damaged records with a warning of their own. Use it with `sampler=None`.
 
     Args:
-        name, root, split, reader: as of `timm.data.create_dataset`; see timm's documentation for each kind.
-        is_training: whether `transform` is random, and the stream is shuffled.
+        name, root, split, reader: as in `timm.data.create_dataset`; see timm's documentation for each kind.
+        is_training: whether `transform` is random and the data are shuffled.
         transform: arguments of `timm.data.create_transform`.
-        batch_size: of the loader, by which the readers round the length of an epoch.
-        num_workers: of the loader, for the same purpose.
-        seed: of the order.
+        batch_size: batch size of the loader; the readers round the length of an epoch to it.
+        num_workers: worker processes of the loader, which the same rounding needs.
+        seed: seed of the order.
     """
 
     def __init__(
@@ -199,17 +200,17 @@ class StreamedClassificationDataset(IterableDataset):
         return len(self.source)
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Choose the order of `epoch`, and make the random transforms a function of `seed`, `epoch` and the place."""
+        """Choose the order of `epoch`; make the random transforms a function of `seed`, `epoch` and the position."""
         self._seed.copy_(torch.tensor([seed, epoch]))
         self.source.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
-        stream = get_rank(), worker.id if worker else 0
+        process = get_rank(), worker.id if worker else 0
         for number, (image, target) in enumerate(self.source):
             if self._seed[0] < 0:
                 inputs = self.transform(image)
             else:
-                with _random_state(*self._seed.tolist(), *stream, number):
+                with _random_state(*self._seed.tolist(), *process, number):
                     inputs = self.transform(image)
             yield {"inputs": inputs, "targets": target, "indices": -1}

@@ -17,9 +17,9 @@ from .datasets import DamagedDataError
 
 @HOOKS.register_module()
 class DamagedImagesHook(Hook):
-    """Hold the limit of damaged images for all processes of a distributed run together, at the end of each epoch.
+    """Apply the limit of damaged images to all processes of a distributed run together, at the end of each epoch.
 
-    For data sets with `damaged`, a mask over their images, and `max_damaged`.
+    For data sets with `damaged`, a mask over their images, and `max_damaged`. Too many raise DamagedDataError.
     """
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -43,23 +43,23 @@ class DamagedImagesHook(Hook):
         count = int(damaged.sum())
         if count > dataset.max_damaged:
             raise DamagedDataError(
-                f"the processes of this run met {count} different damaged images, which the log names, "
+                f"the processes of this run found {count} different damaged images, which the log names, "
                 f"and max_damaged={dataset.max_damaged} allows no more"
             )
 
 
 @HOOKS.register_module()
 class TimmCheckpointHook(Hook):
-    """For classifiers: load released and timm checkpoints, and write the trained weights as such.
+    """Load released and timm checkpoints into a classifier, and write the trained weights in timm's form.
 
-    At the end of a run `timm_weights.pth` in the work directory holds the backbone's weights, the averaged ones where
-    the run averages, in the form that `timm.create_model(..., pretrained_cfg_overlay=dict(file=...))` takes.
+    At the end of a run `timm_weights.pth` in the work directory contains the backbone's weights, or their averages if
+    the run computes averages. `timm.create_model(..., pretrained_cfg_overlay=dict(file=...))` loads it.
     """
 
     priority = "VERY_HIGH"
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Bring foreign parameter names into ours."""
+        """Convert the parameter names of a released or timm checkpoint to the classifier's."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         checkpoint["state_dict"] = model.convert_checkpoint(checkpoint)
 

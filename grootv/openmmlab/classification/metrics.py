@@ -13,11 +13,11 @@ from mmengine.registry import METRICS
 class TopKAccuracy(BaseMetric):
     """Percentage of images whose class is among the k of highest score.
 
-    Exact in distributed evaluation, where samplers give some images twice to make the shards equal: each image counts
-    once, by its index in the data set. Images with target -1 (not readable) do not count.
+    It is exact in distributed evaluation: samplers repeat some images to give all processes the same number, and each
+    image counts once, by its index in the data set. Images with target -1 (damaged) do not count.
 
     Args:
-        topk: the values of k; each gives a metric `accuracy/top{k}`. k is limited to the number of classes.
+        topk: values of k; each gives a metric `accuracy/top{k}`. A k above the number of classes counts as that number.
     """
 
     default_prefix = "accuracy"
@@ -27,10 +27,10 @@ class TopKAccuracy(BaseMetric):
         self.topk = tuple(topk)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Note for each prediction the rank of its true class."""
+        """Record the rank of the true class of each prediction."""
         scores = torch.stack([sample["scores"] for sample in data_samples])
         targets = torch.tensor([sample["target"] for sample in data_samples])
-        # A class of the same score and a lower number goes before, as if sorted stably.
+        # Of classes with equal scores the one with the lower number ranks first, as in a stable sort.
         own = scores.gather(1, targets.clamp_min(0)[:, None])
         lower = torch.arange(scores.shape[1]) < targets[:, None]
         ranks = ((scores > own) | ((scores == own) & lower)).sum(1)

@@ -35,10 +35,12 @@ class GrootV(BaseModule):
         init_cfg: None for random weights, or `dict(type="Pretrained", checkpoint=PATH_OR_URL, prefix=None)`: a released
             checkpoint, one of timm or of this project's own training runs (their averaged weights where they have
             some). The prefix of the backbone's names, such as "backbone.", is found if it is not given.
+        pretrained: Must be None. Old configs name a checkpoint here; the error shows the `init_cfg` that replaces it.
         **kwargs: Further arguments of `grootv.models.GrootV`, such as `tree_per="stage"`.
 
     Raises:
-        ValueError: an unknown `arch`, `out_indices` or `frozen_stages` out of range, another type of `init_cfg`.
+        ValueError: an unknown `arch`, `out_indices` or `frozen_stages` out of range, another type of `init_cfg`, or
+            `pretrained` is given.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class GrootV(BaseModule):
         drop_path_rate: float = 0.1,
         in_channels: int = 3,
         init_cfg: dict[str, Any] | None = None,
+        pretrained: None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -59,6 +62,11 @@ class GrootV(BaseModule):
             raise ValueError(f"arch must be one of {sizes}, got {arch!r}")
         if init_cfg is not None and init_cfg.get("type") != "Pretrained":
             raise ValueError(f'init_cfg must be None or dict(type="Pretrained", checkpoint=...), got {init_cfg}')
+        if pretrained is not None:
+            raise ValueError(
+                f"pretrained must be None, got {pretrained!r}; name the checkpoint by "
+                f'init_cfg=dict(type="Pretrained", checkpoint={pretrained!r}) of the backbone'
+            )
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

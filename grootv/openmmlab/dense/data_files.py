@@ -1,4 +1,4 @@
-"""Finds missing files of a data set before a run starts, instead of hours into it."""
+"""Find missing files of a data set before training starts, not hours later."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mmengine.runner import Runner
 
 @HOOKS.register_module()
 class DataFilesHook(Hook):
-    """Check that every image and label file that the annotations name is there and not empty, before training.
+    """Check before training that every image and label file that the annotations name exists and is not empty.
 
-    For mmdet's and mmseg's data sets, and all others with `get_data_info`. The first process checks for all of them;
-    it takes some seconds for the 118,000 images of COCO. Paths that are not of the local disk are left out.
+    For mmdet's and mmseg's data sets, and all others with `get_data_info`. The first process checks for all processes;
+    the 118,000 images of COCO take some seconds. Only paths on the local disk are checked.
     """
 
     def before_train(self, runner: Runner) -> None:

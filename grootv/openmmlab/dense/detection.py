@@ -1,4 +1,4 @@
-"""What detection configs need besides the backbone. Needs mmdet."""
+"""Test-time augmentation for detection configs. Needs mmdet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData  # noqa: E402
 class InstanceTTAModel(DetTTAModel):
     """mmdet's test-time augmentation, also for instance segmentation.
 
-    The detections of all sizes and flips of an image go through one NMS; each that stays keeps the mask it came with.
+    One NMS selects among the detections of all sizes and flips of an image; each selected detection keeps its mask.
 
     Args:
         tta_cfg: `dict(nms=..., max_per_img=...)`.

@@ -1,7 +1,7 @@
-"""A stand-in for mmcv's compiled operations where they are missing.
+"""A replacement for mmcv's compiled operations where they are missing.
 
-Pip usually installs mmcv without its compiled module `mmcv._ext`, and then `mmcv.ops`, which mmdet imports, does not
-import. Of its operations Mask R-CNN and most detectors use two, NMS and RoIAlign, and torchvision has both.
+Pip usually installs mmcv without its compiled module `mmcv._ext`. Importing `mmcv.ops`, which mmdet does, then fails.
+Mask R-CNN and most detectors use two of its operations, NMS and RoIAlign, and torchvision has both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def build_command() -> str:
-    """The command that compiles mmcv's operations: of the maintained line, or of the original one if that is there."""
+    """The command that compiles mmcv's operations: of the original line if it is installed, else of the maintained."""
     name = source = "onedl-mmcv"
     for original in ("mmcv", "mmcv-lite"):
         with suppress(PackageNotFoundError):
@@ -33,31 +33,30 @@ def build_command() -> str:
 
 
 def install_mmcv_ops() -> bool:
-    """Register the stand-in as `mmcv._ext` if mmcv is installed without its compiled module.
+    """Register the replacement as `mmcv._ext` if mmcv is installed without its compiled module.
 
-    It comes too late for modules of mmdet that are imported already: those have noticed that `mmcv.ops` does not
-    import, and the log says so.
+    Modules of mmdet that were imported before have found no `mmcv.ops` and do not use it; the log then warns.
 
     Returns:
-        Whether the stand-in serves.
+        Whether the replacement is in use.
     """
     if "mmcv._ext" not in sys.modules:
         mmcv = importlib.util.find_spec("mmcv")
         if mmcv is None or PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations) is not None:
             return False
-        sys.modules["mmcv._ext"] = _StandIn("mmcv._ext", __doc__)
+        sys.modules["mmcv._ext"] = _Replacement("mmcv._ext", __doc__)
         if "mmdet.structures" in sys.modules:
             print_log(
-                "mmdet was imported before grootv.openmmlab, without mmcv's operations, and will not find those of "
-                "torchvision in their place: import grootv.openmmlab first.",
+                "mmdet was imported before grootv.openmmlab, so it does not use torchvision's operations in place of "
+                "mmcv's missing ones: import grootv.openmmlab first.",
                 logger="current",
                 level=logging.WARNING,
             )
-    return isinstance(sys.modules["mmcv._ext"], _StandIn)
+    return isinstance(sys.modules["mmcv._ext"], _Replacement)
 
 
-class _StandIn(ModuleType):
-    """Has every operation: two that work, all others say what they need when they are called."""
+class _Replacement(ModuleType):
+    """Has every operation: NMS and RoIAlign work, all others raise an error that says what they need."""
 
     def __init__(self, name: str, doc: str | None) -> None:
         super().__init__(name, doc)
@@ -72,17 +71,17 @@ class _StandIn(ModuleType):
 
         def missing(*args: object, **kwargs: object) -> NoReturn:
             raise RuntimeError(
-                f"mmcv is installed without its compiled operations, and {name} is one that torchvision cannot stand "
-                f"in for. To compile them (some ten minutes): {build_command()}"
+                f"mmcv is installed without its compiled operations, and torchvision has no replacement for "
+                f"{name}. To compile them (about ten minutes): {build_command()}"
             )
 
         return missing
 
 
 @cache
-def _say_once() -> None:
+def _warn_once() -> None:
     print_log(
-        "mmcv is installed without its compiled operations: torchvision's nms and roi_align serve instead.",
+        "mmcv is installed without its compiled operations: torchvision's nms and roi_align replace them.",
         logger="current",
         level=logging.WARNING,
     )
@@ -94,15 +93,15 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices (K,) of the boxes that stay, by falling score.
+    """Indices (K,) of the boxes to keep, in order of decreasing score.
 
     Args:
         boxes: (N, 4) as x1, y1, x2, y2.
         scores: (N,).
-        iou_threshold: Boxes overlapping a better one by more than this go.
-        offset: Width is x2 - x1 + offset, height likewise.
+        iou_threshold: a box that overlaps one of higher score by more than this is removed.
+        offset: width is x2 - x1 + offset, height likewise.
     """
-    _say_once()
+    _warn_once()
     boxes = _at_least_float32(boxes)
     if offset:
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
@@ -125,12 +124,12 @@ def roi_align_forward(
     """Average-pool the regions `rois` (K, 5) of `input` (B, C, H, W) into `output` (K, C, height, width).
 
     Raises:
-        RuntimeError: max-pooling (`pool_mode` 0) was asked for.
+        RuntimeError: `pool_mode` is 0, max-pooling, which torchvision does not have.
     """
-    _say_once()
+    _warn_once()
     if pool_mode == 0:
         raise RuntimeError(
-            f"RoIAlign with max-pooling needs mmcv's compiled operations; to get them: {build_command()}"
+            f"RoIAlign with max-pooling needs mmcv's compiled operations; to compile them: {build_command()}"
         )
     input = _at_least_float32(input)
     output.copy_(

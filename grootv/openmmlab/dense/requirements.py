@@ -1,4 +1,4 @@
-"""Finds the OpenMMLab packages, and says what to do where they are missing or do not work."""
+"""Find the OpenMMLab packages, and say what to do if they are missing or do not work."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ def require(package: str) -> None:
 
     Raises:
         ImportError: one of them is missing, does not import, or mmcv's compiled operations do not load. The message
-            names the distribution and the command that helps.
+            names the distribution and the command that installs it.
     """
     for name in ("mmcv", package):
         if find_spec(name) is None:
             raise ImportError(f"{name} is not installed ({_DISTRIBUTIONS[name]}): {INSTALL_COMMAND}")
         try:
             importlib.import_module(name)
-        except Exception as error:  # mmdet and mmseg assert that they like the version of mmcv
+        except Exception as error:  # mmdet and mmseg assert the version of mmcv
             raise ImportError(
-                f"{name} is installed but does not import ({error}). A set that works: {INSTALL_COMMAND}"
+                f"{name} is installed but does not import ({error}). Versions that work together: {INSTALL_COMMAND}"
             ) from error
     try:
         importlib.import_module("mmcv._ext")
     except ImportError as error:
         raise ImportError(
             f"mmcv's compiled operations do not load ({error}), probably because they were compiled for another "
-            f"torch. To compile them anew: {build_command()}"
+            f"torch. To compile them again: {build_command()}"
         ) from error
 
 
 def base_configs(package: str, *names: str) -> list[str]:
     """Paths of configs that come with an installed `package`, for the `_base_` of a config.
 
-    mmengine's own "mmseg::..." looks for a distribution called mmsegmentation and so does not find the maintained one.
+    mmengine's own "mmseg::..." looks for a distribution named mmsegmentation and does not find the maintained one.
 
     Args:
         package: "mmdet" or "mmseg".
-        names: Paths below the package's `configs`, such as "_base_/default_runtime.py".
+        names: paths below the package's `configs`, such as "_base_/default_runtime.py".
 
     Raises:
         ImportError: see `require`.

@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed: written in one step, verified before a run resumes from them."""
+"""Checkpoints that a killed process cannot damage: written atomically, and verified before a run resumes from them."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ _PERIODIC_CHECKPOINT = re.compile(r"(epoch|iter)_(\d+)\.pth")
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear under their name only when they are complete.
 
-    The bytes go to `<name>.tmp` and to the disk, then the file is renamed. A process that is killed on the way leaves
-    the previous file of that name, if there was one, as it was.
+    The bytes are written to `<name>.tmp` and flushed to the disk, then the file is renamed. A process that is killed
+    before the end leaves an earlier file of that name unchanged.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
@@ -44,41 +44,42 @@ register_backend("atomic_local", AtomicLocalBackend, force=True)
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_local_checkpoint(filename: str, map_location: str | None = None) -> dict:
-    """Load a local file of `torch.save`, for every part of mmengine that loads checkpoints.
+    """Load a local file of `torch.save`; every part of mmengine that loads checkpoints calls this function.
 
-    Runs keep their message hub in checkpoints, which torch refuses to unpickle unless told otherwise. The maintained
-    mmengine tells it so, the original 0.10.7 does not. The file has to be one that is trusted.
+    Checkpoints of runs contain mmengine's message hub, which `torch.load` refuses unless it gets `weights_only=False`.
+    The maintained mmengine passes that argument, the original 0.10.7 does not. Unpickling can run any code, so load
+    trusted files only.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{filename} can not be found.")
+        raise FileNotFoundError(f"checkpoint {filename} does not exist")
     return torch.load(path, map_location=map_location, weights_only=False)
 
 
 def is_intact(checkpoint: str | Path) -> bool:
-    """Whether `checkpoint` is a complete file of `torch.save` in which no byte that matters has changed.
+    """Whether `checkpoint` is a complete file of `torch.save` that would load with the values it was written with.
 
-    `torch.load` does not compare the checksums of the records, so that it may return wrong weights from a damaged file;
-    the checksums do not cover the directory of the records, in which one bit makes torch take a record for a folder.
-    The file is unpickled, so it has to be one that would be trusted to resume from.
+    `torch.load` does not verify the checksums of the records and may return wrong weights from a damaged file; this
+    function verifies them. The checksums do not cover the archive's directory, where one wrong bit marks a record as a
+    folder, so it checks those marks too. It unpickles the file, so pass trusted files only.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
                 return False
         torch.load(checkpoint, map_location="meta", mmap=True, weights_only=False)
-    except Exception:  # what a wrong byte in the structure raises depends on the byte
+    except Exception:  # the type of the error depends on which byte is wrong
         return False
     return True
 
 
 def find_intact_checkpoint(folder: str | Path) -> str | None:
-    """The most advanced `epoch_N.pth` or `iter_N.pth` in `folder` that is intact, or None.
+    """The intact `epoch_N.pth` or `iter_N.pth` in `folder` with the largest N, or None.
 
-    Each damaged one that has to be passed over is reported in the log.
+    Each damaged file that it skips is logged.
     """
     found = [
         (int(match[2]), path)
@@ -89,7 +90,7 @@ def find_intact_checkpoint(folder: str | Path) -> str | None:
         if is_intact(path):
             return str(path)
         print_log(
-            f"{path} is damaged and is passed over; looking for the checkpoint before it.",
+            f"{path} is damaged and is skipped; trying the checkpoint before it.",
             logger="current",
             level=logging.ERROR,
         )
@@ -98,28 +99,31 @@ def find_intact_checkpoint(folder: str | Path) -> str | None:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's `CheckpointHook` on :class:`AtomicLocalBackend`.
+    """mmengine's `CheckpointHook`, which here writes through :class:`AtomicLocalBackend`.
 
-    A run that resumes at a point where it has to validate does so first, because the run that wrote the checkpoint may
-    have been killed before it had the result.
+    If a validation is due at the point where a run resumes, the run validates first: the process that wrote the
+    checkpoint may have been killed before the validation ended.
 
     Args:
-        max_keep_ckpts: how many periodic checkpoints stay, -1 for all. At least 2: the oldest one is removed before
-            the next one is written.
-        kwargs: as of `CheckpointHook`.
+        max_keep_ckpts: number of periodic checkpoints to keep, -1 for all. Otherwise at least 2, because the oldest
+            one is removed before the next one is written.
+        kwargs: further arguments of `CheckpointHook`.
+
+    Raises:
+        ValueError: `max_keep_ckpts` is 0 or 1.
     """
 
     def __init__(self, *args, max_keep_ckpts: int = 3, **kwargs) -> None:
         if 0 <= max_keep_ckpts < 2:
             raise ValueError(
-                f"max_keep_ckpts must be -1 (all) or at least 2, since a run that is killed while it "
+                f"max_keep_ckpts must be -1 (all) or at least 2, because a run that is killed while it "
                 f"writes a checkpoint resumes from the one before; got {max_keep_ckpts}"
             )
         kwargs.setdefault("backend_args", {"backend": "atomic_local"})
         super().__init__(*args, max_keep_ckpts=max_keep_ckpts, **kwargs)
 
     def before_train(self, runner: Runner) -> None:
-        """Prepare the folder; validate if the run resumes where a validation is due."""
+        """Remove unfinished files; validate if a validation is due where the run resumes."""
         super().before_train(runner)
         if runner.rank == 0 and os.path.isdir(self.out_dir):
             for leftover in Path(self.out_dir).glob("*.pth.tmp"):

@@ -12,7 +12,7 @@ from .runner import Runner
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the config and the options of every run."""
+    """Make a parser with the config and the options that every run has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="path of the config")
     parser.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/<name of the config>")
@@ -30,13 +30,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         default="none",
         help="how the processes of a distributed run were started",
     )
-    # torchrun passes it to scripts in some versions.
+    # Some versions of torchrun pass this option.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with what the options of `make_parser` change in it; sets LOCAL_RANK if the launcher did not."""
+    """Load the config and apply the options of `make_parser` to it; set LOCAL_RANK if the launcher did not."""
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -46,5 +46,5 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> MMEngineRunner:
-    """The runner that `cfg.runner_type` names, or this project's."""
+    """Build the runner that `cfg.runner_type` names, or by default this project's `Runner`."""
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)

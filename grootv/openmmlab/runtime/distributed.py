@@ -13,13 +13,16 @@ from torch.distributed.nn.functional import all_reduce
 def init_gloo() -> None:
     """Join the process group that `torchrun` describes in the environment, with gloo.
 
-    mmengine's own initialisation selects a CUDA device first and so cannot run on a machine without one.
+    mmengine's own initialisation selects a CUDA device first, so it fails on a machine without one.
+
+    Raises:
+        RuntimeError: environment variables that torchrun sets are missing; the message names them.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise RuntimeError(
-            f"distributed training on CPUs needs torchrun's environment (tools/dist_train.sh): "
-            f"{', '.join(missing)} not set"
+            f"distributed training on CPUs needs the environment variables that torchrun sets; missing: "
+            f"{', '.join(missing)}. Start it with tools/dist_train.sh"
         )
     dist.init_process_group("gloo")
 
@@ -27,7 +30,8 @@ def init_gloo() -> None:
 class GlooSyncBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over the batches of all processes, on CPUs, where `torch.nn.SyncBatchNorm` does not run.
 
-    Input and output (B, C, H, W). Mean and variance are those of the union of the batches, with gradients through both.
+    Input and output (B, C, H, W). Mean and variance are computed over the batches of all processes together, and
+    gradients flow through both.
     """
 
     drop: nn.Module | None = None
@@ -44,7 +48,7 @@ class GlooSyncBatchNorm2d(nn.BatchNorm2d):
     def _normalise(self, input: Tensor) -> Tensor:
         dims = (0, 2, 3)
         count = torch.tensor([input.numel() / input.shape[1]], dtype=torch.float64)
-        # Sums in float64, because the variance is the difference of two large ones.
+        # Sums in float64: the variance is the difference of two large numbers.
         wide = input.double()
         total = all_reduce(torch.cat([wide.sum(dims), wide.square().sum(dims), count]))
         count = total[-1].item()
@@ -65,7 +69,7 @@ class GlooSyncBatchNorm2d(nn.BatchNorm2d):
     def convert(
         cls, module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, BatchNormAct2d)
     ) -> nn.Module:
-        """Replace each normalisation of one of `kinds` in `module`, keeping parameters, buffers and names."""
+        """Replace each layer of one of `kinds` in `module`; parameters, buffers and names stay the same."""
         if type(module) in kinds:
             converted = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
             converted._parameters, converted._buffers = module._parameters, module._buffers
@@ -77,9 +81,9 @@ class GlooSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
-    """Let every batch normalisation in `module` see the batches of all processes.
+    """Make every batch normalisation in `module` use the batches of all processes.
 
-    On GPUs through `torch.nn.SyncBatchNorm` (timm's conversion, which keeps the activations that timm fuses into its
-    layers), on CPUs through :class:`GlooSyncBatchNorm2d`.
+    On GPUs it uses `torch.nn.SyncBatchNorm` (by timm's conversion, which keeps the activations inside timm's layers),
+    on CPUs :class:`GlooSyncBatchNorm2d`.
     """
     return convert_sync_batchnorm(module) if is_cuda_available() else GlooSyncBatchNorm2d.convert(module)

@@ -30,16 +30,16 @@ def _seed_worker(key: tuple[int, ...], worker: int) -> None:
 class IterationSeedHook(Hook):
     """Make the random numbers of each iteration a function of the run's seed, the iteration and the process.
 
-    So a run that resumes from a checkpoint draws the numbers that an unbroken one would have drawn, in every process,
-    without any generator's state in the checkpoint. Data sets with `set_epoch(seed, epoch)` are told the epoch; for
-    others the processes of the loader are seeded when they start, which makes epochs repeatable unless
-    `persistent_workers` lets them go on.
+    A resumed run then draws the same numbers as an uninterrupted one, in every process, without the states of
+    generators in the checkpoint. The hook calls `set_epoch(seed, epoch)` of data sets that have it. For others it seeds
+    the loader's worker processes when they start, which makes epochs repeatable unless `persistent_workers` keeps the
+    processes alive.
     """
 
     priority = "VERY_HIGH"
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed what the data loader draws, and the data set's transforms."""
+        """Seed the data loader and the data set's transforms."""
         loader = runner.train_dataloader
         key = runner.seed, runner.iter, runner.rank
         seed_generators(*key)
@@ -49,7 +49,7 @@ class IterationSeedHook(Hook):
             loader.dataset.set_epoch(runner.seed, runner.epoch)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
-        """Seed what the model draws."""
+        """Seed the random numbers of the model."""
         seed_generators(runner.seed, runner.iter, runner.rank)
 
 
@@ -65,7 +65,7 @@ class InvalidLossHook(Hook):
         """Check the losses of the iteration.
 
         Raises:
-            FloatingPointError: with iteration, epoch and all losses.
+            FloatingPointError: a loss is NaN or infinite; the message gives the iteration, the epoch and all losses.
         """
         losses = {
             name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items() if "loss" in name
@@ -83,9 +83,9 @@ class InvalidLossHook(Hook):
 
 @HOOKS.register_module()
 class ClassCountHook(Hook):
-    """Compare the classes of the data with those of the model, and of training with validation, before a run starts.
+    """Before a run starts, compare data and model by the number of classes, and training and validation by the classes.
 
-    For models with `num_classes` and data sets whose `metainfo` has `classes`.
+    For models with `num_classes` and data sets whose `metainfo` has `classes`. All checks raise ValueError.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -97,8 +97,8 @@ class ClassCountHook(Hook):
         if training and validation and training != validation:
             differing = sorted(set(training) ^ set(validation))
             raise ValueError(
-                f"training and validation data have different classes, so that their numbers do not "
-                f"agree; only in one of them: {differing[:10]}"
+                f"training and validation data have different classes, so that the same number "
+                f"means different classes; only in one of them: {differing[:10]}"
             )
 
     def before_val(self, runner: Runner) -> None:
@@ -126,7 +126,7 @@ class ClassCountHook(Hook):
 class ThroughputHook(Hook):
     """Log images per second of all processes together, and on CPUs the peak memory in MiB (on GPUs mmengine logs it).
 
-    The throughput is over the window of the log, data loading included.
+    The throughput is a mean over the window of the log and includes data loading.
     """
 
     def after_train_iter(

@@ -1,4 +1,4 @@
-"""The learning curve of a run of any task, drawn from what mmengine logged."""
+"""The learning curve of a run of any task, drawn from the scalars that mmengine logged."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 class LearningCurveHook(Hook):
     """Draw `learning_curve.png` into the work directory at the end of a run: training loss and validation metrics.
 
-    The scalars are those that mmengine's `LocalVisBackend` wrote, also before an interruption.
+    It reads the scalars that mmengine's `LocalVisBackend` wrote, including those from before an interruption.
 
     Args:
         metrics: names of the validation metrics to draw, None for all.
@@ -33,7 +33,7 @@ class LearningCurveHook(Hook):
 def read_scalars(work_dir: str | Path) -> tuple[dict[int, dict], dict[int, dict]]:
     """Scalars that the runs in `work_dir` logged: of training by iteration, of validation by step (epoch or iteration).
 
-    Where a run was resumed, what it logged replaces what the interrupted one had logged for the same step.
+    If an interrupted run and the resumed one both logged a step, the entry of the resumed run counts.
     """
     training: dict[int, dict] = {}
     validation: dict[int, dict] = {}
@@ -41,7 +41,7 @@ def read_scalars(work_dir: str | Path) -> tuple[dict[int, dict], dict[int, dict]
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a run that was killed
+            except json.JSONDecodeError:  # a killed run can leave half a line
                 continue
             if "loss" in entry:
                 training[entry["iter"]] = entry
@@ -56,12 +56,12 @@ def draw_learning_curve(
     """Draw `learning_curve.png` from the scalars in `work_dir`; see :class:`LearningCurveHook`.
 
     Args:
-        work_dir: of the run.
-        iterations_per_epoch: draw over epochs; None: over iterations.
+        work_dir: work directory of the run.
+        iterations_per_epoch: if given, the axis shows epochs; otherwise iterations.
         metrics: names of the validation metrics, None for all.
 
     Returns:
-        The picture's path, or None if nothing was logged.
+        Path of the picture, or None if no scalars were logged.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""mmengine's Runner with what long runs and machines without a GPU need. It serves every task."""
+"""mmengine's Runner with additions for long runs and for machines without a GPU. It runs every task."""
 
 import copy
 
@@ -15,16 +15,16 @@ from .distributed import GlooSyncBatchNorm2d, init_gloo
 class Runner(MMEngineRunner):
     """mmengine's `Runner`, with these differences:
 
-    - Resuming takes the last checkpoint that is intact, and says which damaged ones it passes over.
+    - Resuming takes the last intact checkpoint, and logs which damaged ones it skips.
     - Without a GPU, distributed runs use gloo, and mixed precision is bfloat16 autocast.
-    - The linear rule of `auto_scale_lr` counts gradient accumulation into the batch.
-    - Testing refuses a checkpoint that lacks parameters of the model or has others.
+    - `auto_scale_lr` scales the learning rate linearly with the batch, including accumulated batches.
+    - Testing raises an error if the checkpoint has missing or unexpected parameters.
     """
 
     _strict_load = False
 
     def setup_env(self, env_cfg: dict) -> None:
-        """Set up processes and their group."""
+        """Set up the environment and the process group."""
         if self.launcher == "pytorch" and not is_cuda_available() and not is_distributed():
             init_gloo()
         super().setup_env(env_cfg)
@@ -39,7 +39,7 @@ class Runner(MMEngineRunner):
                 **(model_wrapper_cfg or {}),
                 "device_ids": None,
             }
-            # What configs ask for by norm_cfg=dict(type="SyncBN"), and PyTorch has for GPUs alone.
+            # norm_cfg=dict(type="SyncBN") in a config makes layers that PyTorch runs on GPUs only.
             kinds = {type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
             model = GlooSyncBatchNorm2d.convert(model, tuple(kinds))
         return super().wrap_model(model_wrapper_cfg, model)
@@ -77,7 +77,7 @@ class Runner(MMEngineRunner):
             group["lr"] *= batch / base_batch
 
     def load_or_resume(self) -> None:
-        """Load or resume what the config asks for."""
+        """Load weights or resume a run, as the config says."""
         if self._resume and self._load_from is None and not self._has_loaded:
             self._load_from = find_intact_checkpoint(self.work_dir)
             if self._load_from is None:
@@ -86,7 +86,7 @@ class Runner(MMEngineRunner):
         elif self._resume and not is_intact(self._load_from):
             raise RuntimeError(
                 f"cannot resume from {self._load_from}: it does not exist or is damaged. "
-                f"--resume without a path takes the last good checkpoint."
+                f"--resume without a path takes the last intact checkpoint."
             )
         super().load_or_resume()
 
@@ -104,9 +104,9 @@ class Runner(MMEngineRunner):
         )
         if accumulation > 1 and len(loop.dataloader) % accumulation:
             self.logger.warning(
-                f"An epoch has {len(loop.dataloader)} iterations, no multiple of "
-                f"accumulative_counts={accumulation}: gradients that are accumulated at its end are "
-                f"not in the checkpoint, so that a resumed run will differ slightly."
+                f"An epoch has {len(loop.dataloader)} iterations, which is no multiple of "
+                f"accumulative_counts={accumulation}: the gradients accumulated at its end are not in the "
+                f"checkpoint, so a resumed run will differ slightly."
             )
         return super().train()
 

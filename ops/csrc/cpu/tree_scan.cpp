@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../checks.h"
 #include "scan.h"
@@ -141,14 +143,22 @@ void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Ten
   });
 }
 
-// The kernels follow parents without further checks, so a broken tree must not get that far.
-void check_indices(const at::Tensor& parent, const at::Tensor& order) {
-  if (parent.numel() == 0) return;
-  for (const at::Tensor* field : {&parent, &order}) {
-    const auto [low, high] = at::aminmax(*field);
-    TORCH_CHECK_VALUE(low.item<int32_t>() >= 0 && high.item<int32_t>() < parent.size(1),
-                      "the tree must name vertices from 0 to ", parent.size(1) - 1, ", got ", low.item<int32_t>(),
-                      " to ", high.item<int32_t>());
+// The kernels follow order and parents without further checks, so what is no tree must not get that far.
+void check_order(const at::Tensor& parent, const at::Tensor& order) {
+  const int64_t batch = parent.size(0), num_vertices = parent.size(1);
+  const auto *parents = parent.const_data_ptr<int32_t>(), *orders = order.const_data_ptr<int32_t>();
+  std::vector<char> seen;
+  for (int64_t b = 0; b < batch; ++b) {
+    seen.assign(num_vertices, false);
+    for (int64_t k = 0; k < num_vertices; ++k) {
+      const int64_t i = orders[b * num_vertices + k];
+      TORCH_CHECK_VALUE(i >= 0 && i < num_vertices && !seen[i], "the tree's order must hold each vertex from 0 to ",
+                        num_vertices - 1, " once, got ", i, " at place ", k, " of image ", b);
+      seen[i] = true;
+      const int64_t p = parents[b * num_vertices + i];
+      TORCH_CHECK_VALUE(p >= 0 && p < num_vertices && seen[p], "the parent of vertex ", i, " of image ", b,
+                        " must come before it in the tree's order, got ", p);
+    }
   }
 }
 
@@ -171,8 +181,9 @@ void scan_in_place(at::Tensor& h, const at::Tensor& decay, const at::Tensor& par
 }
 
 std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parent, const at::Tensor& order) {
-  check_indices(parent, order);
-  return {parent.contiguous(), order.contiguous()};
+  std::pair tree{parent.contiguous(), order.contiguous()};
+  check_order(tree.first, tree.second);
+  return tree;
 }
 
 namespace {

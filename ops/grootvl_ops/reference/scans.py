@@ -21,10 +21,17 @@ def levels(parent: Tensor, order: Tensor) -> list[tuple[Tensor, Tensor]]:
     parents, orders = parent.tolist(), order.tolist()
     by_depth: list[list[tuple[int, int]]] = []
     for batch, (tree_parent, tree_order) in enumerate(zip(parents, orders, strict=True)):
-        depth = [0] * len(tree_parent)
+        if sorted(tree_order) != list(range(len(tree_parent))):
+            raise ValueError(f"the tree's order must hold each vertex from 0 to {len(tree_parent) - 1} once")
+        depth = [-1] * len(tree_parent)
         for vertex in tree_order:
-            if tree_parent[vertex] != vertex:
-                depth[vertex] = depth[tree_parent[vertex]] + 1
+            above = tree_parent[vertex]
+            if above == vertex:
+                depth[vertex] = 0
+            elif 0 <= above < len(depth) and depth[above] >= 0:
+                depth[vertex] = depth[above] + 1
+            else:
+                raise ValueError(f"the parent of vertex {vertex} must come before it in the tree's order, got {above}")
             while depth[vertex] >= len(by_depth):
                 by_depth.append([])
             by_depth[depth[vertex]].append((batch, vertex))
@@ -172,7 +179,7 @@ def selective_scan(
         elif n == 0:
             results.append(outputs[..., n, None].to(dtype) * h)
         else:
-            results[0].addcmul_(outputs[..., n, None].to(dtype), h)
+            results[0] = results[0] + outputs[..., n, None].to(dtype) * h
     return results[0].to(x.dtype) if C is not None or A_log.dim() == 1 else torch.stack(results, dim=-1)
 
 

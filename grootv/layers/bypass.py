@@ -1,0 +1,36 @@
+"""When a fused operation may take a submodule's weights instead of calling the submodule."""
+
+import torch
+from torch import nn
+
+__all__ = ["is_plain"]
+
+# The hooks of all modules.
+_GLOBAL_HOOKS = tuple(
+    getattr(torch.nn.modules.module, f"_global_{hooks}")
+    for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
+    """Whether a call of `module` would do nothing but what `kind` does with its `weight` and `bias`.
+
+    Otherwise something else takes part in a call, and the module has to be called: a subclass (adapters, quantisation,
+    parametrizations), a replaced `forward` (offloading), hooks (pruning, weight norm, sharding, observers), or a weight
+    that is a tensor of another kind (quantised or distributed) or on another device.
+
+    Args:
+        module: A submodule with `weight` and `bias` if it is a `kind`.
+        kind: The class that it must be an instance of, itself and no subclass.
+        device: Where its weight must be.
+    """
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return False
+    if any(_GLOBAL_HOOKS):
+        return False
+    weight = module.weight
+    if type(weight) is not nn.Parameter and (weight is None or hasattr(weight, "__tensor_flatten__")):
+        return False
+    return weight.device == device

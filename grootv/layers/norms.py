@@ -1,0 +1,57 @@
+"""Normalisation of the channels of channels-last maps."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+import grootvl_ops
+
+__all__ = ["LayerNorm", "PromotedLayerNorm", "norm_for_product"]
+
+
+@register_notrace_module  # it asks for the device of its input, which cannot be followed symbolically
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (..., C) by `grootvl_ops.layer_norm`.
+
+    The result has the dtype of the input. Under autocast it is float32, or of autocast's dtype if `autocast_output`.
+
+    Args:
+        dim: C.
+        eps: is added to the variance.
+        autocast_output: whether the result is of autocast's dtype. Right where only matrix products and convolutions
+            read it: they would convert it to that dtype, and read twice the memory to do so.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, autocast_output: bool = False, device=None, dtype=None) -> None:
+        super().__init__(dim, eps=eps, device=device, dtype=dtype)
+        self.autocast_output = autocast_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # TorchScript cannot ask for autocast's dtype; PyTorch's operation knows it
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return grootvl_ops.layer_norm(x, self.weight, self.bias, self.eps, self._result_dtype(x))
+
+    @torch.jit.unused
+    def _result_dtype(self, x: Tensor) -> torch.dtype:
+        device = x.device.type
+        if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
+            return x.dtype
+        return torch.get_autocast_dtype(device) if self.autocast_output else torch.float32
+
+
+class PromotedLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, whatever the dtype of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def norm_for_product(norm_layer: Callable[..., nn.Module], dim: int, device=None, dtype=None) -> nn.Module:
+    """`norm_layer(dim)` where only matrix products and convolutions read the result (see `LayerNorm`)."""
+    norm = norm_layer(dim, device=device, dtype=dtype)
+    if isinstance(norm, LayerNorm):
+        norm.autocast_output = True
+    return norm

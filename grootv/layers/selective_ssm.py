@@ -1,0 +1,206 @@
+"""The part that selective state space mixers have in common: all but the choice of trees and directions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+import grootvl_ops
+from grootvl_ops import Tree
+
+from .bypass import is_plain
+from .norms import PromotedLayerNorm
+
+__all__ = ["SelectiveSSM"]
+
+
+@register_notrace_module  # its shape checks and trees cannot be followed symbolically
+class SelectiveSSM(nn.Module):
+    """Selective state space model on channels-last maps (paper, section 3.2 and Algorithm 1), along trees.
+
+    A subclass overrides `scans`, which says along which trees and in which directions. From the input come a map x, by
+    a depthwise convolution, and a gate z. With D = expand dim inner channels, N states a channel, and the step size
+    delta (D values a pixel), input weights B and output weights C (N values a pixel) projected from x,
+
+        h_n = sum over the scans of tree_scan(delta B_n x, exp(-exp(A_log_n) delta)),  n = 1 ... N
+        y = C LN(h_1) + D_skip x                for N = 1, as published
+        y = LN(sum_n C_n h_n) + D_skip x        for N > 1
+        output = out_proj(LN(y) SiLU(z)).
+
+    Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
+    modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
+    `dt_proj`, `h_norm` and `out_norm`. Where a call of one of these does more than apply its weights (hooks, adapters,
+    pruning, parametrizations), the module is called, with the same result; under autocast `dt_proj` then rounds to
+    autocast's dtype, as every linear layer that is called does.
+
+    Args:
+        dim: Channels of the input and output.
+        expand: Inner channels per input channel.
+        d_state: N.
+        device, dtype: Where and as what the parameters are made.
+
+    Raises:
+        ValueError: dim, expand or d_state less than 1.
+    """
+
+    # TorchScript asks for these once, when it compiles the module, and leaves out the branches that they exclude.
+    __constants__ = ["fuses_step", "fuses_norms"]
+    __jit_unused_properties__ = ["fuses_step", "fuses_norms"]
+
+    def __init__(self, dim: int, expand: int = 2, d_state: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("expand", expand), ("d_state", d_state)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        dd = {"device": device, "dtype": dtype}
+        inner_dim = expand * dim
+        self.dim = dim
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)
+
+        self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False, **dd)
+        self.conv = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim, bias=False, **dd)
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(inner_dim, self.dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(self.dt_rank, inner_dim, **dd)
+        self.A_log = nn.Parameter(torch.empty((inner_dim,) if d_state == 1 else (inner_dim, d_state), **dd))
+        self.D_skip = nn.Parameter(torch.empty(inner_dim, **dd))
+        self.h_norm = PromotedLayerNorm(inner_dim, **dd)
+        self.out_norm = PromotedLayerNorm(inner_dim, **dd)
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the parameters; convolution, x_proj and norms keep the default of their kind."""
+        trunc_normal_(self.in_proj.weight, std=0.02)
+        trunc_normal_(self.out_proj.weight, std=0.02)
+        # The rates of decay exp(A_log) start as 1 ... N.
+        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D_skip)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        # Step sizes start log-uniform in [1e-3, 1e-1]; dt + log(1 - exp(-dt)) is the inverse of softplus.
+        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
+        dt = dt.exp_().clamp_(min=1e-4)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay (timm's convention)."""
+        return {"D_skip"}
+
+    @torch.jit.ignore
+    def also_weight_decay(self) -> set[str]:
+        """Names of the parameters of one dimension that take weight decay, which others of one dimension do not.
+
+        In the published code they have two dimensions, (D, 1) and (1, D), and decay by its rule.
+        """
+        return {"A_log", "dt_proj.bias"}
+
+    def scans(self, guide: Tensor) -> list[tuple[Tree, str]]:
+        """The trees and directions of the scans, for subclasses to say; see `grootv.layers.scans`.
+
+        Args:
+            guide: (B, H, W, any channels), what trees may depend on.
+
+        Returns:
+            Trees over the H W pixels, each with "both", "up" or "down". What the scans give is summed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say along which trees it scans")
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """Mix a map.
+
+        Args:
+            x: (B, H, W, dim).
+            guide: (B, H, W, any channels), on which trees are built; None for the mixer's own features.
+
+        Returns:
+            (B, H, W, dim).
+
+        Raises:
+            ValueError: x or guide of another shape.
+        """
+        features, z = self.expand_input(x)
+        return self.scan_and_project(features, z, self.scans(self.check_guide(guide, features)))
+
+    def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
+        (B, H, W, D)."""
+        if x.dim() != 4 or x.size(3) != self.dim:
+            raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
+        features, z = self.in_proj(x).chunk(2, dim=-1)
+        features = self.act(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return features, z
+
+    def check_guide(self, guide: Tensor | None, features: Tensor) -> Tensor:
+        """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""
+        if guide is None:
+            return features
+        B, H, W, _ = features.shape
+        if guide.dim() != 4 or guide.shape[:3] != features.shape[:3]:
+            raise ValueError(f"guide must be ({B}, {H}, {W}, any number of channels), got {list(guide.shape)}")
+        return guide
+
+    def scan_and_project(self, features: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """From features and gate, (B, H, W, D) each, to the output (B, H, W, dim)."""
+        B, H, W, D = features.shape
+        x = features.reshape(B, H * W, D)
+        y = self.selective_scan(x, z.reshape(B, H * W, D), self.x_proj(x), scans)
+        return self.out_proj(y).view(B, H, W, self.dim)
+
+    def selective_scan(self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """Everything between the projections: discretisation, scan, norms, skip and gate.
+
+        Args:
+            x: (B, L, D), what is scanned.
+            z: (B, L, D), the gate before its activation.
+            projected: (B, L, R + 2 N), for every pixel the step size of low rank R, B and C.
+            scans: trees over the L pixels and directions.
+
+        Returns:
+            (B, L, D) of x's dtype.
+        """
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.fuses_step:
+            dt_weight, dt_bias = self.dt_proj.weight, self.dt_proj.bias
+        else:
+            dt, dt_weight, dt_bias = self.dt_proj(dt).to(x.dtype), None, None
+        weights: Tensor | None = None
+        if self.d_state == 1:  # C is applied after the norm
+            B, scale = B.squeeze(-1), C.squeeze(-1)
+        else:
+            weights, scale = C, torch.ones_like(C[..., 0])
+        h: Tensor | None = None
+        for tree, direction in scans:
+            part = grootvl_ops.selective_scan(x, dt, dt_weight, dt_bias, self.A_log, B, tree, direction, weights)
+            h = part if h is None else h + part
+        if h is None:
+            raise ValueError("scans must return at least one tree")
+        return self.norm_and_gate(h, x, z, scale)
+
+    def norm_and_gate(self, h: Tensor, x: Tensor, z: Tensor, C: Tensor) -> Tensor:
+        """out_norm(C h_norm(h) + D_skip x) SiLU(z) of h, x and z (B, L, D) and C (B, L)."""
+        if self.fuses_norms:
+            return grootvl_ops.gated_norm(
+                h, x, z, C, self.D_skip,
+                self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.h_norm.eps,
+            )  # fmt: skip
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        y = C.to(dtype).unsqueeze(-1) * self.h_norm(h.to(dtype)) + self.D_skip.to(dtype) * x.to(dtype)
+        return (self.out_norm(y) * F.silu(z.to(dtype))).to(h.dtype)
+
+    @property
+    def fuses_step(self) -> bool:
+        """Whether the scan takes the weights of `dt_proj`; otherwise it is called."""
+        return is_plain(self.dt_proj, nn.Linear, self.A_log.device)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether one operation takes the weights of `h_norm` and `out_norm`; otherwise they are called."""
+        h_norm, out_norm, device = self.h_norm, self.out_norm, self.A_log.device
+        plain = is_plain(h_norm, PromotedLayerNorm, device) and is_plain(out_norm, PromotedLayerNorm, device)
+        return plain and h_norm.eps == out_norm.eps
