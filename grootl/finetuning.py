@@ -50,7 +50,7 @@ METHODS = {
 
 
 def load_model(name: str, tree_scale: float, **settings: Any) -> GrootLForCausalLM:
-    """A Mamba or GrootL with the given share of the tree. Its weights are in float32 unless `settings` say otherwise."""
+    """A Mamba or GrootL with the given share of the tree. Its weights are float32 unless `settings` say otherwise."""
     return GrootLForCausalLM.from_pretrained(name, tree_scale=tree_scale, **{"dtype": torch.float32, **settings})
 
 
@@ -81,8 +81,8 @@ def _untie(model: GrootLForCausalLM) -> None:
 
 
 def recipe(out_dir: Path, batch_size: int = 16, micro_batch_size: int = 4, **changes: Any) -> TrainingArguments:
-    """The published recipe: 16 records a step for one epoch, AdamW without weight decay, a learning rate of 2e-5 after 20
-    steps of warm-up, gradient checkpointing, and bfloat16 where there is a GPU.
+    """The published recipe: 16 records a step for one epoch, AdamW without weight decay, a learning rate of 2e-5 after
+    20 steps of warm-up, gradient checkpointing, and bfloat16 where there is a GPU.
 
     Args:
         out_dir: folder of the run.

@@ -32,7 +32,8 @@ def read_records(source: str, split: str = "train") -> list[dict[str, str]]:
         split: of such a data set.
 
     Raises:
-        FileNotFoundError: a file that does not exist. ValueError: a file without records, or a record that lacks a field.
+        FileNotFoundError: a file that does not exist.
+        ValueError: a file without records, or a record that lacks a field.
     """
     path = Path(source)
     if path.suffix in (".json", ".jsonl"):

@@ -20,6 +20,7 @@ from transformers.models.mamba.modeling_mamba import (
     MambaPreTrainedModel,
     MambaRMSNorm,
 )
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_grootl import GrootLConfig
 from .scans import MASKED_STEP, continue_scan, final_state, prefix_scan
@@ -28,6 +29,9 @@ from .trees import prompt_edges, prompt_tree
 __all__ = ["GrootLCausalLMOutput", "GrootLForCausalLM", "GrootLMixer", "GrootLModel", "GrootLPreTrainedModel"]
 
 _IGNORED = -100
+
+# The name of the cache before transformers 5.24, which would otherwise be ignored silently.
+_renamed_cache = deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -54,10 +58,9 @@ def locate_prompts(
     labels: Tensor | None,
 ) -> Prompts:
     """The prompts of a batch; see `GrootLForCausalLM.forward` for the arguments, of which `shape` is (B, L)."""
-    batch, length = shape
     real = None
     start = torch.zeros(1, dtype=torch.long, device=device)
-    count = torch.full_like(start, length)
+    count = torch.full_like(start, shape[1])
     if attention_mask is not None:
         if attention_mask.shape != shape:
             raise ValueError(f"attention_mask must be {list(shape)}, got {list(attention_mask.shape)}")
@@ -65,7 +68,8 @@ def locate_prompts(
         real = attention_mask != 0
         start, count = real.int().argmax(1), real.sum(1)
     if prompt_length is not None:
-        return Prompts(real, start, _checked_prompt_length(prompt_length, batch, length, count, device))
+        tokens = None if real is None else count
+        return Prompts(real, start, _checked_prompt_length(prompt_length, shape, device, tokens))
     if labels is None:
         return Prompts(real, start, count.clamp(min=1))
     if labels.shape != shape:
@@ -82,15 +86,18 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _checked_prompt_length(
-    prompt_length: int | Tensor, batch: int, length: int, count: Tensor, device: torch.device
+    prompt_length: int | Tensor, shape: tuple[int, int], device: torch.device, count: Tensor | None
 ) -> Tensor:
-    """(B,) or (1,) lengths on the device. `count`: the number of tokens of each row."""
+    """(B,) or (1,) lengths on the device. `count`: the number of tokens of each row, or None if no row has padding."""
+    batch, length = shape
     if isinstance(prompt_length, bool) or not isinstance(prompt_length, (int, Tensor)):
         raise TypeError(f"prompt_length must be an int or a tensor, got {type(prompt_length).__name__}")
     if isinstance(prompt_length, int):
         if not 1 <= prompt_length <= length:
             raise ValueError(f"prompt_length must be from 1 to the row's {length} tokens, got {prompt_length}")
         lengths = torch.full((1,), prompt_length, dtype=torch.long, device=device)
+        if count is None:
+            return lengths
     else:
         if prompt_length.dtype.is_floating_point or prompt_length.dtype == torch.bool:
             raise TypeError(f"prompt_length must hold integers, got {prompt_length.dtype}")
@@ -98,19 +105,20 @@ def _checked_prompt_length(
             raise ValueError("prompt_length must be on a device that holds values, got meta")
         if prompt_length.dim() > 1 or (prompt_length.dim() == 1 and prompt_length.shape[0] != batch):
             raise ValueError(f"prompt_length must be one number or ({batch},), got {list(prompt_length.shape)}")
-        lengths = prompt_length.to(device, torch.long).reshape(-1)
+        lengths = prompt_length.long().reshape(-1)
+    if count is not None:
+        lengths = lengths.to(device)
     if not torch.compiler.is_compiling() and device.type != "meta":
         # A row of padding alone has no prompt, so any length will do for it.
-        fits = (lengths >= 1) & ((lengths <= count) | (count == 0))
-        if not bool(fits.all()):
-            raise ValueError(
-                f"prompt_length must be from 1 to the row's number of tokens, {count.tolist()}, got {lengths.tolist()}"
-            )
-    return lengths
+        fits = lengths <= length if count is None else (lengths <= count) | (count == 0)
+        if not bool((fits & (lengths >= 1)).all()):
+            tokens = length if count is None else count.tolist()
+            raise ValueError(f"prompt_length must be from 1 to the row's {tokens} tokens, got {lengths.tolist()}")
+    return lengths.to(device)
 
 
 class StepProjection(nn.Linear):
-    """A linear layer that adds its bias, and returns its result, in float32: a step of the scan is exponential in it."""
+    """A linear layer that adds its bias, and returns its result, in float32: decays are exponential in it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _wide(F.linear(x, self.weight)) + _wide(self.bias)
@@ -275,6 +283,7 @@ class GrootLModel(GrootLPreTrainedModel):
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.embeddings = new_embeddings
 
+    @_renamed_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -407,6 +416,7 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_input_embeddings(new_embeddings)
 
+    @_renamed_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -438,8 +448,8 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
             kwargs: for the loss, such as `num_items_in_batch`.
 
         Returns:
-            `GrootLCausalLMOutput`. Only logits from a row's last prompt token on are predictions. The loss is 0 where no
-            label counts.
+            `GrootLCausalLMOutput`. Only logits from a row's last prompt token on are predictions. The loss is 0 where
+            no label counts.
 
         Raises:
             ValueError: sizes, devices or values that are not allowed. TypeError: likewise, types.

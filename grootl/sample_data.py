@@ -68,7 +68,7 @@ def continuation_tasks(
 
     Args:
         texts: where the paragraphs are from.
-        choices: how many endings to choose from: the right one, and those of other paragraphs.
+        choices: how many endings to choose from: the right one, and those with two neighbouring words swapped.
         longest: characters of an input and of an output.
         seed: of the order.
 
@@ -81,15 +81,16 @@ def continuation_tasks(
         for paragraph in paragraphs(text):
             sentences = re.split(r"(?<=[.:]) ", paragraph)
             beginning, rest = sentences[0][-longest:], " ".join(sentences[1:])[:longest]
-            if min(len(beginning), len(rest)) >= 30:
+            if min(len(beginning), len(rest)) >= 30 and len(set(rest.split())) >= 5:
                 pairs[beginning] = rest.rsplit(" ", 1)[0] if len(rest) == longest else rest
     records = [{"instruction": INSTRUCTION, "input": first, "output": " " + rest} for first, rest in pairs.items()]
     generator.shuffle(records)
-    if len(records) <= choices:
-        raise ValueError(f"the texts must have more than {choices} paragraphs to choose from, got {len(records)}")
-    for number, record in enumerate(records):
-        others = {other["output"] for other in records} - {record["output"]}
-        endings = [record["output"], *generator.sample(sorted(others), choices - 1)]
+    for record in records:
+        words = record["output"].split()
+        swapped = {
+            " ".join(["", *words[:at], words[at + 1], words[at], *words[at + 2 :]]) for at in range(len(words) - 1)
+        }
+        endings = [record["output"], *generator.sample(sorted(swapped - {record["output"]}), choices - 1)]
         generator.shuffle(endings)
         record["choices"], record["answer"] = endings, endings.index(record["output"])
     return records

@@ -1,16 +1,18 @@
 """What a mixer of GrootL computes between its projections: the chain, the tree, and the states to continue from.
 
-Everything is float32 (float64 for float64). The symbols: u (Batch, L, D), the inputs; dt (Batch, L, D), the steps before
-softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the decay a_t = exp(-exp(A_log) delta_t) and
-the input x_t = delta_t B_t u_t have N states for each of D channels. No function here makes a (Batch, L, D, N) tensor.
+Everything is float32 (float64 for float64). The symbols: u (Batch, L, D), the inputs; dt (Batch, L, D), the steps
+before softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the decay a_t = exp(-exp(A_log)
+delta_t) and the input x_t = delta_t B_t u_t have N states for each of D channels. No function here makes a
+(Batch, L, D, N) tensor.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from grootvl_ops import Tree, selective_scan, tree_scan
 from torch import Tensor
+
+from grootvl_ops import Tree, selective_scan, tree_scan
 
 from .trees import chain_tree
 

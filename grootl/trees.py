@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from grootvl_ops import Tree, build_tree_from_edges
 from torch import Tensor
+
+from grootvl_ops import Tree, build_tree_from_edges
 
 __all__ = ["chain_tree", "edge_weights", "prompt_edges", "prompt_tree"]
 
 
 def chain_tree(length: int, device: torch.device) -> Tree:
-    """The chain 0, 1, ... length - 1 as a tree of batch size one, rooted at 0: `grootvl_ops.path_tree` without its check
-    of the order, for which CUDA would have to wait."""
+    """The chain 0, 1, ... length - 1 as a tree of batch size one, rooted at 0: `grootvl_ops.path_tree` without its
+    check of the order, for which CUDA would have to wait."""
     vertices = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
     return Tree((vertices - 1).clamp(min=0), vertices, length - vertices)
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from grootvl_ops import Tree
 from torch import Tensor
+
+from grootvl_ops import Tree
 
 from .modeling_grootl import GrootLForCausalLM, GrootLMixer
 from .trees import prompt_edges, prompt_tree
@@ -23,7 +24,8 @@ __all__ = ["plot_arcs", "prompt_trees"]
 def prompt_trees(model: GrootLForCausalLM, input_ids: Tensor) -> list[Tree]:
     """The tree that each layer builds over a prompt: input_ids (1, L), all of them prompt."""
     neighbours, length = model.config.neighbours, input_ids.shape[1]
-    edges = prompt_edges(torch.zeros(1, device=input_ids.device), torch.full((1,), length).to(input_ids), length, neighbours)
+    start = input_ids.new_zeros(1)
+    edges = prompt_edges(start, start + length, length, neighbours)
     trees, seen, hooks = [], {}, []
 
     def keep_projection(module, inputs, output):

@@ -4,8 +4,8 @@
 Nothing is downloaded. For each of several seeds, a Mamba is trained on the language reference and the docstrings of the
 standard library. Pairs of a paragraph's beginning and its rest, from modules and topics that are held out, are the
 instructions: some are for fine-tuning, others for the comparison. Prints the perplexity of the responses and how often
-the right one of four is the most probable, with standard errors over the seeds, and a sample; draws the tree over a
-prompt. Finished seeds are reused, unless --fresh is given.
+a response is more probable than three copies with two neighbouring words swapped, with standard errors over the seeds,
+and a sample; draws the tree over a prompt. Finished seeds are reused, unless --fresh is given.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def pretrain(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, texts
 
 @torch.no_grad()
 def evaluate(model: GrootLForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[dict]) -> dict[str, float]:
-    """Perplexity of the responses, and the share in percent of right endings among the choices."""
+    """Perplexity of the responses, and how often in percent the right one of the choices is the most probable."""
     data = InstructionData(records, tokenizer, max_length=1024)
     model.eval()
     total = count = 0
@@ -169,7 +169,7 @@ def mean_and_error(values: list[float]) -> str:
 
 def table(results: list[dict]) -> str:
     """Markdown, with means and standard errors over the seeds."""
-    lines = ["| model | perplexity of responses | right ending of 4 (%) |", "|---|---|---|"]
+    lines = ["| model | perplexity of responses | right order of 4 (%) |", "|---|---|---|"]
     for row in ROWS.values():
         cells = [mean_and_error([of_seed[row][name] for of_seed in results]) for name in ("perplexity", "right")]
         lines.append(f"| {row} | {cells[0]} | {cells[1]} |")

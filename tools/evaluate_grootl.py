@@ -5,8 +5,8 @@
     tools/evaluate_grootl.py state-spaces/mamba-130m-hf --tree-scale 0
     tools/evaluate_grootl.py MODEL --tasks --choices questions.jsonl      # without a hub
 
-A file of --choices has records of `context`, `choices` (a list of texts) and `answer` (the number of the right one). The
-score is how often the right choice has the largest log-likelihood after the context.
+A file of --choices has records of `context`, `choices` (a list of texts) and `answer` (the number of the right one).
+The score is how often the right choice has the largest log-likelihood after the context.
 """
 
 import argparse

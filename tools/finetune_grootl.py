@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out-dir", type=Path, help="default: work_dirs/grootl/METHOD")
     parser.add_argument("--epochs", type=float, default=1, help="default: %(default)s")
     parser.add_argument("--max-steps", type=int, default=-1, help="instead of epochs")
-    parser.add_argument("--batch-size", type=int, default=16, help="records a step, all processes; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="records a step; default: %(default)s")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="at a time in a process; default: %(default)s")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a record; default: %(default)s")
     parser.add_argument("--lr", type=float, default=2e-5, help="default: %(default)s")

@@ -142,7 +142,9 @@ def test_the_command_line_of_the_harness_knows_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record", [{"choices": ["a"], "answer": 0}, {"context": "a", "choices": ["b"], "answer": 1}, {"context": "a"}], ids=str
+    "record",
+    [{"choices": ["a"], "answer": 0}, {"context": "a", "choices": ["b"], "answer": 1}, {"context": "a"}],
+    ids=str,
 )
 def test_records_that_are_no_questions_raise(tmp_path, record):
     from evaluate_grootl import choices_task

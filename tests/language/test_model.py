@@ -42,7 +42,9 @@ def test_golden_logits():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"use_bias": True, "use_conv_bias": False}, {"residual_in_fp32": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_bias": True, "use_conv_bias": False}, {"residual_in_fp32": False}], ids=str
+)
 def test_without_tree_it_is_mamba(changes):
     ids = random_ids(2, 19)
     expected = mamba(**changes)(ids).logits
@@ -169,7 +171,7 @@ def test_prompts_that_no_row_has_raise(prompt):
 
 def test_a_prompt_longer_than_its_row_without_padding_raises():
     ids, mask = pad([random_ids(10), random_ids(6)], "left")
-    with pytest.raises(ValueError, match=r"number of tokens, \[10, 6\], got \[7, 7\]|\[7\]"):
+    with pytest.raises(ValueError, match=r"from 1 to the row's \[10, 6\] tokens, got \[7\]"):
         small_model()(ids, attention_mask=mask, prompt_length=7)
 
 
@@ -275,7 +277,9 @@ def test_tokens_beyond_the_vocabulary_raise():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tree_scale": -0.1}, {"tree_scale": float("nan")}, {"neighbours": 0}, {"edge_decay": "parent"}], ids=str
+    "settings",
+    [{"tree_scale": -0.1}, {"tree_scale": float("nan")}, {"neighbours": 0}, {"edge_decay": "parent"}],
+    ids=str,
 )
 def test_settings_that_are_not_allowed_raise(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -140,6 +140,6 @@ def test_a_masked_step_passes_the_state_unchanged():
     u, dt, A_log, B, C = sequence(10, dtype=torch.float32)
     options = {"tree_scale": 0.3, "edge_decay": "next"}
     short = final_state(u, dt, A_log, B, tree_of(u, dt, B, 10), **options)
-    longer = F.pad(u, (0, 0, 0, 4)), F.pad(dt, (0, 0, 0, 4), value=MASKED_STEP), F.pad(B, (0, 0, 0, 4), value=1)
-    padded = final_state(longer[0], longer[1], A_log, longer[2], tree_of(longer[0], longer[1], longer[2], 10), **options)
+    u, dt, B = F.pad(u, (0, 0, 0, 4)), F.pad(dt, (0, 0, 0, 4), value=MASKED_STEP), F.pad(B, (0, 0, 0, 4), value=1)
+    padded = final_state(u, dt, A_log, B, tree_of(u, dt, B, 10), **options)
     torch.testing.assert_close(padded, short)
