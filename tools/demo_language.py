@@ -38,9 +38,9 @@ from grootl.visualization import plot_arcs, prompt_trees
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {None: "Mamba", "full": "+ all weights", "lora": "+ LoRA", "grootl": "+ GrootL"}
-LEARNING_RATES = {"full": 5e-4, "lora": 5e-3, "grootl": 5e-3}
+LEARNING_RATES = {"full": 1e-3, "lora": 2e-3, "grootl": 2e-3}
 VOCABULARY, WINDOW, BATCH = 1024, 128, 16
-SHOWN_TOKENS = 60
+SHOWN_TOKENS = 40
 
 
 def quiet() -> None:
@@ -55,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out-dir", type=Path, default=ROOT / "work_dirs/demo_language", help="default: %(default)s")
     parser.add_argument("--fresh", action="store_true", help="train again, whatever an earlier demo left")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--pretrain-steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--records", type=int, default=400, help="for fine-tuning; default: %(default)s")
+    parser.add_argument("--pretrain-steps", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--records", type=int, default=300, help="for fine-tuning; default: %(default)s")
     parser.add_argument("--test-records", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--hidden-size", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
@@ -143,8 +143,9 @@ def run_seed(args: argparse.Namespace, seed: int, threads: int) -> None:
                 model = add_lora(model)
             arguments = recipe(
                 folder / method,
+                batch_size=8,
+                micro_batch_size=8,
                 learning_rate=LEARNING_RATES[method],
-                micro_batch_size=16,
                 warmup_steps=4,
                 gradient_checkpointing=False,
                 save_strategy="no",
@@ -225,13 +226,14 @@ def main() -> None:
                 future.result()
 
     results = [json.loads(path.read_text()) for path in paths]
-    record = json.loads((args.out_dir / "tasks.json").read_text())[args.records]
-    print(f"\n{record['input']}")
+    test = json.loads((args.out_dir / "tasks.json").read_text())[args.records :][: args.test_records]
+    print(f"\n{test[0]['input']}")
     for row, of_row in results[0].items():
         print(f"  {row}: {of_row['sample'].strip()!r}")
     print(f"\n{table(results)}\n")
     (args.out_dir / "table.md").write_text(table(results) + "\n")
-    print(f"demo: the trees over a prompt are drawn in {draw(args.out_dir, record)}")
+    picture = draw(args.out_dir, max(test, key=lambda record: len(record["input"])))
+    print(f"demo: the trees over a prompt are drawn in {picture}")
     print(f"demo: {time.time() - started:.0f} s")
 
 
