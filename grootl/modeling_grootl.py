@@ -485,10 +485,23 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         )
         return result if return_dict else result.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """transformers' method. Once a cache holds the prompt, no token that is decoded is padding."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if use_cache and not is_first_iteration:
             inputs["attention_mask"] = None
         return inputs
 

@@ -157,6 +157,24 @@ def test_the_cache_has_the_size_of_mambas():
     assert model(random_ids(2, 5), use_cache=False).cache is None
 
 
+def test_a_static_cache_and_embeddings_as_inputs(model):
+    ids, mask = pad([random_ids(9, seed=1), random_ids(4, seed=2)], "left")
+    options = {**OPTIONS, "attention_mask": mask, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), expected[:, 9:])
+
+
+def test_a_cache_that_generate_returned_continues(model):
+    """Greedy decoding in two calls gives the tokens of one."""
+    prompt, options = random_ids(1, 9), {"do_sample": False, "pad_token_id": PAD, "eos_token_id": -1}
+    first = model.generate(prompt, max_new_tokens=4, return_dict_in_generate=True, **options)
+    second = model.generate(first.sequences[:, -1:], cache=first.cache, max_new_tokens=5, **options)
+    whole = model.generate(prompt, max_new_tokens=9, **options)
+    assert torch.cat((first.sequences, second[:, 1:]), dim=1).tolist() == whole.tolist()
+
+
 def test_a_prompt_in_chunks_raises():
     with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
         small_model().generate(random_ids(1, 12), prefill_chunk_size=4, **OPTIONS)
