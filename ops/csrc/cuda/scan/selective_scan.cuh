@@ -7,9 +7,9 @@
 
 namespace grootvl {
 
-// Inputs in the form that the kernels read: contiguous, but for B, which may be a column of a larger matrix.
+// Inputs in the form that the kernels read: contiguous, except B, which may be a column of a larger matrix.
 struct SelectiveInputs {
-  // Nothing here is to be cast by autocast once more.
+  // Autocast must not cast anything here again.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   at::Tensor x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size, delta;
 
