@@ -199,7 +199,8 @@ struct NormInputs {
     const auto all_aligned = [&] {
       return rows_aligned(h, vec) && rows_aligned(x, vec) && rows_aligned(z, vec) && h.size(2) % vec == 0;
     };
-    if (h.size(2) > kMaxBlockThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+    if (h.size(2) > kMaxBlockThreads &&
+        !all_aligned()) {  // threads with one channel each would not hold all of a pixel
       h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
     }
     aligned = all_aligned();

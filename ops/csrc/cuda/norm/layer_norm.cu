@@ -124,8 +124,7 @@ struct LayerNormInputs {
 
   // Threads with one channel each would not hold all channels of a wide map.
   static at::Tensor aligned_if_wide(const at::Tensor& map) {
-    const bool aligned = reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
-    return map.size(-1) <= kMaxBlockThreads || aligned ? map : map.clone();
+    return map.size(-1) <= kMaxBlockThreads || is_aligned(map.const_data_ptr()) ? map : map.clone();
   }
 
   template <typename T, typename out_t, typename acc_t>
