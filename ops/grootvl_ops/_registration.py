@@ -165,9 +165,10 @@ def _tree_scan_gradients(ctx, grad: Tensor):
 
 
 def _selective_scan_gradients(ctx, grad: Tensor):
-    _, _, dt_weight, dt_bias, A_log, _, C, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing computes them again when they are asked for
+    _, _, dt_weight, dt_bias, A_log, _, C, *_ = saved
     dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.selective_scan_backward(
-        grad, *ctx.saved_tensors, ctx.direction
+        grad, *saved, ctx.direction
     )
     return (
         dx,

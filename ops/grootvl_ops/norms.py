@@ -24,8 +24,8 @@ def gated_norm(
 ) -> Tensor:
     """What follows the scan (paper, Algorithm 1): LN(C LN(h) + D_skip x) SiLU(z).
 
-    On CUDA one kernel computes it in one pass over the maps, up to 1024 channels, or up to 1024 times as many as 16
-    bytes hold if that number divides the channels. Maps with more channels take PyTorch's operations.
+    On CUDA one kernel computes it in one pass over the maps: up to 1024 channels, or up to 4096 (2048 in float64) if
+    their number is a multiple of 8. Other maps take PyTorch's operations.
 
     Args:
         h, x, z: (B, L, D), floating point, of one dtype: the scan's result, what went into it, and the gate.
@@ -106,8 +106,9 @@ def layer_norm(
 
 def _in_one_pass(map: Tensor) -> bool:
     """Whether the kernel for the device of a map takes so many channels: on CUDA a block holds all of a pixel."""
-    channels, vector = map.size(-1), 16 // map.element_size()
-    return not map.is_cuda or channels <= 1024 or (channels % vector == 0 and channels <= 1024 * vector)
+    channels = map.size(-1)
+    most = 2048 if map.dtype == torch.float64 else 4096
+    return not map.is_cuda or channels <= 1024 or (channels % 8 == 0 and channels <= most)
 
 
 def _accumulation_dtype(map: Tensor) -> torch.dtype:

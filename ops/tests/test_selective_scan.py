@@ -328,10 +328,14 @@ def test_gated_norm_refuses(device, number, name):
             grootvl_ops.gated_norm(*changed)
 
 
-@pytest.mark.parametrize("channels", [1024, 1025, 4096, 4104])
-def test_norms_of_any_number_of_channels(device, channels):
-    """On CUDA also of more than the kernels take."""
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("channels", [1024, 1025, 2048, 4096, 4104])
+def test_norms_of_any_number_of_channels(device, channels, offset):
+    """On CUDA also of more than the kernels take, and where rows begin at any address."""
     operands = norm_operands(1, 2, channels, torch.float32)
+    for i in range(3):
+        storage = torch.empty(2 * channels + offset)
+        operands[i] = storage[offset:].view(1, 2, channels).copy_(operands[i])
     grad = torch.randn(1, 2, channels)
     expected = with_gradients(defined_norm, [o.double() for o in operands], grad.double(), 1e-5)
     actual = with_gradients(grootvl_ops.gated_norm, [o.to(device) for o in operands], grad.to(device))

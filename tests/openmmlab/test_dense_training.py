@@ -41,7 +41,9 @@ def test_layer_decay_and_weight_decay_reach_the_backbone_alone(task: str, tmp_pa
         group = group_of[id(parameter)]
         if not name.startswith("backbone."):
             assert group["lr"] == base_lr, name
-        exempt = name.endswith((".bias", ".A_log", ".D_skip")) or "norm" in name.split(".")[-2] or parameter.ndim == 1
+        # In the published code the decay's logarithm and the step's bias have two dimensions, so they decay.
+        decays = name.endswith((".A_log", ".dt_proj.bias"))
+        exempt = not decays and (name.endswith((".bias", ".D_skip")) or parameter.ndim == 1)
         assert group["weight_decay"] == (0 if exempt else base_decay), name
     # Four blocks of one stage each: the stem has four layers between itself and the heads.
     rates = {

@@ -11,6 +11,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import weights_to_cpu
 
+from grootv.models.checkpoint import find_wrapper
+
 from ..runtime.checkpoints import AtomicLocalBackend
 from ..runtime.finite import require_finite_weights
 from .datasets import DamagedDataError
@@ -61,6 +63,7 @@ class TimmCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Convert the parameter names of a released or timm checkpoint to the classifier's."""
+        runner.logger.info(f"Loading the weights under {find_wrapper(checkpoint)!r}.")
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         checkpoint["state_dict"] = model.convert_checkpoint(checkpoint)
 

@@ -1,4 +1,5 @@
-// Edge weights of the 4-neighbour grid: how unlike two neighbouring feature vectors are (paper, section 3.2).
+// Edge weights of the 4-neighbour grid: how unlike two neighbouring feature
+// vectors are (paper, section 3.2).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

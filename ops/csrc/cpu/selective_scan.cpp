@@ -1,6 +1,9 @@
-// The selective scan: discretisation by PyTorch's operations, then the tree scan, one state after the other. The
-// equations stand in grootvl_ops/reference/scans.py, which also computes the gradients.
+// The selective scan: each state's decays and inputs in one pass over the map,
+// then the tree scan. The equations stand in grootvl_ops/reference/scans.py,
+// which also computes the gradients.
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -9,9 +12,29 @@
 #include <vector>
 
 #include "scan.h"
+#include "vector_math.h"
 
 namespace grootvl {
 namespace {
+
+// delta = softplus(raw delta + bias) of a pixel, in place.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void step_row(scalar_t* delta, const scalar_t* bias, int64_t channels) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) delta[c] = softplus(delta[c] + bias[c]);
+}
+
+// Decay and input of a pixel for one state, of which B is the pixel's input
+// weight and `rate` -exp(A_log).
+template <typename scalar_t>
+GROOTVL_VECTORIZED void discretise_row(const scalar_t* delta, const scalar_t* x, scalar_t B, const scalar_t* rate,
+                                       int64_t channels, scalar_t* decay, scalar_t* input) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    decay[c] = exponential(delta[c] * rate[c]);
+    input[c] = delta[c] * (B * x[c]);
+  }
+}
 
 at::Tensor selective_scan(const at::Tensor& x_, const at::Tensor& dt, const std::optional<at::Tensor>& dt_weight,
                           const std::optional<at::Tensor>& dt_bias, const at::Tensor& A_log, const at::Tensor& B_,
@@ -23,31 +46,47 @@ at::Tensor selective_scan(const at::Tensor& x_, const at::Tensor& dt, const std:
   const auto [parent, order] = checked_tree(parent_, order_);
   const auto type = accumulation_type(x_);
   const int64_t states = num_states(A_log);
-  const at::Tensor x = x_.to(type), rate = at::exp(A_log.to(type)).neg_().view({-1, states});
-  const at::Tensor B = B_.to(type).view({x.size(0), x.size(1), states});
+  const int64_t batch = x_.size(0), length = x_.size(1), channels = x_.size(2);
+  const at::Tensor x = x_.to(type).contiguous();
+  const at::Tensor rate = at::exp(A_log.to(type)).neg_().view({channels, states}).t().contiguous();
+  const auto by_state = [&](const at::Tensor& weights) {  // (N, B, L)
+    return weights.to(type).view({batch, length, states}).permute({2, 0, 1}).contiguous();
+  };
+  const at::Tensor B = by_state(B_), C = C_ ? by_state(*C_) : at::Tensor();
+  const at::Tensor bias = dt_bias ? dt_bias->to(type).contiguous() : at::zeros({channels}, x.options());
+  at::Tensor delta = dt_weight ? at::linear(dt.to(type), dt_weight->to(type)).contiguous()
+                               : at::empty(x.sizes(), x.options()).copy_(dt);
 
-  at::Tensor delta = dt.to(type);
-  const std::optional<at::Tensor> bias = dt_bias ? std::optional(dt_bias->to(type)) : std::nullopt;
-  if (dt_weight) {
-    delta = at::linear(delta, dt_weight->to(type), bias);
-  } else if (bias) {
-    delta = delta + *bias;
-  }
-  delta = at::softplus(delta);
-
-  at::Tensor y;
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels));
+  const auto for_pixels = [&](auto pixel) {
+    at::parallel_for(0, batch * length, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) pixel(i);
+    });
+  };
+  at::Tensor decay = at::empty(x.sizes(), x.options()), y;
   std::vector<at::Tensor> results;
-  for (int64_t n = 0; n < states; ++n) {
-    const at::Tensor decay = at::mul(delta, rate.select(1, n)).exp_().contiguous();
-    at::Tensor h = at::mul(B.narrow(2, n, 1), x).mul_(delta).contiguous();
-    scan_in_place(h, decay, parent, order, direction);
-    if (!C_) {
-      results.push_back(h.to(x_.scalar_type()));
-      continue;
+  AT_DISPATCH_FLOATING_TYPES(type, "selective_scan", [&] {
+    auto *delta_data = delta.mutable_data_ptr<scalar_t>(), *decay_data = decay.mutable_data_ptr<scalar_t>();
+    const auto *x_data = x.const_data_ptr<scalar_t>(), *bias_data = bias.const_data_ptr<scalar_t>();
+    for_pixels([&](int64_t i) { step_row(delta_data + i * channels, bias_data, channels); });
+    for (int64_t n = 0; n < states; ++n) {
+      const auto *B_data = B.const_data_ptr<scalar_t>() + n * batch * length,
+                 *rate_data = rate.const_data_ptr<scalar_t>() + n * channels;
+      at::Tensor h = at::empty(x.sizes(), x.options());
+      auto* h_data = h.mutable_data_ptr<scalar_t>();
+      for_pixels([&](int64_t i) {
+        const int64_t row = i * channels;
+        discretise_row(delta_data + row, x_data + row, B_data[i], rate_data, channels, decay_data + row, h_data + row);
+      });
+      scan_in_place(h, decay, parent, order, direction);
+      if (!C_) {
+        results.push_back(h.to(x_.scalar_type()));
+        continue;
+      }
+      const at::Tensor weight = C.select(0, n).unsqueeze(-1);
+      y = n == 0 ? h.mul_(weight) : y.addcmul_(weight, h);
     }
-    const at::Tensor weight = C_->to(type).view({x.size(0), x.size(1), states}).narrow(2, n, 1);
-    y = n == 0 ? h.mul_(weight) : y.addcmul_(weight, h);
-  }
+  });
   if (C_) return y.to(x_.scalar_type());
   return A_log.dim() == 1 ? results[0] : at::stack(results, -1);
 }

@@ -1,4 +1,5 @@
-// Minimum spanning trees (Kruskal's algorithm over radix-sorted weights), rooted and ordered.
+// Minimum spanning trees (Kruskal's algorithm over radix-sorted weights),
+// rooted and ordered.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -18,7 +19,8 @@ namespace {
 
 using Edge = std::pair<int32_t, int32_t>;
 
-// Unsigned integers that compare as the weights do; every NaN is the largest, -0 equals 0.
+// Unsigned integers that compare as the weights do; every NaN is the largest,
+// -0 equals 0.
 uint32_t sort_key(float weight) {
   uint32_t bits;
   weight += 0.0f;
@@ -35,7 +37,8 @@ uint64_t sort_key(double weight) {
   return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
 }
 
-// Edge numbers by rising weight, equal weights by rising number: a stable radix sort, 11 bits a pass.
+// Edge numbers by rising weight, equal weights by rising number: a stable radix
+// sort, 11 bits a pass.
 template <typename scalar_t>
 std::vector<int32_t> sorted_edges(const scalar_t* weights, int64_t num_edges) {
   using Key = decltype(sort_key(scalar_t()));
@@ -60,7 +63,8 @@ std::vector<int32_t> sorted_edges(const scalar_t* weights, int64_t num_edges) {
   return edges;
 }
 
-// The edges of the minimum spanning tree. `edge_at(e)` names the end points of edge e.
+// The edges of the minimum spanning tree. `edge_at(e)` names the end points of
+// edge e.
 template <typename scalar_t, typename EdgeAt>
 std::vector<Edge> spanning_tree(const scalar_t* weights, int64_t num_edges, int64_t num_vertices, EdgeAt edge_at) {
   std::vector<int32_t> component(num_vertices);
@@ -85,7 +89,8 @@ std::vector<Edge> spanning_tree(const scalar_t* weights, int64_t num_edges, int6
   return tree;
 }
 
-// Parent, order and subtree size of one tree, as documented at grootvl_ops.Tree.
+// Parent, order and subtree size of one tree, as documented at
+// grootvl_ops.Tree.
 void root_tree(const std::vector<Edge>& tree, int64_t num_vertices, int32_t root, int32_t* parent, int32_t* order,
                int32_t* size) {
   std::vector<int32_t> first(num_vertices + 1, 0), neighbours(2 * tree.size());
@@ -111,7 +116,8 @@ void root_tree(const std::vector<Edge>& tree, int64_t num_vertices, int32_t root
   std::fill(size, size + num_vertices, 1);
   for (int64_t i = num_vertices - 1; i > 0; --i) size[parent[breadth_first[i]]] += size[breadth_first[i]];
 
-  // A vertex's place in the preorder follows from its parent's place and the sizes of the siblings before it.
+  // A vertex's place in the preorder follows from its parent's place and the
+  // sizes of the siblings before it.
   std::vector<int32_t> position(num_vertices);
   position[root] = 0;
   for (const int32_t v : breadth_first) {

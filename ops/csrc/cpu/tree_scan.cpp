@@ -1,5 +1,6 @@
-// The tree scan and its gradients: sweeps over the rows of (B, L, D) data in the tree's order, contiguous over
-// channels. The equations stand in grootvl_ops/reference/scans.py.
+// The tree scan and its gradients: sweeps over the rows of (B, L, D) data in
+// the tree's order, contiguous over channels. The equations stand in
+// grootvl_ops/reference/scans.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -71,7 +72,8 @@ GROOTVL_VECTORIZED void down_sweep(const Block& block, const scalar_t* decay, sc
   }
 }
 
-// The rerooting sweeps of x and of the gradient, and the gradient of the edges; h and g hold u and G_u before.
+// The rerooting sweeps of x and of the gradient, and the gradient of the edges;
+// h and g hold u and G_u before.
 template <typename scalar_t>
 GROOTVL_VECTORIZED void rerooting_sweep_backward(const Block& block, const scalar_t* decay, scalar_t* h, scalar_t* g,
                                                  scalar_t* ddecay) {
@@ -97,8 +99,9 @@ GROOTVL_VECTORIZED void rerooting_sweep_backward(const Block& block, const scala
   }
 }
 
-// A sweep down, and the gradient of the edges from it and from a sweep up: da_i = up_i down_p. Of the up scan, the
-// sweep down is that of the gradient, which `down` holds before; of the down scan it is that of x.
+// A sweep down, and the gradient of the edges from it and from a sweep up: da_i
+// = up_i down_p. Of the up scan, the sweep down is that of the gradient, which
+// `down` holds before; of the down scan it is that of x.
 template <typename scalar_t>
 GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* decay, const scalar_t* up,
                                             scalar_t* down, scalar_t* ddecay) {
@@ -121,8 +124,9 @@ GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* 
   }
 }
 
-// Calls `sweep(batch, block)` in parallel for every tree and group of channels. Channels do not touch each other, so
-// the grouping changes no result; groups are whole cache lines, as many as keep every thread busy.
+// Calls `sweep(batch, block)` in parallel for every tree and group of channels.
+// Channels do not touch each other, so the grouping changes no result; groups
+// are whole cache lines, as many as keep every thread busy.
 template <typename Sweep>
 void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Tensor& order, Sweep sweep) {
   const int64_t batch = x.size(0), num_vertices = x.size(1), channels = x.size(2);
@@ -143,7 +147,8 @@ void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Ten
   });
 }
 
-// The kernels follow order and parents without further checks, so what is no tree must not get that far.
+// The kernels follow order and parents without further checks, so what is no
+// tree must not get that far.
 void check_order(const at::Tensor& parent, const at::Tensor& order) {
   const int64_t batch = parent.size(0), num_vertices = parent.size(1);
   const auto *parents = parent.const_data_ptr<int32_t>(), *orders = order.const_data_ptr<int32_t>();

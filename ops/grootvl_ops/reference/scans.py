@@ -53,7 +53,7 @@ def up_sweep(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor) -> Tensor:
 
 def down_sweep(x: Tensor, decay: Tensor, parent: Tensor, order: Tensor) -> Tensor:
     """h_root = x_root; h_i = x_i + a_i h_parent(i) (root to leaves)."""
-    h = x.clone()
+    h = x.clone(memory_format=torch.contiguous_format)
     for batch, vertex in levels(parent, order)[1:]:
         value = x[batch, vertex] + decay[batch, vertex] * h[batch, parent[batch, vertex].long()]
         h.index_put_((batch, vertex), value)

@@ -1,0 +1,316 @@
+// out = LN(C LN(h) + D_skip x) SiLU(z) over the channels of each pixel, and its gradients: each in one pass over the
+// maps (pixel_team.cuh). C is a projection of the pixel, one value for all of its channels.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../../checks.h"
+#include "../common/math.cuh"
+#include "../common/vector.cuh"
+#include "pixel_team.cuh"
+
+namespace grootvl {
+namespace {
+
+constexpr int kNumParameters = 5;  // D_skip, weight and bias of LN(h), weight and bias of the outer LN
+
+// Maps (N, D) of N pixels and D channels, C (N); z and C may have a stride from one pixel to the next.
+template <typename T, typename acc_t>
+struct NormData {
+  const T *h, *x, *z, *C;
+  int64_t z_stride, C_stride;
+  const acc_t* parameters[kNumParameters];
+  int64_t rows;
+  int channels;
+  acc_t eps;
+  acc_t* statistics;  // (N, 4): mean and reciprocal deviation of h, then of C LN(h) + D_skip x
+  T* out;
+  // Backward; `statistics` are read then.
+  const T* grad;
+  T *dh, *dx, *dz, *dC;
+  acc_t* dparameters;  // (teams, 5, D)
+};
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t sigmoid(acc_t z) {
+  return fast_divide(acc_t(1), 1 + fast_exp(-z));
+}
+
+// A thread's channels, with their parameters.
+template <int kVec, typename acc_t>
+struct Channels {
+  int first;
+  bool active;
+  acc_t skip[kVec], h_weight[kVec], h_bias[kVec], out_weight[kVec], out_bias[kVec];
+
+  template <typename T>
+  __device__ explicit Channels(const NormData<T, acc_t>& data) : first(threadIdx.x * kVec) {
+    active = first < data.channels;
+    first = active ? first : 0;
+    acc_t* const all[kNumParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
+    for (int p = 0; p < kNumParameters; ++p) {
+      for (int i = 0; i < kVec; ++i) all[p][i] = data.parameters[p][first + i];
+    }
+  }
+};
+
+// A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
+template <int kVec, typename T, bool kBackward>
+struct Pixel {
+  Vector<T, kVec> h, x, z, grad;
+  T C;
+  int64_t row, at;
+  bool valid;
+
+  template <typename acc_t>
+  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, const Channels<kVec, acc_t>& channels,
+                                   int64_t wanted) {
+    valid = wanted < data.rows;
+    row = valid ? wanted : data.rows - 1;
+    at = row * data.channels + channels.first;
+    h = load<kVec>(data.h + at);
+    x = load<kVec>(data.x + at);
+    z = load<kVec>(data.z + row * data.z_stride + channels.first);
+    if constexpr (kBackward) grad = load<kVec>(data.grad + at);
+    C = data.C[row * data.C_stride];
+  }
+};
+
+template <int kThreads, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t> data) {
+  const Channels<kVec, acc_t> channels(data);
+  const int step = gridDim.x * blockDim.y;
+  Pixel<kVec, T, false> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+  // All teams of a block take the same number of steps, since they wait for each other.
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
+    const Pixel<kVec, T, false> pixel = next;
+    next = Pixel<kVec, T, false>(data, channels, first + step + threadIdx.y);
+    const bool active = channels.active && pixel.valid;
+    acc_t h[kVec], x[kVec], z[kVec], y[kVec];
+    unpack(h, pixel.h);
+    unpack(x, pixel.x);
+    unpack(z, pixel.z);
+    const acc_t C = static_cast<acc_t>(pixel.C);
+    const auto [h_mean, h_scale] = normalise(h, channels.active, data.channels, data.eps);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
+    }
+    const auto [y_mean, y_scale] = normalise(y, channels.active, data.channels, data.eps);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      y[i] = (y[i] * channels.out_weight[i] + channels.out_bias[i]) * z[i] * sigmoid(z[i]);
+    }
+    if (!active) continue;
+    store(data.out + pixel.at, y);
+    if (threadIdx.x == 0) {
+      acc_t* statistics = data.statistics + 4 * pixel.row;
+      statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
+    }
+  }
+}
+
+template <int kThreads, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
+  const Channels<kVec, acc_t> channels(data);
+  const int step = gridDim.x * blockDim.y;
+  acc_t dparameters[kNumParameters][kVec] = {};
+  Pixel<kVec, T, true> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
+    const Pixel<kVec, T, true> pixel = next;
+    next = Pixel<kVec, T, true>(data, channels, first + step + threadIdx.y);
+    const bool active = channels.active && pixel.valid;
+    acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
+    unpack(h, pixel.h);
+    unpack(x, pixel.x);
+    unpack(z, pixel.z);
+    unpack(dy, pixel.grad);
+    const acc_t C = static_cast<acc_t>(pixel.C);
+    const acc_t* statistics = data.statistics + 4 * pixel.row;
+    const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
+
+    // After the loop h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
+    acc_t y[kVec], sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      h[i] = (h[i] - h_mean) * h_scale;
+      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
+      y[i] = (y[i] - y_mean) * y_scale;
+      const acc_t gate = sigmoid(z[i]), silu = z[i] * gate;
+      const acc_t grad = active ? dy[i] : acc_t(0);
+      z[i] = grad * (y[i] * channels.out_weight[i] + channels.out_bias[i]) * (gate + silu * (1 - gate));
+      dparameters[3][i] += grad * silu * y[i];
+      dparameters[4][i] += grad * silu;
+      dy[i] = grad * silu * channels.out_weight[i];
+      sums[0] += dy[i];
+      sums[1] += dy[i] * y[i];
+    }
+    team_sum(sums, 0);
+    acc_t dh[kVec], more[3] = {};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      dy[i] = y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels);
+      const acc_t masked = active ? dy[i] : acc_t(0), dnormed = masked * C;  // of LN(h)
+      dparameters[0][i] += masked * x[i];
+      dparameters[1][i] += dnormed * h[i];
+      dparameters[2][i] += dnormed;
+      dh[i] = dnormed * channels.h_weight[i];
+      x[i] = masked * channels.skip[i];
+      more[0] += masked * (h[i] * channels.h_weight[i] + channels.h_bias[i]);
+      more[1] += dh[i];
+      more[2] += dh[i] * h[i];
+    }
+    team_sum(more, 1);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
+    if (!active) continue;
+    store(data.dh + pixel.at, dh);
+    store(data.dx + pixel.at, x);
+    store(data.dz + pixel.at, z);
+    if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[0]);
+  }
+  if (!channels.active) return;
+  const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  for (int p = 0; p < kNumParameters; ++p) {
+    store(data.dparameters + (team * kNumParameters + p) * data.channels + channels.first, dparameters[p]);
+  }
+}
+
+struct NormInputs {
+  // Autocast must not cast anything here again.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  at::Tensor h, x, z, C, parameters[kNumParameters];
+  bool aligned;
+
+  NormInputs(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& C_,
+             std::initializer_list<at::Tensor> parameters_)
+      : h(h_.contiguous()), x(x_.contiguous()), z(rows_of(z_)), C(rows_of(C_)) {
+    int p = 0;
+    for (const at::Tensor& parameter : parameters_) {
+      parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
+    }
+    const int64_t vec = kVectorBytes / h.element_size();
+    const auto all_aligned = [&] {
+      return rows_aligned(h, vec) && rows_aligned(x, vec) && rows_aligned(z, vec) && h.size(2) % vec == 0;
+    };
+    if (h.size(2) > kMaxBlockThreads &&
+        !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+      h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
+    }
+    aligned = all_aligned();
+  }
+
+  // Whether the row of each pixel begins at a multiple of `vec` values.
+  static bool rows_aligned(const at::Tensor& map, int64_t vec) {
+    return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
+  }
+
+  // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
+  static at::Tensor rows_of(const at::Tensor& map) {
+    const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
+    return rows ? map : map.contiguous();
+  }
+
+  template <typename T, typename acc_t>
+  NormData<T, acc_t> data() const {
+    NormData<T, acc_t> data{};
+    data.h = h.const_data_ptr<T>();
+    data.x = x.const_data_ptr<T>();
+    data.z = z.const_data_ptr<T>();
+    data.C = C.const_data_ptr<T>();
+    data.z_stride = z.stride(1);
+    data.C_stride = C.stride(1);
+    for (int p = 0; p < kNumParameters; ++p) data.parameters[p] = parameters[p].const_data_ptr<acc_t>();
+    data.rows = h.size(0) * h.size(1);
+    data.channels = static_cast<int>(h.size(2));
+    return data;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h, const at::Tensor& x, const at::Tensor& z,
+                                              const at::Tensor& C, const at::Tensor& D_skip, const at::Tensor& h_weight,
+                                              const at::Tensor& h_bias, const at::Tensor& out_weight,
+                                              const at::Tensor& out_bias, double eps) {
+  check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
+  const c10::cuda::CUDAGuard guard(h.device());
+  const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
+  const at::Tensor out = at::empty(h.sizes(), h.options());
+  const at::Tensor statistics =
+      at::empty({h.size(0), h.size(1), 4}, h.options().dtype(at::toOpMathType(h.scalar_type())));
+  if (h.numel() == 0) return {out, statistics};
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "gated_norm", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    auto data = inputs.data<scalar_t, acc_t>();
+    data.eps = static_cast<acc_t>(eps);
+    data.out = out.mutable_data_ptr<scalar_t>();
+    data.statistics = statistics.mutable_data_ptr<acc_t>();
+    constexpr int kVec = kVectorBytes / sizeof(scalar_t);
+    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 16);
+    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+      gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {out, statistics};
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, const at::Tensor& x, const at::Tensor& z,
+                              const at::Tensor& C, const at::Tensor& D_skip, const at::Tensor& h_weight,
+                              const at::Tensor& h_bias, const at::Tensor& out_weight, const at::Tensor& out_bias,
+                              const at::Tensor& statistics_) {
+  check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
+  check_like("grad", grad_, "h", h, h.sizes());
+  const c10::cuda::CUDAGuard guard(h.device());
+  const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
+  at::Tensor grad = grad_.contiguous();
+  if (!is_aligned(grad.const_data_ptr())) grad = grad.clone();
+  const auto accumulation = h.options().dtype(at::toOpMathType(h.scalar_type()));
+  TORCH_CHECK_VALUE(statistics_.sizes() == at::IntArrayRef({h.size(0), h.size(1), 4}) &&
+                        statistics_.scalar_type() == at::typeMetaToScalarType(accumulation.dtype()) &&
+                        statistics_.device() == h.device(),
+                    "statistics must be those of the forward pass");
+  const at::Tensor statistics = statistics_.contiguous();
+  const at::Tensor dh = at::empty(h.sizes(), h.options()), dx = at::empty(h.sizes(), h.options()),
+                   dz = at::empty(h.sizes(), h.options()), dC = at::empty(C.sizes(), C.options());
+  at::Tensor totals = at::zeros({kNumParameters, h.size(2)}, accumulation);
+  if (h.numel() > 0) {
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "gated_norm_backward", [&] {
+      using acc_t = at::opmath_type<scalar_t>;
+      auto data = inputs.data<scalar_t, acc_t>();
+      data.grad = grad.const_data_ptr<scalar_t>();
+      data.statistics = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());
+      data.dh = dh.mutable_data_ptr<scalar_t>();
+      data.dx = dx.mutable_data_ptr<scalar_t>();
+      data.dz = dz.mutable_data_ptr<scalar_t>();
+      data.dC = dC.mutable_data_ptr<scalar_t>();
+      constexpr int kVec = kVectorBytes / sizeof(scalar_t);
+      const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
+      const at::Tensor dparameters = at::empty({launch.teams(), kNumParameters, h.size(2)}, accumulation);
+      data.dparameters = dparameters.mutable_data_ptr<acc_t>();
+      launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+        gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+      });
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      totals = dparameters.sum(0);
+    });
+  }
+  return {dh, dx, dz, dC, totals};
+}
+
+}  // namespace
+}  // namespace grootvl
+
+TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("gated_norm", &grootvl::gated_norm);
+  m.impl("gated_norm_backward", &grootvl::gated_norm_backward);
+}

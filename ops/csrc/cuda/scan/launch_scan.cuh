@@ -1,0 +1,228 @@
+// Plans a scan and launches its kernels.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../../checks.h"
+#include "../common/vector.cuh"
+#include "finish.cuh"
+#include "join.cuh"
+#include "plan.cuh"
+#include "summarise.cuh"
+
+namespace grootvl {
+
+// Whether each tree is one run: a scan with so many warps on each multiprocessor keeps the memory busy.
+inline bool in_one_run(int64_t warps, int64_t length) {
+  return length <= 256 || warps >= 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+}
+
+// log2 of the run length aimed at: short runs make many warps, long ones less to join.
+inline int choose_log2_run(int64_t length) { return length > 2048 ? 6 : 5; }
+
+// log2 of the section length, with about as many runs in a section as there are sections; 31 for few runs, which take
+// less time to join one after the other.
+inline int choose_log2_section(int64_t length, int log2_run) {
+  if (length < 8192) return 31;
+  int log2_runs = 0;
+  while ((int64_t{1} << (2 * log2_runs + 1)) < length >> log2_run) ++log2_runs;
+  return log2_run + log2_runs;
+}
+
+// Shared memory to request for each block, which needs `bytes`, so that the blocks are spread evenly over the
+// multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
+// the multiprocessors that the kernel before leaves first.
+inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
+  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t available = properties->sharedMemPerMultiprocessor, reserved = properties->reservedSharedMemPerBlock;
+  const int64_t fitting = std::clamp<int64_t>(available / (bytes + reserved), 1, at_most);
+  const int64_t all = divide(blocks, properties->multiProcessorCount), at_a_time = divide(all, divide(all, fitting));
+  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, properties->sharedMemPerBlockOptin);
+  return std::max<int64_t>(share / 1024 * 1024, bytes);
+}
+
+// Whether the rows of all matrices that a walk reads begin at multiples of 16 bytes.
+template <typename T, typename acc_t>
+bool aligned(const ScanData<T, acc_t>& data) {
+  return data.channels * sizeof(T) % kVectorBytes == 0 && is_aligned(data.x) && is_aligned(data.decay_or_raw_delta) &&
+         is_aligned(data.grad) && is_aligned(data.sums[0]) && is_aligned(data.sums[1]);
+}
+
+// Calls `run` with the pass of a direction as a constant.
+template <bool kBackward, typename Run>
+auto with_pass(Direction direction, Run run) {
+  switch (direction) {
+    case Direction::kUp:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kUpBackward : Pass::kUp>());
+    case Direction::kDown:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kDownBackward : Pass::kDown>());
+    default:
+      return run(std::integral_constant<Pass, kBackward ? Pass::kBothBackward : Pass::kBoth>());
+  }
+}
+
+// The gradients of a selective scan's parameters, unset for other scans.
+struct ParameterGradients {
+  at::Tensor input_weight;  // (batch, L)
+  at::Tensor of_channels;   // (2, D): of delta_bias and A_log
+};
+
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
+  constexpr int kOperands = num_operands(pass);
+  const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
+  const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
+  constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
+  if (batch * length * channels == 0) {
+    if (!kParameterGradients) return {};
+    return {at::zeros({batch, length}, options), at::zeros({2, channels}, accumulation)};
+  }
+  TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  const auto blocks = [](int64_t threads, int threads_of_block) {
+    const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
+    TORCH_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
+    return static_cast<unsigned>(count);
+  };
+  const auto ints = options.dtype(at::kInt);
+
+  const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
+  const bool several_runs = !in_one_run(batch * groups, length);
+  Plan plan{};
+  plan.runs.log2_size = several_runs ? choose_log2_run(length) : 31;
+  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : 31;
+  const bool several_sections = plan.sections.log2_size < 31;
+  std::vector<at::Tensor> storage;
+  const auto indices = [&](int64_t count) {
+    storage.push_back(at::empty({batch, count}, ints));
+    return storage.back().mutable_data_ptr<int32_t>();
+  };
+  const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) {
+    pieces.elements = static_cast<int>(elements);
+    pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
+    if (!several) return;
+    pieces.cuts = indices(elements);
+    if (&pieces == &plan.sections) storage.back().zero_();  // there are fewer runs than room for them
+    pieces.end = indices(pieces.capacity);
+    pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
+    if (&pieces == &plan.runs && several_sections) pieces.first = indices(pieces.capacity);
+  };
+  make_room(plan.runs, length, several_runs);
+  make_room(plan.sections, plan.runs.capacity, several_sections);
+
+  // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
+  // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
+  const bool on_chip = pass == Pass::kBoth && !several_runs && length <= (kSelective ? 64 : 256);
+  at::Tensor sums;
+  if constexpr (std::is_same_v<T, acc_t>) {
+    data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
+    data.sums[1] = data.out;
+  } else if (num_kept(pass) > 0 && !on_chip) {
+    sums = at::empty({kOperands, batch, length, channels}, accumulation);
+    for (int operand = 0; operand < kOperands; ++operand) {
+      data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * batch * length * channels;
+    }
+  }
+  data.aligned = aligned(data);
+
+  at::Tensor dinput_weight, dparameters;
+  if constexpr (kParameterGradients) {
+    dinput_weight = at::empty({groups, batch, length}, accumulation);
+    // There may be fewer runs than room for them.
+    dparameters = several_runs ? at::zeros({2, batch * plan.runs.capacity, channels}, accumulation)
+                               : at::empty({2, batch * plan.runs.capacity, channels}, accumulation);
+    data.dinput_weight = dinput_weight.mutable_data_ptr<acc_t>();
+    data.dparameters = dparameters.mutable_data_ptr<acc_t>();
+  }
+  const at::Tensor nodes = at::empty({batch, length}, ints);
+  plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
+  launch(mark_nodes<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+
+  const int log2_run = plan.runs.log2_size;
+  const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
+  const unsigned run_blocks = blocks(batch * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
+  const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
+  const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
+  RunData<acc_t> runs{}, sections{};
+  if (several_runs) {
+    const auto number = [&](Pieces& pieces) {
+      // Over all images at once, since cumsum would sum each row of a matrix by one block.
+      storage.push_back(at::cumsum(at::from_blob(pieces.cuts, {batch * pieces.elements}, ints), 0, at::kInt));
+      pieces.id = storage.back().const_data_ptr<int32_t>();
+    };
+    const auto data_of = [&](const Pieces& pieces) {
+      storage.push_back(at::empty({2 + 3 * kOperands, batch, pieces.capacity, channels}, accumulation));
+      RunData<acc_t> result{};
+      result.stride = batch * pieces.capacity * channels;
+      result.beta = storage.back().template mutable_data_ptr<acc_t>();
+      result.a_end = result.beta + result.stride;
+      result.U = result.a_end + result.stride;
+      result.P = result.U + kOperands * result.stride;
+      result.E = result.P + kOperands * result.stride;
+      return result;
+    };
+    number(plan.runs);
+    launch(list_runs<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    runs = data_of(plan.runs);
+    // Up to 48 KiB, the most that a kernel may use without setting an attribute.
+    const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
+    launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan, runs,
+           capacity);
+
+    const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
+    const unsigned section_blocks = blocks(kOperands * batch * plan.sections.capacity * channels, kWalkThreads);
+    if (several_sections) {
+      number(plan.sections);
+      launch(list_sections, blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, batch);
+      sections = data_of(plan.sections);
+      launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
+             sections, capacity);
+      launch(join_sections<pass, T, acc_t>, blocks(kOperands * batch * channels, kWalkThreads), kWalkThreads,
+             join_bytes, stream, data, plan, sections, capacity);
+    }
+    launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
+           capacity);
+  }
+  auto finish = finish_runs<false, pass, kSelective, T, acc_t>;
+  if constexpr (pass == Pass::kBoth) {
+    if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
+  }
+  // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer trees are walked
+  // at a time.
+  const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
+  constexpr int kMaxBlocks = 32;  // on one multiprocessor
+  size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
+  if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
+  C10_CUDA_CHECK(
+      cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
+  launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
+  if (!kParameterGradients) return {};
+  return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};
+}
+
+template <typename T, typename acc_t>
+ScanData<T, acc_t> scan_data(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent,
+                             const at::Tensor& order, const at::Tensor& subtree_size) {
+  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
+  ScanData<T, acc_t> data{};
+  data.x = x.const_data_ptr<T>();
+  data.decay_or_raw_delta = decay.const_data_ptr<T>();
+  data.parent = parent.const_data_ptr<int32_t>();
+  data.order = order.const_data_ptr<int32_t>();
+  data.subtree_size = subtree_size.const_data_ptr<int32_t>();
+  data.batch = x.size(0);
+  data.num_vertices = static_cast<int>(x.size(1));
+  data.channels = static_cast<int>(x.size(2));
+  return data;
+}
+
+}  // namespace grootvl

@@ -1,0 +1,200 @@
+// How a warp goes over the rows of a run, and the recurrences of the two sweeps (scan.cuh).
+#pragma once
+
+#include <type_traits>
+
+#include "discretise.cuh"
+#include "plan.cuh"
+#include "ring.cuh"
+#include "stack.cuh"
+
+namespace grootvl {
+
+// Shared memory of the ring for the sweep up, and for the larger of both sweeps.
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+__host__ __device__ constexpr uint32_t ring_bytes_up() {
+  return ring_bytes<T, acc_t>(1 + num_operands(pass), 0, kSelective);
+}
+template <Pass pass, bool kSelective, typename T, typename acc_t>
+__host__ __device__ constexpr uint32_t ring_bytes_of() {
+  constexpr bool kReadsX = reads_x_down(pass, kSelective);
+  const uint32_t up = ring_bytes_up<pass, kSelective, T, acc_t>();
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_kept(pass), kSelective && kReadsX);
+  return up > down ? up : down;
+}
+
+// The run that a warp walks, and its lane's channel.
+struct RunItem {
+  int64_t rows;    // first row of the image in (batch, L)
+  int64_t column;  // the channel in that row of (batch, L, D)
+  int64_t at_run;  // of run and channel in (batch, runs, D)
+  int begin, end, channel;
+  unsigned channel_group;  // which kWarpChannels channels the warp takes
+  int group_channels;      // how many of them there are
+  bool valid;              // there is such a run
+  bool active;             // and such a channel
+
+  template <typename T, typename acc_t>
+  __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
+    const unsigned groups = (data.channels + kWarpChannels - 1) / kWarpChannels;
+    const unsigned image = blockIdx.x / groups / plan.runs.capacity, run = blockIdx.x / groups % plan.runs.capacity;
+    channel_group = blockIdx.x % groups;
+    channel = channel_group * kWarpChannels + threadIdx.x;
+    group_channels = min(data.channels - int(channel_group) * kWarpChannels, kWarpChannels);
+    active = channel < data.channels;
+    channel = min(channel, data.channels - 1);  // idle lanes read with the others, and write nothing
+    rows = int64_t(image) * data.num_vertices;
+    column = rows * data.channels + channel;
+    at_run = (int64_t(image) * plan.runs.capacity + run) * data.channels + channel;
+    valid = run < plan.runs.count(image);
+    if (!valid) return;
+    begin = 0, end = data.num_vertices;
+    if (plan.runs.cuts == nullptr) return;
+    begin = plan.runs.begin(image, run);
+    end = plan.runs.end[int64_t(image) * plan.runs.capacity + run];
+  }
+
+  __device__ __forceinline__ int length() const { return end - begin; }
+  __device__ __forceinline__ const uint32_t* nodes(const Plan& plan) const { return plan.nodes + rows + begin; }
+  // Of the lane in its warp, also of idle ones.
+  __device__ __forceinline__ int lane_channel() const { return channel % kWarpChannels; }
+};
+
+// Goes over the `count` rows of a run, in the direction of a sweep; `nodes` are the run's, in postorder. For each tile
+// it calls `read(row, i)` for every row, which may add what does not pass through the rings; `visit(row, j, i,
+// interior)` for every row in turn; and `finish(rows)`. Here j is the row's place in the tile and i its place in the
+// run. `input_weights`, so many bytes apart, are read if kWeights. `memory` is the shared memory of the rings.
+//
+// The last tile is filled up with copies of the last row, marked kPast, with places outside of the run: a walk without
+// branches is faster than one that stops at any row. All lanes of a warp take the same branches. If `long_run`, there
+// is separate code for tiles that have neither a root nor a kPast row, as most have then; for them `interior` is
+// std::true_type. In short runs the two would only compete for the instruction cache.
+template <Sweep sweep, bool kWeights, typename T, int kMatrices, typename acc_t, int kSums, typename Read,
+          typename Visit, typename Finish>
+__device__ __forceinline__ void walk(const uint32_t* nodes, int count, const TileCopy<T, kMatrices>& data,
+                                     const TileCopy<acc_t, kSums>& sums, const T* input_weights,
+                                     uint32_t input_weight_bytes, uint32_t memory, bool long_run, Read read,
+                                     Visit visit, Finish finish) {
+  constexpr uint32_t kTilesBytes = kRingTiles * TileRing<T, kMatrices, acc_t, kSums>::kTileBytes,
+                     kNodesBytes = kNodeSlots * kSlotRows * kNodeBytes;
+  static_assert(kTilesBytes + kNodesBytes + kWeights * kNodeSlots * kSlotRows * sizeof(acc_t) ==
+                ring_bytes<T, acc_t>(kMatrices, kSums, kWeights));
+  const NodeRing<sweep> node_ring(nodes, memory + kTilesBytes, count);
+  WeightRing<T, acc_t> weight_ring{input_weights, input_weight_bytes, memory + kTilesBytes + kNodesBytes};
+  TileRing<T, kMatrices, acc_t, kSums> tile_ring{data, sums, count, memory};
+  const auto load_weights = [&](int first) {
+    if constexpr (kWeights) weight_ring.load(node_ring.own(first) & kVertexMask);
+  };
+  const auto store_weights = [&](int first) {
+    if constexpr (kWeights) weight_ring.store(first);
+  };
+
+  if constexpr (kSums > 0) __threadfence();  // asynchronous copies are not ordered with the stores of the sums
+  __syncwarp();
+  for (int first = 0; first < kSlotRows * (kNodeSlots - 1); first += kSlotRows) node_ring.fetch(first);
+  commit_async_copies();
+  await_async_copies<0>();
+  const uint32_t first_nodes = node_ring.own(0);
+  node_ring.mark_past(first_nodes, 0);
+  for (int first = 0; first < kSlotRows; first += kTileRows) tile_ring.fetch(first, first_nodes, first);
+  load_weights(0);
+  store_weights(0);
+  load_weights(kSlotRows);
+  for (int slot_first = 0; slot_first < count; slot_first += kSlotRows) {
+    const int next_first = slot_first + kSlotRows;
+    await_async_copies<kRingTiles - 1>();
+    node_ring.fetch(slot_first + kSlotRows * (kNodeSlots - 1));
+    const uint32_t next_nodes = node_ring.own(next_first);
+    node_ring.mark_past(next_nodes, next_first);
+    store_weights(next_first);
+    load_weights(next_first + kSlotRows);
+#pragma unroll 1
+    for (int in_slot = 0; in_slot < kSlotRows; in_slot += kTileRows) {
+      const int first = slot_first + in_slot;
+      if (first >= count) break;
+      await_async_copies<kRingTiles - 1>();
+      __syncwarp();
+      Row<T, acc_t> rows[kTileRows];
+      uint32_t flags = 0;
+#pragma unroll
+      for (int j = 0; j < kTileRows; ++j) {
+        load_shared(node_ring.address(slot_first, in_slot + j), rows[j].node);
+        flags |= rows[j].node;
+        tile_ring.read(j, rows[j]);
+        if constexpr (kWeights) load_shared(weight_ring.address(slot_first, in_slot + j), rows[j].input_weight);
+        read(rows[j], node_ring.place(first + j));
+      }
+      __syncwarp();
+      tile_ring.fetch(first + kSlotRows, next_nodes, in_slot);
+      if (!long_run || flags & (kRoot | kPast)) {
+#pragma unroll
+        for (int j = 0; j < kTileRows; ++j) visit(rows[j], j, node_ring.place(first + j), std::false_type());
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTileRows; ++j) visit(rows[j], j, node_ring.place(first + j), std::true_type());
+      }
+      finish(rows);
+    }
+  }
+  await_async_copies<0>();  // nodes beyond the run may be in flight to memory that will be used for something else
+}
+
+// What turns the value read for a row into its decay, for this lane's channel.
+template <bool kSelective, typename T, typename acc_t>
+__device__ __forceinline__ auto discretisation(const ScanData<T, acc_t>& data, const RunItem& item) {
+  if constexpr (kSelective) {
+    return Discretisation<acc_t>(data.delta_bias[item.channel], data.A_log[item.channel]);
+  } else {
+    return GivenDecay<acc_t>();
+  }
+}
+
+// The sweep up a run. E is what the runs below bring. Calls `visit(operand, node, i, decay, u, passed_on, interior)`
+// for each row and operand, with what the vertex adds to its parent's u.
+template <Pass pass, bool kSelective, typename T, typename acc_t, typename Visit>
+__device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Plan& plan, const RunItem& item,
+                                        uint32_t ring_memory, bool long_run, Stack<acc_t> (&stacks)[2],
+                                        const acc_t (&E)[num_operands(pass)], Visit visit) {
+  constexpr int kOperands = num_operands(pass);
+  const T *x = data.x + item.column, *grad = data.grad + item.column;
+  const T* columns[] = {data.decay_or_raw_delta + item.column, x_operand(pass) == 0 ? x : grad,
+                        x_operand(pass) == 0 ? grad : x};
+  const TileCopy<T, 1 + kOperands> rows(columns, item.lane_channel(), item.group_channels, data.channels, data.aligned);
+  const TileCopy<acc_t, 0> no_sums(nullptr, 0, 0, 0, true);
+  const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
+  const auto discretise = discretisation<kSelective>(data, item);
+  acc_t sum[kOperands];  // over the children of the next vertex
+  for (int operand = 0; operand < kOperands; ++operand) sum[operand] = E[operand];
+  const auto visit_row = [&](const Row<T, acc_t>& row, int, int i, auto interior) {
+    const uint32_t node = row.node;
+    acc_t decay = static_cast<acc_t>(row.data[0]), own[kOperands];
+#pragma unroll
+    for (int operand = 0; operand < kOperands; ++operand) own[operand] = static_cast<acc_t>(row.data[1 + operand]);
+    if constexpr (kSelective) {
+      const auto step = discretise(decay);
+      own[x_operand(pass)] *= step.delta * row.input_weight;
+      decay = step.decay;
+    }
+    if (!interior && node & kRoot) decay = 0;
+#pragma unroll
+    for (int operand = 0; operand < kOperands; ++operand) {
+      acc_t u = own[operand];
+      if (!sweeps_up(pass, operand)) {  // a vertex's own value is all there is
+        visit(operand, node, i, decay, u, acc_t(0), interior);
+        continue;
+      }
+      stacks[operand].template push_or_add<kPush>(node, sum[operand], u);
+      sum[operand] = decay * u;
+      visit(operand, node, i, decay, u, sum[operand], interior);
+      stacks[operand].template pop_and_add<kLight>(node, sum[operand]);
+    }
+  };
+  walk<Sweep::kUp, kSelective>(
+      item.nodes(plan), item.length(), rows, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring_memory,
+      long_run, [](auto&, int) {}, visit_row,
+      [&](const auto&) {
+        for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
+      });
+}
+
+}  // namespace grootvl

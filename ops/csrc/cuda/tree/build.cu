@@ -1,0 +1,495 @@
+// Rooted minimum spanning trees of grids and of graphs.
+//
+// A grid that fits the shared memory of a block is built by one block, in one kernel. A larger one, and any graph, is
+// built by a team of blocks for each tree, with the same algorithms in global memory: one cooperative launch, in which
+// the blocks wait for each other. The host does not wait for the GPU, and the launches depend on sizes only, so that
+// CUDA graphs can capture them.
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "../../checks.h"
+#include "../common/vector.cuh"
+#include "rooting.cuh"
+#include "spanning.cuh"
+#include "team.cuh"
+
+namespace grootvl {
+namespace {
+
+using TreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Arrays in one allocation, each aligned to 16 bytes. If it starts from nullptr, it only counts the bytes.
+class Arena {
+ public:
+  __host__ __device__ explicit Arena(unsigned char* memory) : memory_(memory) {}
+
+  template <typename T>
+  __host__ __device__ T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return array;
+  }
+
+  __host__ __device__ int64_t used() const { return used_; }
+
+ private:
+  unsigned char* memory_;
+  int64_t used_ = 0;
+};
+
+// Bins such that the threads get at most one splitter each.
+int bin_shift(int64_t members, int64_t threads) {
+  int shift = 0;
+  while (((members - 1) >> shift) + 1 > threads) ++shift;
+  return shift;
+}
+
+// --------------------------------------------------------------------------------------------------------------- Grids
+
+struct GridShape {
+  int height;
+  int width;
+  int root;
+  int shift;  // see GridTour
+
+  __host__ __device__ int64_t vertices() const { return static_cast<int64_t>(height) * width; }
+  __host__ __device__ int64_t edges() const {
+    return static_cast<int64_t>(height - 1) * width + static_cast<int64_t>(height) * (width - 1);
+  }
+};
+
+// Working memory of the tree of a grid. The forest and then the tour use the same memory.
+template <typename Index, typename Word>
+struct GridMemory {
+  unsigned* masks;
+  Forest<Index> forest;
+  Word* places;
+  Word* steps;
+  Word* segments;
+  int64_t bytes;
+
+  __host__ __device__ GridMemory(unsigned char* memory, const GridShape& shape) {
+    const int64_t vertices = shape.vertices();
+    const int64_t splitters = ((vertices - 1) >> shape.shift) + 2;
+    Arena arena(memory);
+    masks = arena.take<unsigned>((vertices + 7) / 8);
+    Arena growing = arena;
+    forest.best = growing.take<EdgeKey>(vertices);
+    forest.label = growing.take<Index>(vertices);
+    forest.hook = growing.take<Index>(vertices);
+    Arena rooting = arena;
+    places = rooting.take<Word>(4 * vertices);
+    steps = rooting.take<Word>(2 * vertices);
+    segments = rooting.take<Word>(2 * (splitters + 1));
+    bytes = growing.used() > rooting.used() ? growing.used() : rooting.used();
+  }
+};
+
+template <typename Index, typename Word, typename Team>
+__device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Index, Word>& memory,
+                                                const GridShape& shape, const float* weights, int* parent, int* order,
+                                                int* subtree_size) {
+  const int vertices = static_cast<int>(shape.vertices());
+  for (int i = team.rank(); i < (vertices + 7) / 8; i += team.size()) memory.masks[i] = 0;
+  const Grid grid{weights, memory.masks, shape.height, shape.width};
+  grow_forest(team, grid, memory.forest, vertices);
+
+  const GridTour tour{memory.masks, vertices, shape.width, shape.root, shape.shift};
+  const Ranks<Word> ranks = rank_darts<Word>(team, tour, memory.places, memory.segments);
+  root_grid(team, tour, ranks, memory.steps, parent, subtree_size);
+  team.sync();
+  order_vertices(team, memory.steps, tour.darts(), shape.root, order);
+}
+
+// One block for each image, all working memory in shared memory.
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
+    small_grid_tree_kernel(const float* weights, GridShape shape, int* parent, int* order, int* subtree_size) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  Arena arena(shared_memory);
+  BlockTeam team(arena.take<BlockScratch>(1));
+  const GridMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
+  const int64_t offset = blockIdx.x * shape.vertices();
+  build_grid_tree(team, memory, shape, weights + blockIdx.x * shape.edges(), parent + offset, order + offset,
+                  subtree_size + offset);
+}
+
+// Teams of blocks, each of which builds the trees of every teams-th image. Cooperative.
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
+    large_grid_tree_kernel(const float* weights, GridShape shape, int batch, int team_blocks, GridScratch* scratch,
+                           unsigned char* workspace, int* parent, int* order, int* subtree_size) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const int team_number = blockIdx.x / team_blocks;
+  const int teams = gridDim.x / team_blocks;
+  GridTeam team(reinterpret_cast<BlockScratch*>(shared_memory), scratch + team_number, blockIdx.x % team_blocks,
+                team_blocks);
+  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape).bytes;
+  const GridMemory<int, uint64_t> memory(workspace + team_number * bytes, shape);
+  for (int image = team_number; image < batch; image += teams) {
+    const int64_t offset = image * shape.vertices();
+    build_grid_tree(team, memory, shape, weights + image * shape.edges(), parent + offset, order + offset,
+                    subtree_size + offset);
+    team.sync();  // before the next image overwrites the memory
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- Graphs
+//
+// To make one tree of the parts of an unconnected graph, their roots become children of an additional vertex, number
+// num_vertices. That tree has as many edges as the graph has vertices, and its tour visits all of them.
+
+// Working memory of the tree of a graph.
+struct GraphMemory {
+  Forest<int> forest;
+  int* joined;
+  int* lowest;
+  int* tails;
+  int* following;
+  int* first_dart;
+  int* tour_start;
+  uint64_t* places;
+  uint64_t* segments;
+  int64_t bytes;
+
+  __host__ __device__ GraphMemory(unsigned char* memory, int64_t vertices, int shift) {
+    const int64_t splitters = ((2 * vertices - 1) >> shift) + 2;
+    Arena arena(memory);
+    forest.best = arena.take<EdgeKey>(vertices);
+    forest.label = arena.take<int>(vertices);
+    forest.hook = arena.take<int>(vertices);
+    joined = arena.take<int>(vertices);
+    lowest = arena.take<int>(vertices);
+    tails = arena.take<int>(2 * vertices);
+    following = arena.take<int>(2 * vertices);
+    first_dart = arena.take<int>(vertices + 1);
+    tour_start = arena.take<int>(1);
+    places = arena.take<uint64_t>(2 * vertices);
+    segments = arena.take<uint64_t>(2 * (splitters + 1));
+    bytes = arena.used();
+  }
+};
+
+// Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings
+// sort next to each other, in the order of their visit (for equal keys: by vertex). Cooperative, as
+// large_grid_tree_kernel.
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
+    graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root,
+                      int shift, int team_blocks, GridScratch* scratch, unsigned char* workspace, int* parent,
+                      int* subtree_size, int* down_ranks, int64_t* sibling_keys) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const int team_number = blockIdx.x / team_blocks;
+  const int teams = gridDim.x / team_blocks;
+  GridTeam team(reinterpret_cast<BlockScratch*>(shared_memory), scratch + team_number, blockIdx.x % team_blocks,
+                team_blocks);
+  const int64_t bytes = GraphMemory(nullptr, vertices, shift).bytes;
+  const GraphMemory memory(workspace + team_number * bytes, vertices, shift);
+  const int above_roots = vertices;
+  for (int graph = team_number; graph < batch; graph += teams) {
+    const int64_t offset = static_cast<int64_t>(graph) * vertices;
+    for (int v = team.rank(); v <= vertices; v += team.size()) {
+      memory.first_dart[v] = -1;
+      if (v == vertices) break;
+      memory.joined[v] = -1;
+      memory.lowest[v] = vertices;
+    }
+    const EdgeList list{edges + static_cast<int64_t>(graph) * num_edges,
+                        weights + static_cast<int64_t>(graph) * num_edges, memory.joined, num_edges, vertices};
+    const bool connected = grow_forest(team, list, memory.forest, vertices) == 1;
+    if (!connected) {
+      for (int v = team.rank(); v < vertices; v += team.size()) atomicMin(&memory.lowest[memory.forest.label[v]], v);
+      team.sync();
+    }
+
+    // Every label but the last of each part joined another one by an edge; the last stands for the edge above the
+    // part's root.
+    for (int label = team.rank(); label < vertices; label += team.size()) {
+      Ends ends;
+      if (memory.joined[label] >= 0) {
+        ends = list.ends(memory.joined[label]);
+      } else {
+        const bool main_part = connected || memory.forest.label[root] == label;
+        ends = {above_roots, main_part ? root : memory.lowest[label]};
+        if (main_part) *memory.tour_start = 2 * label;
+      }
+      for (int side = 0; side < 2; ++side) {
+        const int dart = 2 * label + side;
+        const int tail = side == 0 ? ends.first : ends.second;
+        memory.tails[dart] = tail;
+        memory.following[dart] = atomicExch(&memory.first_dart[tail], dart);
+      }
+    }
+    team.sync();
+
+    const EdgeTour tour{memory.tails, memory.following, memory.first_dart, 2 * vertices, *memory.tour_start, shift};
+    const Ranks<uint64_t> ranks = rank_darts<uint64_t>(team, tour, memory.places, memory.segments);
+    for (int edge = team.rank(); edge < vertices; edge += team.size()) {
+      const int rank = ranks(2 * edge);
+      const int back = ranks(2 * edge + 1);
+      const int down = rank < back ? 2 * edge : 2 * edge + 1;
+      const int above = memory.tails[down];
+      const int child = memory.tails[down ^ 1];
+      const int size = ((rank < back ? back - rank : rank - back) + 1) / 2;
+      parent[offset + child] = above == above_roots ? child : above;
+      subtree_size[offset + child] = size;
+      down_ranks[offset + child] = rank < back ? rank : back;
+      // The part of the root comes first, the others by their lowest vertex, which is their root.
+      const int visit = above == above_roots ? child != root : size;
+      sibling_keys[offset + child] = static_cast<int64_t>(above) << 32 | visit;
+    }
+    team.sync();  // before the next graph overwrites the memory
+  }
+}
+
+// Where among the sorted siblings of a graph (keys, children) those of each parent start: the sizes before them.
+__global__ void sibling_starts_kernel(const int64_t* keys, const int64_t* children, const int64_t* cumulative_sizes,
+                                      const int* subtree_size, int64_t batch, int64_t vertices, int64_t* starts) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= batch * vertices) return;
+  const int64_t graph = i / vertices;
+  const int64_t above = keys[i] >> 32;
+  if (i % vertices != 0 && keys[i - 1] >> 32 == above) return;
+  starts[graph * (vertices + 1) + above] = cumulative_sizes[i] - subtree_size[graph * vertices + children[i]];
+}
+
+// The steps of order_vertices along each graph's tour.
+__global__ void sibling_steps_kernel(const int64_t* keys, const int64_t* children, const int64_t* cumulative_sizes,
+                                     const int* subtree_size, const int* down_ranks, const int64_t* starts,
+                                     int64_t batch, int64_t vertices, int* steps) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= batch * vertices) return;
+  const int64_t graph = i / vertices;
+  const int64_t child = graph * vertices + children[i];
+  const int64_t before = cumulative_sizes[i] - subtree_size[child] - starts[graph * (vertices + 1) + (keys[i] >> 32)];
+  const int distance = static_cast<int>(before) + 1;
+  const int64_t down = 2 * graph * vertices + down_ranks[child];
+  steps[down] = distance;
+  steps[down + 2 * subtree_size[child] - 1] = -distance;
+}
+
+// The preorder from the sums of the steps. The vertex above the roots has place 0, and is left out.
+__global__ void order_kernel(const int* places, const int* down_ranks, int64_t batch, int64_t vertices, int* order) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= batch * vertices) return;
+  const int64_t graph = i / vertices;
+  const int place = places[2 * graph * vertices + down_ranks[i]] - 1;
+  order[graph * vertices + place] = static_cast<int>(i % vertices);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- Host
+
+// Integers in the order of the weights. -0 equals 0, all NaN are equal and come last.
+__global__ void sort_keys_kernel(const double* weights, int64_t count, int64_t* keys) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  const double weight = weights[i];
+  const int64_t bits = __double_as_longlong(weight);
+  constexpr int64_t kMagnitude = 0x7fffffffffffffff;
+  keys[i] = weight != weight ? kMagnitude : weight == 0 ? 0 : bits < 0 ? bits ^ kMagnitude : bits;
+}
+
+__global__ void scatter_ranks_kernel(const int64_t* sorted, int64_t count, int64_t edges, int* ranks) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  ranks[i / edges * edges + sorted[i]] = static_cast<int>(i % edges);
+}
+
+constexpr int kElementThreads = 256;
+
+unsigned element_blocks(int64_t count) {
+  const int64_t blocks = (count + kElementThreads - 1) / kElementThreads;
+  TORCH_CHECK(blocks < (int64_t{1} << 31), "a batch of ", count, " vertices or edges is too large");
+  return static_cast<unsigned>(blocks);
+}
+
+// The weights as the kernels take them: float32, of which only the order counts. float64 weights become their ranks.
+at::Tensor comparable(const at::Tensor& weights) {
+  if (weights.scalar_type() == at::kFloat) return weights.contiguous();
+  const at::Tensor values = weights.contiguous();
+  const at::Tensor keys = at::empty_like(values, values.options().dtype(at::kLong));
+  const at::Tensor ranks = at::empty_like(values, values.options().dtype(at::kInt));
+  const int64_t count = values.numel();
+  if (count > 0) {
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    sort_keys_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(values.const_data_ptr<double>(), count,
+                                                                            keys.mutable_data_ptr<int64_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const at::Tensor sorted =
+        std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/1, /*descending=*/false)).contiguous();
+    scatter_ranks_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
+        sorted.const_data_ptr<int64_t>(), count, values.size(1), ranks.mutable_data_ptr<int>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return ranks.view(at::kFloat);  // non-negative integers are in the order of the floats with their bits
+}
+
+// How the blocks of a cooperative launch are divided among teams.
+struct Teams {
+  int count;
+  int blocks;  // of each
+  int threads() const { return blocks * kMaxBlockThreads; }
+};
+
+template <typename Kernel>
+Teams plan_teams(Kernel kernel, int64_t batch, int64_t members) {
+  int blocks_per_multiprocessor = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, kMaxBlockThreads,
+                                                               sizeof(BlockScratch)));
+  const int64_t resident =
+      int64_t{blocks_per_multiprocessor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  TORCH_CHECK(resident > 0, "the GPU cannot run blocks of ", kMaxBlockThreads, " threads of this kernel");
+  const int64_t useful = (members + kMaxBlockThreads - 1) / kMaxBlockThreads;
+  const int64_t blocks = std::clamp<int64_t>(resident / batch, 1, std::min<int64_t>(useful, kMaxTeamBlocks));
+  return {static_cast<int>(std::min(batch, resident / blocks)), static_cast<int>(blocks)};
+}
+
+template <typename Kernel>
+void launch_teams(Kernel kernel, const Teams& teams, void** arguments) {
+  C10_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(teams.count * teams.blocks),
+                                             dim3(kMaxBlockThreads), arguments, sizeof(BlockScratch),
+                                             at::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor team_scratch(const Teams& teams, const at::TensorOptions& options) {
+  return at::zeros({static_cast<int64_t>(teams.count * sizeof(GridScratch))}, options.dtype(at::kByte));
+}
+
+at::Tensor workspace(int64_t bytes, const at::TensorOptions& options) {
+  return at::empty({bytes}, options.dtype(at::kByte));
+}
+
+TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, int64_t root) {
+  check_grid(weights, height, width, root);
+  const c10::cuda::CUDAGuard guard(weights.device());
+  const int64_t batch = weights.size(0);
+  const int64_t vertices = height * width;
+  TORCH_CHECK_VALUE(batch < (int64_t{1} << 31), "a batch may have up to 2^31 maps, got ", batch);
+  const auto options = weights.options().dtype(at::kInt);
+  if (vertices == 1) {
+    return {at::zeros({batch, 1}, options), at::zeros({batch, 1}, options), at::ones({batch, 1}, options)};
+  }
+  at::Tensor parent = at::empty({batch, vertices}, options);
+  at::Tensor order = at::empty({batch, vertices}, options);
+  at::Tensor subtree_size = at::empty({batch, vertices}, options);
+  if (batch == 0) return {parent, order, subtree_size};
+
+  const at::Tensor keys = comparable(weights);
+  const float* key_data = keys.const_data_ptr<float>();
+  int* parent_data = parent.mutable_data_ptr<int>();
+  int* order_data = order.mutable_data_ptr<int>();
+  int* size_data = subtree_size.mutable_data_ptr<int>();
+
+  // As few threads as process the vertices in the same number of turns, since fewer threads synchronise faster.
+  const int64_t turns = (vertices + kMaxBlockThreads - 1) / kMaxBlockThreads;
+  const int64_t threads = ((vertices + turns - 1) / turns + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
+  GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
+  shape.shift = bin_shift(vertices, threads);
+  Arena shared(nullptr);
+  shared.take<BlockScratch>(1);
+  const int64_t shared_bytes = shared.used() + GridMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
+  constexpr int64_t kLargest16Bit = 16384;  // darts are counted in the lower half of a 32-bit word
+  if (vertices <= kLargest16Bit &&
+      shared_bytes <= static_cast<int64_t>(at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin)) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(small_grid_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    small_grid_tree_kernel<<<batch, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
+        key_data, shape, parent_data, order_data, size_data);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return {parent, order, subtree_size};
+  }
+
+  const Teams teams = plan_teams(large_grid_tree_kernel, batch, vertices);
+  shape.shift = bin_shift(vertices, teams.threads());
+  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape).bytes;
+  const at::Tensor scratch = team_scratch(teams, options);
+  const at::Tensor memory = workspace(teams.count * bytes, options);
+  int batch_argument = static_cast<int>(batch);
+  int team_blocks = teams.blocks;
+  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.data_ptr());
+  auto* memory_data = reinterpret_cast<unsigned char*>(memory.data_ptr());
+  void* arguments[] = {&key_data,    &shape,       &batch_argument, &team_blocks, &scratch_data,
+                       &memory_data, &parent_data, &order_data,     &size_data};
+  launch_teams(large_grid_tree_kernel, teams, arguments);
+  return {parent, order, subtree_size};
+}
+
+TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64_t num_vertices, int64_t root) {
+  check_graph(edges, weights, num_vertices, root);
+  const c10::cuda::CUDAGuard guard(weights.device());
+  const int64_t batch = weights.size(0);
+  TORCH_CHECK_VALUE(batch < (int64_t{1} << 31), "a batch may have up to 2^31 graphs, got ", batch);
+  const auto options = weights.options().dtype(at::kInt);
+  const auto long_options = weights.options().dtype(at::kLong);
+  at::Tensor parent = at::empty({batch, num_vertices}, options);
+  at::Tensor order = at::empty({batch, num_vertices}, options);
+  at::Tensor subtree_size = at::empty({batch, num_vertices}, options);
+  if (batch == 0) return {parent, order, subtree_size};
+
+  const at::Tensor keys = comparable(weights);
+  // Clamped so that no 64-bit number out of range becomes a vertex in 32 bits.
+  at::Tensor ends =
+      (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
+  // The kernel loads both ends of an edge at once.
+  if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = ends.clone();
+  const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
+  const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);
+
+  const Teams teams = plan_teams(graph_tree_kernel, batch, std::max(num_vertices, weights.size(1)));
+  int shift = bin_shift(2 * num_vertices, teams.threads());
+  const int64_t bytes = GraphMemory(nullptr, num_vertices, shift).bytes;
+  const at::Tensor scratch = team_scratch(teams, options);
+  const at::Tensor memory = workspace(teams.count * bytes, options);
+  const auto* edge_data = reinterpret_cast<const int2*>(ends.const_data_ptr<int>());
+  const float* key_data = keys.const_data_ptr<float>();
+  int batch_argument = static_cast<int>(batch);
+  int num_edges = static_cast<int>(weights.size(1));
+  int vertices = static_cast<int>(num_vertices);
+  int root_argument = static_cast<int>(root);
+  int team_blocks = teams.blocks;
+  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.data_ptr());
+  auto* memory_data = reinterpret_cast<unsigned char*>(memory.data_ptr());
+  int* parent_data = parent.mutable_data_ptr<int>();
+  int* size_data = subtree_size.mutable_data_ptr<int>();
+  int* rank_data = down_ranks.mutable_data_ptr<int>();
+  int64_t* sibling_data = sibling_keys.mutable_data_ptr<int64_t>();
+  void* arguments[] = {&edge_data,     &key_data,  &batch_argument, &num_edges,    &vertices,
+                       &root_argument, &shift,     &team_blocks,    &scratch_data, &memory_data,
+                       &parent_data,   &size_data, &rank_data,      &sibling_data};
+  launch_teams(graph_tree_kernel, teams, arguments);
+
+  const auto [sorted_keys, children] = at::sort(sibling_keys, /*stable=*/true, /*dim=*/1, /*descending=*/false);
+  const at::Tensor cumulative_sizes = subtree_size.gather(1, children).cumsum(1, at::kLong);
+  const at::Tensor starts = at::empty({batch, num_vertices + 1}, long_options);
+  const at::Tensor steps = at::empty({batch, 2 * num_vertices}, options);
+  const int64_t count = batch * num_vertices;
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  sibling_starts_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
+      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
+      cumulative_sizes.const_data_ptr<int64_t>(), size_data, batch, num_vertices, starts.mutable_data_ptr<int64_t>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  sibling_steps_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
+      sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
+      cumulative_sizes.const_data_ptr<int64_t>(), size_data, rank_data, starts.const_data_ptr<int64_t>(), batch,
+      num_vertices, steps.mutable_data_ptr<int>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const at::Tensor places = steps.cumsum(1, at::kInt);
+  order_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(places.const_data_ptr<int>(), rank_data, batch,
+                                                                      num_vertices, order.mutable_data_ptr<int>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {parent, order, subtree_size};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("grid_tree", &grid_tree);
+  m.impl("graph_tree", &graph_tree);
+}
+
+}  // namespace grootvl
