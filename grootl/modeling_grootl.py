@@ -440,8 +440,8 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
                 token counts in no loss.
             prompt_length: how many tokens of each row are its prompt, padding not counted: an int for all rows, or a
                 tensor (B,). Without it, the leading labels of -100, at least one token; without labels, the whole row,
-                as `generate` wants it. Its values are checked, for which a GPU has to be waited for; not while
-                `torch.compile` traces, where longer prompts count as the whole row.
+                as `generate` wants it. Its values are checked. With padding, or with a tensor on a GPU, this waits for
+                the device. While `torch.compile` traces, they are not checked: longer prompts count as the whole row.
             cache: of an earlier call. Then the tokens continue its prompt, and `prompt_length` is not used.
             use_cache: whether to return a cache.
             logits_to_keep: how many of the last logits to compute; 0 for all. Or the positions.
