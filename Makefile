@@ -1,6 +1,8 @@
-# make demo    train a small model on real digits, evaluate it, draw pictures
-# make test    the whole test suite
-# Both set up .venv first, from pinned versions; later calls reuse it.
+# make demo           train a small model on real digits, evaluate it, draw pictures
+# make demo-language  train a small language model on Python's documentation, fine-tune it in three ways
+# make test           the whole test suite
+# make test-faults    kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
+# They set up .venv first, from pinned versions; later calls reuse it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +17,7 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-detection demo-segmentation test lint format bench clean
+.PHONY: demo demo-detection demo-segmentation demo-language test test-faults sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -27,8 +29,19 @@ demo-detection: $(VENV)/openmmlab
 demo-segmentation: $(VENV)/openmmlab
 	$(VENV)/bin/python tools/demo_dense.py segmentation
 
+demo-language: $(VENV)/language
+	$(VENV)/bin/python tools/demo_language.py
+
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
+
+# The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize-cpu: $(VENV)/test
+	PYTHON=$(CURDIR)/$(VENV)/bin/python ops/tests/sanitize_cpu.sh
+
+test-faults: export FAULT_TRIES ?= 20
+test-faults: $(VENV)/test
+	$(VENV)/bin/python -m pytest tests/faults
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -48,7 +61,7 @@ bench: $(VENV)/train
 clean:
 	rm -rf $(VENV) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
-# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, tests.
+# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, tests.
 $(VENV)/torch: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch torchvision setuptools wheel ninja
@@ -67,7 +80,11 @@ $(VENV)/openmmlab: $(VENV)/train
 	$(PIP) --editable ".[openmmlab]"
 	touch $@
 
-$(VENV)/test: $(VENV)/openmmlab
+$(VENV)/language: $(VENV)/ops pyproject.toml
+	$(PIP) --editable ".[language]"
+	touch $@
+
+$(VENV)/test: $(VENV)/openmmlab $(VENV)/language
 	$(PIP) --editable ".[test]"
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@

@@ -13,22 +13,17 @@ import fcntl
 import hashlib
 import inspect
 import os
-import re
 import shutil
 import sys
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import timm
-import torch
 
 from .models.checkpoint import unwrap
 from .models.released import FOLDER, RELEASES, Release
+from .models.safe_loading import CheckpointError, read_checkpoint
 
 __all__ = ["FetchError", "Weights", "check", "fetch"]
 
@@ -138,46 +133,17 @@ def check(path: Path, name: str) -> None:
         ValueError: it is not from `torch.save`, is damaged, holds objects that are not plain data, or has other
             parameters than the model.
     """
-    with path.open("rb") as file:
-        if file.read(1024).lstrip().startswith(b"<"):
-            raise ValueError("it is a web page, not a checkpoint")
-    # torch.load does not compare the checksums of the records.
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # what a wrong byte in the structure raises depends on the byte
-        raise ValueError(f"it is incomplete, or no file of torch.save ({path.stat().st_size} bytes)") from error
-    if damaged is not None:
-        raise ValueError(f"it is damaged: the checksum of its record {damaged} is wrong")
-    try:
-        content = _read(path)
-    except Exception as error:  # as above
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch's message goes on to tell how to allow it
-        reason = f"it refers to {refused[1]}" if refused else _one_line(error)
-        raise ValueError(f"it cannot be read as plain data ({reason})") from error
-    weights = unwrap(content) if isinstance(content, dict) else None
+        content = read_checkpoint(path)
+    except CheckpointError as error:
+        raise ValueError(error.reason) from error
+    weights = unwrap(content)
     if not weights:
         raise ValueError("it holds no state dict")
     try:
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
     except RuntimeError as error:
         raise ValueError(_one_line(error)) from error
-
-
-def _read(path: Path) -> Any:
-    """What the file holds, without running code from it."""
-    # Training scripts save a configuration of yacs beside the weights. It becomes a dict, so that yacs is not needed.
-    scalar = np.float64(0).__reduce__()[0]  # makes the NumPy scalars that accuracies may be
-    plain_data = [
-        (OrderedDict, "yacs.config.CfgNode"),
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        type(np.dtype(np.float32)),
-        type(np.dtype(np.float64)),
-    ]
-    with torch.serialization.safe_globals(plain_data):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 class _TransferError(Exception):
@@ -288,8 +254,11 @@ def _sha256(path: Path) -> str:
 
 def _write_record(record: Path, digest: str, name: str) -> None:
     temporary = record.with_name(f".{record.name}.{os.getpid()}")
-    temporary.write_text(f"{digest}  {name}\n")
-    os.replace(temporary, record)
+    try:
+        temporary.write_text(f"{digest}  {name}\n")
+        os.replace(temporary, record)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST     architectures to build for, such as "8.0;9.0+PTX" (default: those of the visible GPUs, else
                              a list that covers every GPU since 2020)
     MAX_JOBS                 compilers to run at a time
+    GROOTVL_CHECKED=1        assertions in the kernels, and full checks of trees in each scan (slow)
     CXX, CUDA_HOME           which compiler and which toolkit
 """
 
@@ -39,6 +40,11 @@ def cuda_wanted() -> bool:
         found = f"nvcc: {nvcc or 'not found'}, torch {torch.__version__} built with CUDA: {torch.version.cuda}"
         raise SystemExit(f"FORCE_CUDA=1, but the CUDA part cannot be built ({found}): set CUDA_HOME")
     return possible and force != "0"
+
+
+def checked() -> bool:
+    """Whether to build assertions into the kernels, for those who change them."""
+    return os.environ.get("GROOTVL_CHECKED", "0") not in ("", "0")
 
 
 def pip_cuda_files(pattern: str) -> list[str]:
@@ -80,12 +86,16 @@ def extension(cuda: bool):
         cxx = ["-O3", "-std=c++17", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
         # No program can see these differences, and without them loops with a comparison are not vectorised.
         cxx += ["-fno-trapping-math", "-fno-math-errno"]
+    if checked():
+        cxx.append("/DGROOTVL_CHECKED" if os.name == "nt" else "-DGROOTVL_CHECKED")
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     if not cuda:
         return cpp_extension.CppExtension(sources=files, extra_compile_args=cxx, **options)
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
     nvcc = ["-O3", "-std=c++17", "-Xcompiler", "-fvisibility=hidden"]
+    if checked():
+        nvcc.append("-DGROOTVL_CHECKED")
     # For headers that the toolkit lacks (a minimal one has no cusparse.h, say), after its own.
     nvcc += [f"-I{path}" for path in pip_cuda_files("include")]
     cxx += [f"-idirafter{path}" for path in pip_cuda_files("include")]
@@ -96,13 +106,14 @@ def extension(cuda: bool):
     return library
 
 
-def build_record(cuda: bool) -> dict[str, str | None]:
+def build_record(cuda: bool) -> dict[str, str | bool | None]:
     """What `grootvl_ops` checks when it is imported, and `python -m grootvl_ops` prints."""
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs it was built on") if cuda else None,
         "compiler": compiler_version([os.environ.get("CXX", "c++")]),
+        "checked": checked(),
     }
 
 

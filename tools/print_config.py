@@ -2,14 +2,16 @@
 
 import argparse
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
+
+from grootv.openmmlab.runtime.command_line import OptionsAction
 
 
 def main() -> None:
     """Parse the arguments and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="path of the config")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, help="overrides, key=value")
+    parser.add_argument("--cfg-options", nargs="+", action=OptionsAction, default={}, help="overrides, key=value")
     args = parser.parse_args()
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)

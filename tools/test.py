@@ -20,7 +20,8 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if not Path(args.checkpoint).is_file():
-        parser.error(f"checkpoint {args.checkpoint} does not exist")
+        problem = "is a folder, not a file" if Path(args.checkpoint).is_dir() else "does not exist"
+        parser.error(f"checkpoint {args.checkpoint} {problem}")
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         parser.error(f"--out must end in .pkl or .pickle, got {args.out}")
     return args

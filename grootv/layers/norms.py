@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 import grootvl_ops
 
+from .tracing import TraceLeaf
+
 __all__ = ["LayerNorm", "PromotedLayerNorm", "norm_for_product"]
 
 
-@register_notrace_module  # it asks for the device of its input, which cannot be followed symbolically
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(TraceLeaf, nn.LayerNorm):
     """LayerNorm over the channels of (..., C) by `grootvl_ops.layer_norm`.
 
     The result has the dtype of the input. Under autocast it is float32, or of autocast's dtype if `autocast_output`.

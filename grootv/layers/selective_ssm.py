@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 import grootvl_ops
@@ -13,12 +12,12 @@ from grootvl_ops import Tree
 
 from .bypass import is_plain
 from .norms import PromotedLayerNorm
+from .tracing import TraceLeaf
 
 __all__ = ["SelectiveSSM"]
 
 
-@register_notrace_module  # its shape checks and trees cannot be followed symbolically
-class SelectiveSSM(nn.Module):
+class SelectiveSSM(TraceLeaf):
     """Selective state space model on channels-last maps (paper, section 3.2 and Algorithm 1), along trees.
 
     A subclass overrides `scans`, which says along which trees and in which directions. From the input come a map x, by

@@ -3,7 +3,6 @@
 Paper: GrootVL / MambaTree, arXiv 2406.02395, section 3.2.
 """
 
-from timm.models import register_notrace_module
 from torch import Tensor
 
 import grootvl_ops
@@ -19,7 +18,6 @@ _DIRECTIONS = {"all": "both", "first": "up"}
 ROOTS = tuple(_DIRECTIONS)
 
 
-@register_notrace_module  # as its base class
 class TreeSSM(SelectiveSSM):
     """Tree state space model on channels-last maps (paper, section 3.2 and Algorithm 1).
 

@@ -10,6 +10,7 @@ from .grootv import (
     grootv_small,
     grootv_tiny,
 )
+from .safe_loading import guard_timm
 
 __all__ = [
     "GrootV",
@@ -20,3 +21,5 @@ __all__ = [
     "grootv_small",
     "grootv_tiny",
 ]
+
+guard_timm()

@@ -15,6 +15,7 @@ __all__ = [
     "belongs_to",
     "checkpoint_filter_fn",
     "find_prefixes",
+    "find_wrapper",
     "official_to_own",
     "unwrap",
 ]
@@ -56,12 +57,15 @@ def official_to_own(name: str) -> str:
 
 
 def unwrap(content: dict[str, Any]) -> dict[str, Any]:
-    """The state dict in what a file holds: the first of "state_dict_ema", "model_ema", "state_dict" and "model" that
-    is there, or `content` itself."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            return content[wrapper]
-    return content
+    """The state dict in what a file holds: `content[find_wrapper(content)]`, or `content` itself."""
+    wrapper = find_wrapper(content)
+    return content if wrapper is None else content[wrapper]
+
+
+def find_wrapper(content: dict[str, Any]) -> str | None:
+    """The key under which a file holds the weights to load: the first of "state_dict_ema", "model_ema", "state_dict"
+    and "model" that is there; None if `content` is a state dict itself."""
+    return next((wrapper for wrapper in _WRAPPERS if isinstance(content.get(wrapper), dict)), None)
 
 
 def find_prefixes(names: Iterable[str]) -> list[str]:

@@ -3,12 +3,16 @@
 Paper: GrootVL: Tree Topology is All You Need in State Space Model (MambaTree, NeurIPS 2024),
 https://arxiv.org/abs/2406.02395
 
-The maps stay channels-last, (B, H, W, C), from the stem to the head. The project hosts no weights: released
-checkpoints load with `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
+Every map that leaves a stem, block, downsampling or stage is (B, C, H, W) with the memory of `torch.channels_last`, as
+ConvNeXt's are. Mixers, MLPs and norms see the same memory as (B, H, W, C): between the two are views, and no copy.
+
+The project hosts no weights: released checkpoints load with
+`timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +22,7 @@ from timm.layers import (
     ClassifierHead,
     DropPath,
     Mlp,
+    SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -28,7 +33,6 @@ from timm.models import (
     checkpoint,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -37,7 +41,7 @@ from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.norms import norm_for_product
 from grootvl_ops import Tree
 
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, official_to_own
 from .released import require_weights
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
@@ -48,8 +52,31 @@ Layer = Callable[..., nn.Module]
 """What makes a layer: a class, or a function with the same arguments."""
 
 
+def to_nhwc(x: Tensor) -> Tensor:
+    """(B, C, H, W) as a (B, H, W, C) view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """(B, H, W, C) as a (B, C, H, W) view."""
+    return x.permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def check_images(x: Tensor) -> None:
+    """Raise an error that says what to do if `x` are not images (B, C, H, W) of floating point."""
+    if x.dim() != 4:
+        advice = "; add the batch dimension by unsqueeze(0)" if x.dim() == 3 else ""
+        raise ValueError(f"images must be (B, C, H, W), got {list(x.shape)}{advice}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"images must be floating point, got {x.dtype}: scale them to [0, 1], subtract the mean and divide by the "
+            "standard deviation of timm.data.resolve_model_data_config(model), as timm.data.create_transform does"
+        )
+
+
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride two, each with a norm: (B, C_in, H, W) to (B, H / 4, W / 4, C)."""
+    """Two 3x3 convolutions of stride two, each with a norm: (B, C_in, H, W) to (B, C, H / 4, W / 4)."""
 
     def __init__(
         self,
@@ -69,15 +96,15 @@ class Stem(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         # Convolutions keep the memory format of their input: no map is transposed after this one.
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        x = self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm2(x)
+        x = to_nchw(to_nhwc(x).contiguous())
+        x = self.act(self.norm1(to_nhwc(self.conv1(x))))
+        return to_nchw(self.norm2(to_nhwc(self.conv2(to_nchw(x)))))
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride two and a norm, on channels-last maps."""
+    """3x3 convolution of stride two and a norm: (B, C_in, H, W) to (B, C, H / 2, W / 2)."""
 
     def __init__(self, in_dim: int, dim: int, norm_layer: Layer = LayerNorm, device=None, dtype=None) -> None:
         super().__init__()
@@ -86,7 +113,7 @@ class Downsample(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return to_nchw(self.norm(to_nhwc(self.conv(x))))
 
 
 class GrootVBlock(nn.Module):
@@ -126,14 +153,15 @@ class GrootVBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, tree: Tree | None = None, built: list[Tree] | None = None) -> Tensor:
-        """(B, H, W, C) to (B, H, W, C), along `tree` or a tree that is appended to `built` (see `TreeSSM`)."""
+        """(B, C, H, W) to (B, C, H, W), along `tree` or a tree that is appended to `built` (see `TreeSSM`)."""
+        x = to_nhwc(x)
         mixed = self.norm1(x)
         mixed = self.mixer(mixed, tree=tree, built=built) if self.takes_tree else self.mixer(mixed)
         x = x + self.drop_path1(mixed)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return to_nchw(x + self.drop_path2(self.mlp(self.norm2(x))))
 
 
-@register_notrace_function
+@torch.fx.wrap
 def tree_list(x: Tensor) -> list[Tree]:
     """An empty list. A symbolic trace keeps calls with a tensor, and so a list that one returns as one object."""
     return []
@@ -147,7 +175,7 @@ def _call_and_keep_tree(block: GrootVBlock, x: Tensor) -> tuple[Tensor, Tree]:
 
 
 class GrootVStage(nn.Module):
-    """Downsampling (but in the first stage), blocks, and the norm whose output is the stage's feature.
+    """Downsampling (but in the first stage), blocks, and the norm whose output is the stage's feature, (B, C, H, W).
 
     Args:
         in_dim, dim: Channels of the input and output.
@@ -207,11 +235,11 @@ class GrootVStage(nn.Module):
                 tree = built[0]
             else:
                 x = block(x, tree)
-        return self.norm(x)
+        return to_nchw(self.norm(to_nhwc(x)))
 
 
 class GrootVHead(ClassifierHead):
-    """1x1 convolution to 1.5 times the channels, norm (of NCHW maps) and activation before pooling and classifier."""
+    """1x1 convolution to 1.5 times the channels, norm and activation before pooling and classifier, on (B, C, H, W)."""
 
     def __init__(
         self,
@@ -226,7 +254,7 @@ class GrootVHead(ClassifierHead):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         hidden_dim = in_dim * 3 // 2
-        super().__init__(hidden_dim, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
+        super().__init__(hidden_dim, num_classes, pool_type, drop_rate, **dd)
         self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
         self.norm = norm_layer(hidden_dim, **dd)
         self.act = act_layer()
@@ -250,9 +278,15 @@ class GrootVHead(ClassifierHead):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.act(self.norm(self.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
-        x = self.drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
+        x = self.drop(self.global_pool(self.act(self.norm(self.conv(x)))))
+        return self.flatten(x if pre_logits else self.fc(x))
+
+
+def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
+    try:
+        return find(layer)
+    except (KeyError, AssertionError, AttributeError) as error:
+        raise ValueError(f"timm knows no {argument} {layer!r}") from error
 
 
 class GrootV(nn.Module):
@@ -278,8 +312,9 @@ class GrootV(nn.Module):
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: dims and depths of different length; an unknown metric, root or tree_per; metric, root or d_state
-            beside a mixer, which would not see them; one tree for each stage, but a mixer that takes no tree.
+        ValueError: dims and depths of different length; numbers out of range; a pooling, norm or activation that timm
+            does not know; an unknown metric, root or tree_per; metric, root or d_state beside a mixer, which would not
+            see them; one tree for each stage, but a mixer that takes no tree.
     """
 
     def __init__(
@@ -305,6 +340,16 @@ class GrootV(nn.Module):
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must name as many stages, got {tuple(dims)} and {tuple(depths)}")
+        if min(dims, default=0) < 1 or min(depths) < 0:
+            raise ValueError(f"dims must be at least 1 and depths at least 0, got {tuple(dims)} and {tuple(depths)}")
+        for name, value, lowest in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if not 0 < mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
+        for name, value in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
         if mixer is None:
@@ -314,12 +359,13 @@ class GrootV(nn.Module):
                 f"metric, root and d_state are TreeSSM's and have no effect on mixer={mixer}: "
                 "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
             )
-        norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
+        norm_layer = _find_layer("norm_layer", get_norm_layer, norm_layer)
+        act_layer = _find_layer("act_layer", get_act_layer, act_layer)
+        _find_layer("global_pool", lambda name: SelectAdaptivePool2d(pool_type=name), global_pool)
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.output_fmt = "NHWC"
         self.feature_info = []
 
         self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
@@ -430,14 +476,14 @@ class GrootV(nn.Module):
             indices: Stages to take: the last n for an int, all for None.
             norm: No effect: the features of all stages are normed, as published.
             stop_early: Leave out the stages after the last one taken.
-            output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
+            output_fmt: Layout of the intermediates: "NCHW" for (B, C, H, W), or "NHWC" for (B, H, W, C). Both are the
+                same memory, that of the latter.
             intermediates_only: Return the intermediates alone.
 
         Returns:
-            The (B, H, W, C) output of the last stage that ran, and the list of intermediates.
+            The (B, C, H, W) output of the last stage that ran, and the list of intermediates.
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
-        channel_first = output_fmt == "NCHW"
         intermediates: list[Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
 
@@ -449,7 +495,7 @@ class GrootV(nn.Module):
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
-                intermediates.append(x.permute(0, 3, 1, 2) if channel_first else x)
+                intermediates.append(x if output_fmt == "NCHW" else to_nhwc(x))
         if intermediates_only:
             return intermediates
         return x, intermediates
@@ -471,12 +517,18 @@ class GrootV(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) images to the last stage's (B, H / 32, W / 32, C) map."""
+        """(B, C_in, H, W) images to the last stage's (B, C, H / 32, W / 32) map."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's map to (B, num_classes) logits, or with `pre_logits` to what the classifier reads."""
         return self.head(x, pre_logits=pre_logits)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of `nn.Module`; the parameters may also have their official names, as in released files."""
+        if any(official_to_own(name) != name for name in state_dict):
+            state_dict = checkpoint_filter_fn(dict(state_dict), self)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -508,16 +560,22 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
+    source = None
     if pretrained:
-        require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    return build_model_with_cfg(
-        GrootV,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+        source = require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    try:
+        return build_model_with_cfg(
+            GrootV,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **kwargs,
+        )
+    except RuntimeError as error:
+        if source is None or source in str(error):
+            raise
+        raise RuntimeError(f"{source}: {error}") from error
 
 
 @register_model

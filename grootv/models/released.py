@@ -44,19 +44,22 @@ RELEASES = {
 
 def require_weights(
     name: str, pretrained_cfg: str | dict[str, Any] | None = None, pretrained_cfg_overlay: dict[str, Any] | None = None
-) -> None:
-    """Raise unless timm has weights to load for `pretrained=True`.
+) -> str:
+    """Where timm has weights to load for `pretrained=True`.
 
     Args:
         name: A model of timm's registry.
         pretrained_cfg, pretrained_cfg_overlay: As of `timm.create_model`.
+
+    Returns:
+        The file or the address, or "the state dict" if the configuration holds the weights themselves.
 
     Raises:
         RuntimeError: neither a file nor an address is known. The message says how to get weights.
     """
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     if cfg.has_weights or cfg.state_dict:
-        return
+        return "the state dict" if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or cfg.url)
     if name in RELEASES:
         raise RuntimeError(
             f"pretrained=True needs a file of weights for {name}. Fetch the released one with "

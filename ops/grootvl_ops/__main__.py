@@ -21,6 +21,7 @@ def report() -> str:
         lines += [
             ("  built against", f"torch {built.get('torch', 'unknown')}"),
             ("  compiler", built.get("compiler", "unknown")),
+            ("  assertions", "yes (slow)" if built.get("checked") else "no"),
             ("  CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
         ]
     if _loading.problem is not None:

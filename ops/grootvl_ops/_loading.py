@@ -18,7 +18,7 @@ for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def built() -> dict[str, str | None]:
+def built() -> dict[str, str | bool | None]:
     """What the compiled library was built with (torch, CUDA, architectures, compiler); empty where there is none."""
     try:
         record = json.loads((PACKAGE / "_build.json").read_text())

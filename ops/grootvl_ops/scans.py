@@ -7,12 +7,14 @@ from torch import Tensor
 
 from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
+from ._loading import built
 from .reference import DIRECTIONS
 from .trees import Tree, check_tree
 
 __all__ = ["DIRECTIONS", "selective_scan", "tree_scan"]
 
-_CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "0") not in ("", "0")
+# In the checked build by default, elsewhere if asked for.
+_CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "1" if built().get("checked") else "0") not in ("", "0")
 
 
 def tree_scan(x: Tensor, decay: Tensor, tree: Tree, direction: str = "both") -> Tensor:

@@ -43,8 +43,7 @@ def test_nano_has_about_three_million_parameters():
 def test_registered_by_import_and_nothing_heavy_is_imported():
     heavy = ("mmengine", "mmcv", "mmdet", "mmseg", "matplotlib", "sklearn", "skimage")
     code = (
-        "import sys, grootv, timm; print(timm.list_models('grootv*'));"
-        f"print([m for m in {heavy} if m in sys.modules])"
+        f"import sys, grootv, timm; print(timm.list_models('grootv*'));print([m for m in {heavy} if m in sys.modules])"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == ["['grootv_base', 'grootv_nano', 'grootv_small', 'grootv_tiny']", "[]"]
@@ -224,9 +223,7 @@ def test_grad_checkpointing_changes_nothing(kwargs):
 
 def test_drop_path_grows_from_first_to_last_block():
     model = small(drop_path_rate=0.5)
-    rates = [
-        getattr(block.drop_path1, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks
-    ]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx(torch.linspace(0, 0.5, sum(DEPTHS)).tolist())
 
 
@@ -241,7 +238,7 @@ def test_forward_intermediates(output_fmt):
         assert torch.equal(model.forward_head(features), model(images))
         channel = output_fmt.index("C")
         assert [m.shape[channel] for m in every] == list(DIMS)
-        last = every[-1] if output_fmt == "NHWC" else every[-1].permute(0, 2, 3, 1)
+        last = every[-1] if output_fmt == "NCHW" else every[-1].permute(0, 3, 1, 2)
         assert torch.equal(last, expected)
         for indices, chosen in ((2, every[2:]), ([0, 2], [every[0], every[2]]), ([-3], [every[1]])):
             for stop_early in (False, True):
@@ -259,6 +256,40 @@ def test_forward_intermediates(output_fmt):
         model.forward_intermediates(images, output_fmt="NLC")
 
 
+def test_modules_pass_on_nchw_maps_of_channels_last_memory():
+    """As ConvNeXt's modules do, and a map that leaves a module is the result of its last layer: nothing is copied."""
+    model = small().eval()
+    layers = {"stem": model.stem.norm2, "stages.1.downsample": model.stages[1].downsample.norm}
+    for i, stage in enumerate(model.stages):
+        layers[f"stages.{i}"] = stage.norm
+        layers |= {f"stages.{i}.blocks.{j}": None for j in range(len(stage.blocks))}
+    outputs: dict[str, torch.Tensor] = {}
+    memory: dict[nn.Module, int] = {}
+    for name, last in layers.items():
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output}))
+        if last is not None:
+            last.register_forward_hook(lambda layer, inputs, output: memory.update({layer: output.data_ptr()}))
+    with torch.no_grad():
+        features, stages = model.forward_intermediates(image(2, 3, 64, 96))
+        nhwc = model.forward_intermediates(image(2, 3, 64, 96), output_fmt="NHWC", intermediates_only=True)
+    for name, output in outputs.items():
+        assert output.shape[0] == 2 and output.is_contiguous(memory_format=torch.channels_last), name
+        if layers[name] is not None:
+            assert output.data_ptr() == memory[layers[name]], name
+    for i, (stage, twin) in enumerate(zip(stages, nhwc, strict=True)):
+        assert stage.shape == outputs[f"stages.{i}"].shape == (2, DIMS[i], 16 // 2**i, 24 // 2**i)
+        assert torch.equal(stage.permute(0, 2, 3, 1), twin) and twin.is_contiguous()
+    assert features is stages[-1]
+
+
+def test_blocks_take_maps_of_any_memory():
+    """A block called by itself, on a map that is not channels-last in memory."""
+    block = small().stages[1].blocks[0].eval()
+    x = image(2, DIMS[1], 6, 8)
+    torch.testing.assert_close(block(x), block(x.contiguous(memory_format=torch.channels_last)))
+
+
 @pytest.mark.parametrize("indices", [[0], [1, 2], 1, [-1]])
 def test_pruning_leaves_no_unused_parameter(indices):
     model = small()
@@ -268,7 +299,7 @@ def test_pruning_leaves_no_unused_parameter(indices):
     pruned = model.forward_intermediates(images, indices=taken, intermediates_only=True)
     for a, b in zip(pruned, expected, strict=True):
         assert torch.equal(a, b)
-    assert model(images).shape[-1] == model.num_features == DIMS[taken[-1]]
+    assert model(images).shape[1] == model.num_features == DIMS[taken[-1]]
     model.train()
     sum(m.sum() for m in model.forward_intermediates(images, indices=taken, intermediates_only=True)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -304,7 +335,7 @@ def test_features_only(feature_cls):
     outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
     expected = whole.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
     for output, e in zip(outputs, expected, strict=True):
-        output = output if model.output_fmt == "NCHW" else output.permute(0, 3, 1, 2)
+        assert output.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(output, e)
 
 
@@ -329,7 +360,7 @@ def test_classifier():
     model.reset_classifier(0)
     assert torch.equal(model(images), hidden)
     model.reset_classifier(0, "")
-    assert model(images).shape == (2, 2, 2, DIMS[-1] * 3 // 2)
+    assert model(images).shape == (2, DIMS[-1] * 3 // 2, 2, 2)
     model.reset_classifier(5, "catavgmax")
     assert model(images).shape == (2, 5)
     assert model.head_hidden_size == 2 * (DIMS[-1] * 3 // 2)

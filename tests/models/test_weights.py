@@ -319,8 +319,8 @@ def flip_a_weight(path: Path, content: bytes) -> bytes:
 
 
 WRONG_FILES = {
-    "truncated": (lambda path, content: content[:5_000_000], "it is incomplete, or no file of torch.save .5000000"),
-    "empty": (lambda path, content: b"", "it is incomplete, or no file of torch.save .0 bytes"),
+    "truncated": (lambda path, content: content[:5_000_000], "it is incomplete or damaged .5000000 bytes"),
+    "empty": (lambda path, content: b"", "it is empty"),
     "damaged": (flip_a_weight, "it is damaged: the checksum of its record .* is wrong"),
     "of another model": (
         lambda path, content: saved(path, timm.create_model("grootv_nano", depths=(1, 1, 3, 1)).state_dict()),
@@ -331,13 +331,13 @@ WRONG_FILES = {
         "size mismatch for head.fc.weight",
     ),
     "of another project": (lambda path, content: saved(path, torch.nn.Linear(2, 2).state_dict()), "no GrootV weights"),
-    "a tensor": (lambda path, content: saved(path, torch.ones(2)), "it holds no state dict"),
+    "a tensor": (lambda path, content: saved(path, torch.ones(2)), "it holds a Tensor instead of a dict of weights"),
     "without weights": (lambda path, content: saved(path, {"model": {}}), "it holds no state dict"),
     "with code": (
         lambda path, content: saved(path, {"config": RunsCode()}),
-        "it cannot be read as plain data .it refers to posix.mkdir",
+        "it refers to posix.mkdir, which is not plain data",
     ),
-    "a pickle": (lambda path, content: pickle.dumps({"model": {}}), "it is incomplete, or no file of torch.save"),
+    "a pickle": (lambda path, content: pickle.dumps({"model": {}}), "it is damaged, or no file of torch.save"),
 }
 
 

@@ -65,11 +65,16 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "epoch_1.pth").read_bytes() == b"good"
 
 
-def test_checkpoints_with_more_than_tensors_load(tmp_path: Path) -> None:
-    """Checkpoints contain the run's message hub, which torch.load refuses by default."""
-    torch.save({"meta": {"history": HistoryBuffer([1.0, 2.0], [1, 1])}}, tmp_path / "epoch_1.pth")
+def test_checkpoints_of_mmengine_load_with_their_scalars(tmp_path: Path) -> None:
+    """mmengine's own runs store objects of a class, which `torch.load` refuses to make."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({"message_hub": {"log_scalars": {"loss": history}}}, tmp_path / "epoch_1.pth")
     content = CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_1.pth"), map_location="cpu")
-    assert content["meta"]["history"].mean() == 1.5
+    loaded = content["message_hub"]["log_scalars"]["loss"]
+    assert isinstance(loaded, HistoryBuffer)
+    assert loaded.mean() == 1.5 and loaded.max_length == history.max_length
+    loaded.update(6.0)
+    assert loaded.statistics("mean") == 3.0
     with pytest.raises(FileNotFoundError, match=r"epoch_2\.pth"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_2.pth"))
 

@@ -42,6 +42,46 @@ def test_a_damaged_image_stops_with_its_path(task: str, data: Path, tmp_path: Pa
         run_training(task, data, tmp_path, **{"train_cfg.val_interval": 100})
 
 
+def test_a_truncated_segmentation_map_is_named(tmp_path: Path) -> None:
+    skip_without("segmentation")
+    data = make_data("segmentation", tmp_path / "data")
+    label = sorted((data / "annotations/training").iterdir())[0]
+    label.write_bytes(label.read_bytes()[: label.stat().st_size // 2])
+    runner = build_runner(write_dense_config(tmp_path, "segmentation", data), tmp_path / "cut")
+    dataset = runner.build_train_loop(runner._train_loop).dataloader.dataset
+    with pytest.raises(RuntimeError, match=rf"{label.name}: OSError: image file is truncated"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("split", "content"), [("train", '{"images": ['), ("train", "[]"), ("train", "{}"), ("val", "\xff"), ("val", "[]")]
+)
+def test_broken_annotations_are_named(tmp_path: Path, split: str, content: str) -> None:
+    skip_without("detection")
+    data = make_data("detection", tmp_path / "data")
+    file = data / f"annotations/instances_{split}2017.json"
+    file.write_bytes(content.encode("latin-1"))
+    runner = build_runner(write_dense_config(tmp_path, "detection", data), tmp_path / "json")
+    with pytest.raises(RuntimeError, match=f"annotations .*{file.name}: "):
+        if split == "train":
+            runner.build_dataloader(runner.cfg.train_dataloader)
+        else:
+            runner.build_evaluator(runner.cfg.val_evaluator)
+
+
+def test_images_of_another_suffix_are_said(tmp_path: Path) -> None:
+    skip_without("segmentation")
+    from grootv.openmmlab.dense.data_files import DataFilesHook
+
+    data = make_data("segmentation", tmp_path / "data")
+    (data / "images/training/forgotten.webp").write_bytes(b"1")
+    runner = build_runner(write_dense_config(tmp_path, "segmentation", data), tmp_path / "suffix")
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    DataFilesHook().before_train(runner)
+    log = next((tmp_path / "suffix").rglob("*.log")).read_text()
+    assert "train_dataloader: 1 files in" in log and "the first: " in log and "forgotten.webp" in log
+
+
 @pytest.mark.parametrize("fault", ["missing", "empty"])
 def test_missing_images_are_named_before_the_first_iteration(task: str, data: Path, tmp_path: Path, fault: str) -> None:
     image = first_image(task, data)

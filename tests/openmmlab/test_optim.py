@@ -1,16 +1,25 @@
-"""Parameter groups: weight decay and learning rates by layer."""
+"""Parameter groups: weight decay and learning rates by layer. Mixed precision: skipped steps and the scale."""
+
+from functools import partial
 
 import pytest
 
 pytest.importorskip("mmengine")
 
 import timm
+import torch
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import nn
 
 import grootv  # noqa: F401  registers the models
 from grootv.openmmlab.classification.classifier import TimmClassifier
-from grootv.openmmlab.runtime.optim import TimmOptimWrapperConstructor, layer_scales, names_without_weight_decay
+from grootv.openmmlab.runtime.optim import (
+    GPUAmpOptimWrapper,
+    TimmOptimWrapperConstructor,
+    layer_scales,
+    names_without_weight_decay,
+)
 
 
 def nano(**kwargs) -> nn.Module:
@@ -73,3 +82,60 @@ def test_optimizer_constructor_refuses_what_it_cannot_do() -> None:
         layer_scales(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match=r"unknown keys \['norm_decay'\]"):
         TimmOptimWrapperConstructor({"optimizer": {"type": "SGD", "lr": 1}}, {"norm_decay": 0})
+
+
+@pytest.fixture
+def scaler_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let mmengine's wrapper work without a GPU: PyTorch's loss scaling is the same on both devices."""
+    module = "mmengine.optim.optimizer.amp_optimizer_wrapper"
+    monkeypatch.setattr(f"{module}.is_cuda_available", lambda: True)
+    monkeypatch.setattr(f"{module}.GradScaler", partial(torch.amp.GradScaler, device="cpu"))
+    MessageHub.get_instance("scaling").log_scalars.clear()
+    MessageHub.get_instance("scaling").runtime_info.clear()
+
+
+def half_precision_wrapper(**optimizer: object) -> tuple[nn.Parameter, GPUAmpOptimWrapper]:
+    weight = nn.Parameter(torch.ones(4))
+    wrapper = GPUAmpOptimWrapper(
+        loss_scale={"init_scale": 2.0**17},
+        optimizer=torch.optim.SGD([weight], lr=0.1, **optimizer),
+        clip_grad={"max_norm": 100.0},
+    )
+    return weight, wrapper
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_are_counted_and_their_gradient_norms_are_not_logged(scaler_on_the_cpu, fused: bool) -> None:
+    weight, wrapper = half_precision_wrapper(fused=fused)
+    for _ in range(5):
+        wrapper.update_params(weight.half().sum().float())
+    # The largest float16 is 65504, so the scales 131072 and 65536 overflow, and 32768 does not.
+    torch.testing.assert_close(weight.detach(), torch.full((4,), 1 - 3 * 0.1))
+    log = MessageHub.get_instance("scaling").log_scalars
+    assert log["train/skipped_steps"].data[0].tolist() == [1, 2, 2, 2, 2]
+    assert log["train/grad_scale"].data[0].tolist() == [2.0**16, 2.0**15, 2.0**15, 2.0**15, 2.0**15]
+    assert log["train/grad_norm"].data[0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_scale_and_number_of_skipped_steps_survive_a_resume(scaler_on_the_cpu) -> None:
+    weight, wrapper = half_precision_wrapper()
+    for _ in range(4):
+        wrapper.update_params(weight.half().sum().float())
+    state = wrapper.state_dict()
+    hub = MessageHub.get_instance("scaling").state_dict()
+    MessageHub.get_instance("scaling").runtime_info.clear()
+    weight, resumed = half_precision_wrapper()
+    resumed.load_state_dict(state)
+    MessageHub.get_instance("scaling").load_state_dict(hub)
+    assert resumed.loss_scaler.state_dict() == wrapper.loss_scaler.state_dict()
+    assert resumed.loss_scaler.get_scale() == 2.0**15
+    resumed.update_params(weight.half().sum().float())
+    assert MessageHub.get_instance("scaling").get_info("skipped_steps") == 2
+
+
+def test_a_run_that_skips_every_step_is_stopped(scaler_on_the_cpu) -> None:
+    weight, wrapper = half_precision_wrapper()
+    with pytest.raises(FloatingPointError, match="mixed precision skipped 50 steps in a row"):
+        for _ in range(60):
+            wrapper.update_params((weight * float("nan")).sum())
+    assert wrapper.inner_count == 50 and torch.equal(weight.detach(), torch.ones(4))

@@ -90,7 +90,7 @@ def test_exported_weights_are_the_averaged_ones_and_load_in_timm(run: tuple[Path
     model = timm.create_model(
         "grootv_nano", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, dims=(8, 16), depths=(1, 1)
     )
-    checkpoint = torch.load(work_dir / "epoch_3.pth", weights_only=False)
+    checkpoint = torch.load(work_dir / "epoch_3.pth", weights_only=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][f"backbone.{name}"])
     average, current = checkpoint["state_dict"], checkpoint["ema_state_dict"]
@@ -138,9 +138,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for result, factor in ((single, "1 processes x 8"), (double, "2 processes x 4"), (scaled, "1 processes x 4")):
         assert f"{factor} images" in result.stdout and "make 8: scaled by 1." in result.stdout
     assert accuracy(single.stdout) == accuracy(double.stdout)
-    one, two = (
-        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=False)["state_dict"] for kind in ("one", "two")
-    )
+    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(
             two[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -162,7 +160,7 @@ def test_mixed_precision_on_a_gpu_trains_resumes_and_evaluates(data: Path, tmp_p
     resumed = run_tool("train.py", *arguments, "--resume", gpu=True).stdout
     assert "resumed epoch: 2" in resumed
     checkpoint = tmp_path / "work/epoch_3.pth"
-    assert "loss_scaler" in torch.load(checkpoint, weights_only=False)["optimizer"]
+    assert "loss_scaler" in torch.load(checkpoint, weights_only=True)["optimizer"]
     tested = run_tool("test.py", config, checkpoint, "--work-dir", tmp_path, gpu=True).stdout
     assert accuracy(tested) == accuracy(resumed)[-1:]
 
@@ -174,9 +172,7 @@ def test_two_gpus_equal_one_with_twice_the_batch(data: Path, tmp_path: Path, mon
     run_tool("train.py", config, "--work-dir", tmp_path / "one", gpu=True)
     options = ("--cfg-options", "train_dataloader.batch_size=4")
     run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options, gpu=True)
-    one, two = (
-        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=False)["state_dict"] for kind in ("one", "two")
-    )
+    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(
             two[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"

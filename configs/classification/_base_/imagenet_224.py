@@ -4,6 +4,7 @@
 # WebDataset: dataset.type="StreamedClassificationDataset", name="wds/imagenet", root=..., split=... and sampler=None.
 data_root = "data/imagenet"
 batch_size = 128
+exif_orientation = False  # as in the published evaluation
 
 train_dataloader = dict(
     batch_size=batch_size,
@@ -18,6 +19,7 @@ train_dataloader = dict(
         root=data_root,
         split="train",
         is_training=True,
+        exif_orientation=exif_orientation,
         max_damaged=10,
         transform=dict(
             input_size=224,
@@ -38,6 +40,7 @@ val_dataloader = dict(
         type="ImageClassificationDataset",
         root=data_root,
         split="val",
+        exif_orientation=exif_orientation,
         max_damaged=0,
         transform=dict(input_size=224, interpolation="bicubic", crop_pct=224 / 256),
     ),

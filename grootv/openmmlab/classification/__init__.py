@@ -1,5 +1,5 @@
 """Image classification with any timm model: the classifier, data sets, metrics and hooks that only it needs."""
 
-from . import classifier, datasets, hooks, metrics
+from . import classifier, datasets, hooks, images, metrics
 
-__all__ = ["classifier", "datasets", "hooks", "metrics"]
+__all__ = ["classifier", "datasets", "hooks", "images", "metrics"]

@@ -1,9 +1,8 @@
 """Image classification data sets through timm: folders, WebDataset shards, Hugging Face, torchvision."""
 
 import logging
+import os
 import random
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,11 @@ from mmengine.dist import get_rank
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers import img_extensions
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-# Pillow raises these for files that are no images, are cut off, or contain wrong bytes.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from .images import ImageFolderReader, image_suffixes, to_rgb
 
 
 class DamagedDataError(RuntimeError):
@@ -54,11 +53,24 @@ def _folder(root: str, split: str) -> Path:
     return folder
 
 
+@contextmanager
+def _all_suffixes() -> Iterator[None]:
+    """Let timm's readers take every suffix that Pillow reads; by themselves they take .png, .jpg and .jpeg."""
+    before = img_extensions.get_img_extensions()
+    img_extensions.set_img_extensions(sorted(image_suffixes()))
+    try:
+        yield
+    finally:
+        img_extensions.set_img_extensions(before)
+
+
 @DATASETS.register_module()
 class ImageClassificationDataset(Dataset):
     """Images with one class each, from a folder with a subfolder a class or any indexed data set that timm reads.
 
     An item is a dict of `inputs` (C, H, W) uint8, `targets` int and `indices` int, the position in the data set.
+
+    Image folders are read by :class:`~.images.ImageFolderReader`, pixels by :func:`~.images.to_rgb`.
 
     An image that cannot be decoded is logged once, with its path. In training the next readable image replaces it; in
     evaluation a grey image with target -1 replaces it, which the metrics ignore.
@@ -74,6 +86,8 @@ class ImageClassificationDataset(Dataset):
         max_damaged: number of different damaged images that are allowed. Each process of a distributed run counts its
             own; `DamagedImagesHook` counts them together after each epoch.
         reader: further arguments of `timm.data.create_dataset`, such as `class_map` or `input_key`.
+        exif_orientation: turn images as their EXIF orientation says, as viewers and the readers of mmdet and mmseg do.
+            timm and torchvision do not.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -89,12 +103,20 @@ class ImageClassificationDataset(Dataset):
         transform: dict | None = None,
         max_damaged: int = 0,
         reader: dict | None = None,
+        exif_orientation: bool = True,
     ) -> None:
         if not name:
             root = str(_folder(root or "", split))
-        self.source = create_dataset(
-            name, root=root, split=split, search_split=False, is_training=is_training, **(reader or {})
-        )
+        if not name and os.path.isdir(root):
+            self.source = ImageDataset(root, reader=ImageFolderReader(root, **(reader or {})))
+        else:
+            with _all_suffixes():
+                self.source = create_dataset(
+                    name, root=root, split=split, search_split=False, is_training=is_training, **(reader or {})
+                )
+        if hasattr(self.source, "loader"):  # torchvision's folders, which would convert to 8 bits themselves
+            self.source.loader = Image.open
+        self.exif_orientation = exif_orientation
         self.is_training = is_training
         self.max_damaged = max_damaged
         self.transform = create_transform(
@@ -129,30 +151,37 @@ class ImageClassificationDataset(Dataset):
                 image, target, *_ = self.source.reader[index] if hasattr(self.source, "reader") else self.source[index]
                 if not isinstance(image, Image.Image):
                     image = Image.open(image)
-                return image.convert("RGB"), target, index
-            except _DECODING_ERRORS as error:
+                return to_rgb(image, self.exif_orientation), target, index
+            except Exception as error:  # Pillow's readers raise almost anything for wrong bytes
                 self._report(index, error)
             if not self.is_training:
                 return Image.new("RGB", (32, 32), (127, 127, 127)), -1, index
             index = (index + 1) % len(self)
         raise DamagedDataError(f"none of the {len(self)} images could be read")
 
+    def image_name(self, index: int) -> str:
+        """The path of an image, or, where the source knows none, its number."""
+        if hasattr(self.source, "samples"):  # torchvision's folders
+            return self.source.samples[index][0]
+        try:
+            return self.source.filename(index, absolute=True)
+        except (AttributeError, AssertionError):
+            return f"image {index}"
+
     def _report(self, index: int, error: Exception) -> None:
         if self.damaged[index]:
             return
         self.damaged[index] = True
-        try:
-            path = self.source.filename(index, absolute=True)
-        except (AttributeError, AssertionError):
-            path = f"image {index}"
+        path = self.image_name(index)
+        reason = f"{type(error).__name__}: {error}"
         count = int(self.damaged.sum())
         if count > self.max_damaged:
             raise DamagedDataError(
-                f"{path} is damaged ({error}); that makes {count} damaged images, "
+                f"{path} is damaged ({reason}); that makes {count} damaged images, "
                 f"and max_damaged={self.max_damaged} allows no more"
-            )
+            ) from error
         print_log(
-            f"{path} is damaged ({error}) and is skipped; damaged so far: {count}, allowed: {self.max_damaged}",
+            f"{path} is damaged ({reason}) and is skipped; damaged so far: {count}, allowed: {self.max_damaged}",
             logger="current",
             level=logging.ERROR,
         )
@@ -172,6 +201,7 @@ class StreamedClassificationDataset(IterableDataset):
         batch_size: batch size of the loader; the readers round the length of an epoch to it.
         num_workers: worker processes of the loader, which the same rounding needs.
         seed: seed of the order.
+        exif_orientation: as of :class:`ImageClassificationDataset`; TensorFlow's data sets do not tell it.
     """
 
     def __init__(
@@ -185,10 +215,14 @@ class StreamedClassificationDataset(IterableDataset):
         num_workers: int = 1,
         seed: int = 42,
         reader: dict | None = None,
+        exif_orientation: bool = True,
     ) -> None:
+        # Without a mode, the readers leave the conversion to `to_rgb`; TensorFlow's decoder gives 8-bit RGB.
+        reader = {**({} if name.startswith("tfds/") else {"input_img_mode": ""}), **(reader or {})}
         self.source = create_dataset(
-            name, root=root, split=split, is_training=is_training, batch_size=batch_size, seed=seed, **(reader or {})
+            name, root=root, split=split, is_training=is_training, batch_size=batch_size, seed=seed, **reader
         )
+        self.exif_orientation = exif_orientation
         self.source.set_loader_cfg(num_workers=num_workers)
         self.transform = create_transform(
             **(transform or {}), is_training=is_training, normalize=False, use_prefetcher=True
@@ -208,6 +242,7 @@ class StreamedClassificationDataset(IterableDataset):
         worker = get_worker_info()
         process = get_rank(), worker.id if worker else 0
         for number, (image, target) in enumerate(self.source):
+            image = to_rgb(image, self.exif_orientation)
             if self._seed[0] < 0:
                 inputs = self.transform(image)
             else:

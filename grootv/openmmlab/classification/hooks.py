@@ -11,7 +11,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import weights_to_cpu
 
+from grootv.models.checkpoint import find_wrapper
+
 from ..runtime.checkpoints import AtomicLocalBackend
+from ..runtime.finite import require_finite_weights
 from .datasets import DamagedDataError
 
 
@@ -60,15 +63,23 @@ class TimmCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Convert the parameter names of a released or timm checkpoint to the classifier's."""
+        runner.logger.info(f"Loading the weights under {find_wrapper(checkpoint)!r}.")
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         checkpoint["state_dict"] = model.convert_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
-        """Write `timm_weights.pth`."""
+        """Write `timm_weights.pth`.
+
+        Raises:
+            FloatingPointError: the weights are not finite; an earlier file remains as it was.
+        """
         if runner.rank != 0:
             return
         averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        backbone = (averages or [model])[0].backbone
+        weights = weights_to_cpu(backbone.state_dict())
+        require_finite_weights(weights, backbone, "timm_weights.pth was not written")
         buffer = io.BytesIO()
-        torch.save({"state_dict": weights_to_cpu((averages or [model])[0].backbone.state_dict())}, buffer)
+        torch.save({"state_dict": weights}, buffer)
         AtomicLocalBackend().put(buffer.getvalue(), Path(runner.work_dir, "timm_weights.pth"))

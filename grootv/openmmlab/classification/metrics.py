@@ -27,8 +27,18 @@ class TopKAccuracy(BaseMetric):
         self.topk = tuple(topk)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Record the rank of the true class of each prediction."""
+        """Record the rank of the true class of each prediction.
+
+        Raises:
+            FloatingPointError: scores are NaN or infinite, which have no rank.
+        """
         scores = torch.stack([sample["scores"] for sample in data_samples])
+        bad = (~scores.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"the scores are not finite for {len(bad)} of the {len(scores)} images of a batch, the first "
+                f"image {data_samples[bad[0]]['index']} of the data set"
+            )
         targets = torch.tensor([sample["target"] for sample in data_samples])
         # Of classes with equal scores the one with the lower number ranks first, as in a stable sort.
         own = scores.gather(1, targets.clamp_min(0)[:, None])

@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from grootv.models.checkpoint import backbone_weights, belongs_to, checkpoint_filter_fn
+from grootv.models.checkpoint import backbone_weights, belongs_to, checkpoint_filter_fn, find_wrapper
 
 
 @MODELS.register_module()
@@ -128,6 +128,7 @@ class GrootV(BaseModule):
 
         Raises:
             FileNotFoundError: no such file.
+            CheckpointError: the file is damaged, or holds something else than plain data.
             ValueError: no GrootV weights in it, or several and no `prefix` to choose by.
             RuntimeError: parameters are missing, left over (besides heads and stages that `out_indices` does not
                 need) or of another shape. The message has their names.
@@ -140,4 +141,5 @@ class GrootV(BaseModule):
             self.model.load_state_dict(checkpoint_filter_fn(weights, self.model))
         except (RuntimeError, ValueError) as error:
             raise type(error)(f"{checkpoint}: {error}") from error
-        print_log(f"Loaded the backbone from {checkpoint}.", logger="current")
+        wrapper = find_wrapper(content)
+        print_log(f"Loaded the backbone from {wrapper or 'the weights'} of {checkpoint}.", logger="current")

@@ -1,6 +1,7 @@
-"""Data-parallel training on CPUs through gloo."""
+"""Data-parallel training: under Slurm, and on CPUs through gloo."""
 
 import os
+import subprocess
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,27 @@ from mmengine.device import is_cuda_available
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+
+
+def set_slurm_environment() -> None:
+    """Describe the processes of a Slurm step in the environment, with the variables that `torchrun` sets.
+
+    The process of rank 0 is on the first node of the step. `MASTER_ADDR` and `MASTER_PORT` that are set already stay
+    as they are. Otherwise the port is 20000 + job id modulo 10000, so that jobs on one node do not meet.
+
+    Raises:
+        RuntimeError: the process is not a task of a step.
+    """
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+    missing = [name for name in (*names.values(), "SLURM_STEP_NODELIST", "SLURM_JOB_ID") if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"--launcher slurm needs a task that srun has started: {', '.join(missing)} not set")
+    os.environ.update({name: os.environ[slurm_name] for name, slurm_name in names.items()})
+    if "MASTER_ADDR" not in os.environ:
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        nodes = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+        os.environ["MASTER_ADDR"] = nodes[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
 
 
 def init_gloo() -> None:

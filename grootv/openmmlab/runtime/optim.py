@@ -1,12 +1,11 @@
-"""Parameter groups for models with a timm backbone, the published learning rate schedule, and mixed precision on
-CPUs."""
+"""Parameter groups for models with a timm backbone, the published learning rate schedule, and mixed precision."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, _ParamScheduler
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper, _ParamScheduler
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, PARAM_SCHEDULERS
 from timm.models import group_parameters
 from torch import nn
@@ -175,3 +174,60 @@ class CPUAmpOptimWrapper(OptimWrapper):
         """Autocast, and no gradient synchronisation on the way of gradient accumulation."""
         with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
             yield
+
+
+@OPTIM_WRAPPERS.register_module()
+class GPUAmpOptimWrapper(AmpOptimWrapper):
+    """mmengine's `AmpOptimWrapper`, which also logs the steps that it skips.
+
+    Loss scaling multiplies the loss by a scale, so that small gradients do not vanish in float16. Where a gradient
+    overflows, the step is skipped and the scale halved. Such steps have no gradient norm: mmengine logs NaN for them,
+    and its mean over the last iterations then hides the norms of all others. Here the log has these instead:
+
+    - `grad_norm`: of the steps that were done;
+    - `skipped_steps`: number of skipped steps since the start of the run, also over interruptions;
+    - `grad_scale`: the scale.
+
+    Raises:
+        FloatingPointError: in training, `max_skipped` steps in a row were skipped. By then the scale is too small for
+            an overflow, so the gradients themselves are not finite, and the run would go on without learning.
+    """
+
+    max_skipped = 50
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._updated = False
+        self._skipped_in_a_row = 0
+        self.optimizer.register_step_post_hook(self._note_update)
+
+    def _note_update(self, *_) -> None:
+        self._updated = True
+
+    def step(self, **kwargs) -> None:
+        """Update the parameters, or skip the step, and log which."""
+        scale = self.loss_scaler.get_scale()
+        self._updated = False
+        super().step(**kwargs)
+        new_scale = self.loss_scaler.get_scale()
+        # Fused optimizers are always called and skip the step themselves; the scale tells.
+        skipped = not self._updated or new_scale < scale
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        total = self.message_hub.runtime_info.get("skipped_steps", 0) + skipped
+        self.message_hub.update_info("skipped_steps", total)
+        self.message_hub.update_scalar("train/skipped_steps", total)
+        self.message_hub.update_scalar("train/grad_scale", new_scale)
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"mixed precision skipped {self._skipped_in_a_row} steps in a row, because gradients are not finite "
+                f"even at a scale of {new_scale:g}: train in bfloat16 (optim_wrapper.dtype='bfloat16') or float32"
+            )
+
+    def _clip_grad(self) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        if not parameters:
+            return
+        norm = self.clip_func(parameters, **self.clip_grad_kwargs)
+        if norm is not None and math.isfinite(norm):
+            self.message_hub.update_scalar(f"train/{self.grad_name}", float(norm))

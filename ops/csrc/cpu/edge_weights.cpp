@@ -14,8 +14,7 @@ namespace grootvl {
 namespace {
 
 template <typename scalar_t>
-GROOTVL_VECTORIZED scalar_t dot(const scalar_t *f, const scalar_t *g,
-                                int64_t n) {
+GROOTVL_VECTORIZED scalar_t dot(const scalar_t* f, const scalar_t* g, int64_t n) {
   scalar_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -25,8 +24,7 @@ GROOTVL_VECTORIZED scalar_t dot(const scalar_t *f, const scalar_t *g,
 }
 
 template <typename scalar_t>
-GROOTVL_VECTORIZED scalar_t squared_distance(const scalar_t *f,
-                                             const scalar_t *g, int64_t n) {
+GROOTVL_VECTORIZED scalar_t squared_distance(const scalar_t* f, const scalar_t* g, int64_t n) {
   scalar_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -36,8 +34,7 @@ GROOTVL_VECTORIZED scalar_t squared_distance(const scalar_t *f,
 }
 
 template <typename scalar_t>
-GROOTVL_VECTORIZED scalar_t absolute_distance(const scalar_t *f,
-                                              const scalar_t *g, int64_t n) {
+GROOTVL_VECTORIZED scalar_t absolute_distance(const scalar_t* f, const scalar_t* g, int64_t n) {
   scalar_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -47,73 +44,60 @@ GROOTVL_VECTORIZED scalar_t absolute_distance(const scalar_t *f,
 }
 
 template <typename scalar_t>
-void edge_weights_kernel(const scalar_t *features, scalar_t *weights,
-                         Metric metric, int64_t batch, int64_t height,
+void edge_weights_kernel(const scalar_t* features, scalar_t* weights, Metric metric, int64_t batch, int64_t height,
                          int64_t width, int64_t channels) {
   const int64_t num_edges = num_grid_edges(height, width);
   const int64_t num_vertical = (height - 1) * width;
-  std::vector<scalar_t> norms(metric == Metric::kCosine ? batch * height * width
-                                                        : 0);
+  std::vector<scalar_t> norms(metric == Metric::kCosine ? batch * height * width : 0);
   if (metric == Metric::kCosine) {
-    at::parallel_for(
-        0, batch * height * width, 64, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const scalar_t *f = features + i * channels;
-            norms[i] = std::max(std::sqrt(dot(f, f, channels)), scalar_t(1e-8));
-          }
-        });
+    at::parallel_for(0, batch * height * width, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const scalar_t* f = features + i * channels;
+        norms[i] = std::max(std::sqrt(dot(f, f, channels)), scalar_t(1e-8));
+      }
+    });
   }
   const auto weight = [&](int64_t i, int64_t j) {
-    const scalar_t *f = features + i * channels;
-    const scalar_t *g = features + j * channels;
+    const scalar_t* f = features + i * channels;
+    const scalar_t* g = features + j * channels;
     switch (metric) {
-    case Metric::kCosine:
-      return std::exp(-dot(f, g, channels) / (norms[i] * norms[j]));
-    case Metric::kEuclidean:
-      return std::sqrt(squared_distance(f, g, channels));
-    default:
-      return absolute_distance(f, g, channels);
+      case Metric::kCosine:
+        return std::exp(-dot(f, g, channels) / (norms[i] * norms[j]));
+      case Metric::kEuclidean:
+        return std::sqrt(squared_distance(f, g, channels));
+      default:
+        return absolute_distance(f, g, channels);
     }
   };
   at::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / height, y = row % height;
-      scalar_t *vertical = weights + b * num_edges + y * width;
-      scalar_t *horizontal =
-          weights + b * num_edges + num_vertical + y * (width - 1);
+      scalar_t* vertical = weights + b * num_edges + y * width;
+      scalar_t* horizontal = weights + b * num_edges + num_vertical + y * (width - 1);
       for (int64_t x = 0; x < width; ++x) {
         const int64_t i = row * width + x;
-        if (y + 1 < height)
-          vertical[x] = weight(i, i + width);
-        if (x + 1 < width)
-          horizontal[x] = weight(i, i + 1);
+        if (y + 1 < height) vertical[x] = weight(i, i + width);
+        if (x + 1 < width) horizontal[x] = weight(i, i + 1);
       }
     }
   });
 }
 
-at::Tensor edge_weights(const at::Tensor &features,
-                        const std::string &metric_name) {
+at::Tensor edge_weights(const at::Tensor& features, const std::string& metric_name) {
   check_features(features);
   const Metric metric = parse_metric(metric_name);
-  const auto dtype =
-      features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor input = features.to(dtype).contiguous();
-  const int64_t batch = input.size(0), height = input.size(1),
-                width = input.size(2);
-  at::Tensor weights =
-      at::empty({batch, num_grid_edges(height, width)}, input.options());
+  const int64_t batch = input.size(0), height = input.size(1), width = input.size(2);
+  at::Tensor weights = at::empty({batch, num_grid_edges(height, width)}, input.options());
   AT_DISPATCH_FLOATING_TYPES(dtype, "edge_weights", [&] {
-    edge_weights_kernel(input.const_data_ptr<scalar_t>(),
-                        weights.mutable_data_ptr<scalar_t>(), metric, batch,
-                        height, width, input.size(3));
+    edge_weights_kernel(input.const_data_ptr<scalar_t>(), weights.mutable_data_ptr<scalar_t>(), metric, batch, height,
+                        width, input.size(3));
   });
   return weights;
 }
 
-} // namespace
-} // namespace grootvl
+}  // namespace
+}  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
-  m.impl("edge_weights", &grootvl::edge_weights);
-}
+TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) { m.impl("edge_weights", &grootvl::edge_weights); }

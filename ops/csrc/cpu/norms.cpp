@@ -18,137 +18,106 @@
 namespace grootvl {
 namespace {
 
-template <typename scalar_t> struct Moments {
-  scalar_t mean, scale; // scale: reciprocal deviation
+template <typename scalar_t>
+struct Moments {
+  scalar_t mean, scale;  // scale: reciprocal deviation
 };
 
 template <typename scalar_t>
-GROOTVL_INLINE Moments<scalar_t> moments(const scalar_t *x, int64_t channels,
-                                         scalar_t eps) {
+GROOTVL_INLINE Moments<scalar_t> moments(const scalar_t* x, int64_t channels, scalar_t eps) {
   scalar_t sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < channels; ++c)
-    sum += x[c];
+  for (int64_t c = 0; c < channels; ++c) sum += x[c];
   const scalar_t mean = sum / channels;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < channels; ++c)
-    squares += (x[c] - mean) * (x[c] - mean);
+  for (int64_t c = 0; c < channels; ++c) squares += (x[c] - mean) * (x[c] - mean);
   return {mean, 1 / std::sqrt(squares / channels + eps)};
 }
 
-template <typename scalar_t> struct Norm {
+template <typename scalar_t>
+struct Norm {
   const scalar_t *weight, *bias;
   scalar_t eps;
 };
 
 template <typename scalar_t>
-GROOTVL_VECTORIZED void
-layer_norm_row(const scalar_t *x, const Norm<scalar_t> &norm, int64_t channels,
-               scalar_t *out, scalar_t *statistics) {
+GROOTVL_VECTORIZED void layer_norm_row(const scalar_t* x, const Norm<scalar_t>& norm, int64_t channels, scalar_t* out,
+                                       scalar_t* statistics) {
   const auto [mean, scale] = moments(x, channels, norm.eps);
   const scalar_t *weight = norm.weight, *bias = norm.bias;
 #pragma omp simd
-  for (int64_t c = 0; c < channels; ++c)
-    out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
+  for (int64_t c = 0; c < channels; ++c) out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
   statistics[0] = mean, statistics[1] = scale;
 }
 
 // `y` is memory for a row.
 template <typename scalar_t>
-GROOTVL_VECTORIZED void
-gated_norm_row(const scalar_t *h, const scalar_t *x, const scalar_t *z,
-               scalar_t C, const scalar_t *D_skip, const Norm<scalar_t> &inner,
-               const Norm<scalar_t> &outer, int64_t channels, scalar_t *y,
-               scalar_t *out, scalar_t *statistics) {
+GROOTVL_VECTORIZED void gated_norm_row(const scalar_t* h, const scalar_t* x, const scalar_t* z, scalar_t C,
+                                       const scalar_t* D_skip, const Norm<scalar_t>& inner, const Norm<scalar_t>& outer,
+                                       int64_t channels, scalar_t* y, scalar_t* out, scalar_t* statistics) {
   const auto [h_mean, h_scale] = moments(h, channels, inner.eps);
   const scalar_t *h_weight = inner.weight, *h_bias = inner.bias;
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    y[c] = C * ((h[c] - h_mean) * h_scale * h_weight[c] + h_bias[c]) +
-           D_skip[c] * x[c];
+    y[c] = C * ((h[c] - h_mean) * h_scale * h_weight[c] + h_bias[c]) + D_skip[c] * x[c];
   }
   const auto [y_mean, y_scale] = moments(y, channels, outer.eps);
   const scalar_t *weight = outer.weight, *bias = outer.bias;
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    out[c] = ((y[c] - y_mean) * y_scale * weight[c] + bias[c]) * z[c] *
-             sigmoid(z[c]);
+    out[c] = ((y[c] - y_mean) * y_scale * weight[c] + bias[c]) * z[c] * sigmoid(z[c]);
   }
-  statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean,
-  statistics[3] = y_scale;
+  statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
 }
 
 // Rows that a thread takes at least, so that there is enough to do.
-int64_t rows_of_thread(int64_t channels) {
-  return std::max<int64_t>(1, 16384 / channels);
-}
+int64_t rows_of_thread(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
 
 // Pixels at one distance from each other, with their channels side by side.
-at::Tensor rows_of(const at::Tensor &map) {
-  const bool rows = map.stride(0) == map.size(1) * map.stride(1) &&
-                    (map.dim() == 2 || map.stride(2) == 1);
+at::Tensor rows_of(const at::Tensor& map) {
+  const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
   return rows ? map : map.contiguous();
 }
 
-std::tuple<at::Tensor, at::Tensor>
-gated_norm(const at::Tensor &h_, const at::Tensor &x_, const at::Tensor &z_,
-           const at::Tensor &C_, const at::Tensor &D_skip_,
-           const at::Tensor &h_weight_, const at::Tensor &h_bias_,
-           const at::Tensor &out_weight_, const at::Tensor &out_bias_,
-           double eps) {
-  check_gated_norm(h_, x_, z_, C_, D_skip_, h_weight_, h_bias_, out_weight_,
-                   out_bias_);
+std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_,
+                                              const at::Tensor& C_, const at::Tensor& D_skip_,
+                                              const at::Tensor& h_weight_, const at::Tensor& h_bias_,
+                                              const at::Tensor& out_weight_, const at::Tensor& out_bias_, double eps) {
+  check_gated_norm(h_, x_, z_, C_, D_skip_, h_weight_, h_bias_, out_weight_, out_bias_);
   const auto type = accumulation_type(h_);
-  const at::Tensor h = rows_of(h_.to(type)), x = rows_of(x_.to(type)),
-                   z = rows_of(z_.to(type)), C = rows_of(C_.to(type));
-  const auto parameter = [&](const at::Tensor &tensor) {
-    return tensor.to(type).contiguous();
-  };
-  const at::Tensor D_skip = parameter(D_skip_), h_weight = parameter(h_weight_),
-                   h_bias = parameter(h_bias_),
-                   out_weight = parameter(out_weight_),
-                   out_bias = parameter(out_bias_);
+  const at::Tensor h = rows_of(h_.to(type)), x = rows_of(x_.to(type)), z = rows_of(z_.to(type)),
+                   C = rows_of(C_.to(type));
+  const auto parameter = [&](const at::Tensor& tensor) { return tensor.to(type).contiguous(); };
+  const at::Tensor D_skip = parameter(D_skip_), h_weight = parameter(h_weight_), h_bias = parameter(h_bias_),
+                   out_weight = parameter(out_weight_), out_bias = parameter(out_bias_);
   const int64_t rows = h.size(0) * h.size(1), channels = h.size(2);
   at::Tensor out = at::empty(h.sizes(), h.options());
   at::Tensor statistics = at::empty({h.size(0), h.size(1), 4}, h.options());
   AT_DISPATCH_FLOATING_TYPES(type, "gated_norm", [&] {
-    const Norm<scalar_t> inner{h_weight.const_data_ptr<scalar_t>(),
-                               h_bias.const_data_ptr<scalar_t>(),
+    const Norm<scalar_t> inner{h_weight.const_data_ptr<scalar_t>(), h_bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
+    const Norm<scalar_t> outer{out_weight.const_data_ptr<scalar_t>(), out_bias.const_data_ptr<scalar_t>(),
                                scalar_t(eps)};
-    const Norm<scalar_t> outer{out_weight.const_data_ptr<scalar_t>(),
-                               out_bias.const_data_ptr<scalar_t>(),
-                               scalar_t(eps)};
-    const auto *h_data = h.const_data_ptr<scalar_t>(),
-               *x_data = x.const_data_ptr<scalar_t>(),
-               *z_data = z.const_data_ptr<scalar_t>(),
-               *C_data = C.const_data_ptr<scalar_t>(),
+    const auto *h_data = h.const_data_ptr<scalar_t>(), *x_data = x.const_data_ptr<scalar_t>(),
+               *z_data = z.const_data_ptr<scalar_t>(), *C_data = C.const_data_ptr<scalar_t>(),
                *skip = D_skip.const_data_ptr<scalar_t>();
-    auto *out_data = out.mutable_data_ptr<scalar_t>(),
-         *statistics_data = statistics.mutable_data_ptr<scalar_t>();
-    const int64_t h_step = h.stride(1), x_step = x.stride(1),
-                  z_step = z.stride(1), C_step = C.stride(1);
-    at::parallel_for(
-        0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
-          std::vector<scalar_t> y(channels);
-          for (int64_t i = begin; i < end; ++i) {
-            gated_norm_row(h_data + i * h_step, x_data + i * x_step,
-                           z_data + i * z_step, C_data[i * C_step], skip, inner,
-                           outer, channels, y.data(), out_data + i * channels,
-                           statistics_data + 4 * i);
-          }
-        });
+    auto *out_data = out.mutable_data_ptr<scalar_t>(), *statistics_data = statistics.mutable_data_ptr<scalar_t>();
+    const int64_t h_step = h.stride(1), x_step = x.stride(1), z_step = z.stride(1), C_step = C.stride(1);
+    at::parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> y(channels);
+      for (int64_t i = begin; i < end; ++i) {
+        gated_norm_row(h_data + i * h_step, x_data + i * x_step, z_data + i * z_step, C_data[i * C_step], skip, inner,
+                       outer, channels, y.data(), out_data + i * channels, statistics_data + 4 * i);
+      }
+    });
   });
   return {out.to(h_.scalar_type()), statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor>
-layer_norm(const at::Tensor &x_, const at::Tensor &weight_,
-           const at::Tensor &bias_, double eps,
-           std::optional<at::ScalarType> dtype) {
+std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_,
+                                              double eps, std::optional<at::ScalarType> dtype) {
   check_layer_norm(x_, weight_, bias_);
   const auto type = accumulation_type(x_);
-  const at::Tensor x = x_.to(type).contiguous(),
-                   weight = weight_.to(type).contiguous(),
+  const at::Tensor x = x_.to(type).contiguous(), weight = weight_.to(type).contiguous(),
                    bias = bias_.to(type).contiguous();
   const int64_t channels = x.size(-1), rows = x.numel() / channels;
   std::vector<int64_t> statistics_shape = x.sizes().vec();
@@ -156,24 +125,20 @@ layer_norm(const at::Tensor &x_, const at::Tensor &weight_,
   at::Tensor out = at::empty(x.sizes(), x.options());
   at::Tensor statistics = at::empty(statistics_shape, x.options());
   AT_DISPATCH_FLOATING_TYPES(type, "layer_norm", [&] {
-    const Norm<scalar_t> norm{weight.const_data_ptr<scalar_t>(),
-                              bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
-    const auto *x_data = x.const_data_ptr<scalar_t>();
-    auto *out_data = out.mutable_data_ptr<scalar_t>(),
-         *statistics_data = statistics.mutable_data_ptr<scalar_t>();
-    at::parallel_for(
-        0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            layer_norm_row(x_data + i * channels, norm, channels,
-                           out_data + i * channels, statistics_data + 2 * i);
-          }
-        });
+    const Norm<scalar_t> norm{weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
+    const auto* x_data = x.const_data_ptr<scalar_t>();
+    auto *out_data = out.mutable_data_ptr<scalar_t>(), *statistics_data = statistics.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        layer_norm_row(x_data + i * channels, norm, channels, out_data + i * channels, statistics_data + 2 * i);
+      }
+    });
   });
   return {out.to(dtype.value_or(x_.scalar_type())), statistics};
 }
 
-} // namespace
-} // namespace grootvl
+}  // namespace
+}  // namespace grootvl
 
 TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
   m.impl("gated_norm", &grootvl::gated_norm);

@@ -16,10 +16,9 @@ namespace grootvl {
 // on; results below 1e-38 are 0, and those beyond the largest float are
 // infinite.
 GROOTVL_INLINE float exponential(float x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f,
-                  kLn2Low = -2.12194440e-4f;
-  constexpr float kRounder = 12582912.f; // 1.5 * 2^23: in the sum, the last
-                                         // bits of the mantissa are the integer
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: in the sum, the last
+                                          // bits of the mantissa are the integer
   constexpr int32_t kRounderBits = 0x4b400000;
   const float clamped = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
   const float rounded = clamped * kLog2E + kRounder;
@@ -42,7 +41,8 @@ GROOTVL_INLINE float exponential(float x) {
 }
 GROOTVL_INLINE double exponential(double x) { return std::exp(x); }
 
-template <typename scalar_t> GROOTVL_INLINE scalar_t sigmoid(scalar_t x) {
+template <typename scalar_t>
+GROOTVL_INLINE scalar_t sigmoid(scalar_t x) {
   return scalar_t(1) / (scalar_t(1) + exponential(-x));
 }
 
@@ -61,8 +61,6 @@ GROOTVL_INLINE float softplus(float x) {
   return t * log_ratio + (x < 0 ? 0 : x);
 }
 // As PyTorch computes it, which is the identity beyond 20.
-GROOTVL_INLINE double softplus(double x) {
-  return x > 20 ? x : std::log1p(std::exp(x));
-}
+GROOTVL_INLINE double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
-} // namespace grootvl
+}  // namespace grootvl

@@ -1,6 +1,6 @@
-// GROOTVL_VECTORIZED marks the inner loops. With GCC on x86-64 Linux they are compiled for processors with AVX-512, with
-// AVX2 and FMA, and for the baseline, and the best is chosen when the library is loaded, so that one binary serves every
-// machine. The choice is by features, not by a processor's name: "arch=haswell" would leave AMD's processors the
+// GROOTVL_VECTORIZED marks the inner loops. With GCC on x86-64 Linux they are compiled for processors with AVX-512,
+// with AVX2 and FMA, and for the baseline, and the best is chosen when the library is loaded, so that one binary serves
+// every machine. The choice is by features, not by a processor's name: "arch=haswell" would leave AMD's processors the
 // baseline. GROOTVL_INLINE marks the functions that they call, which must become a part of them.
 #pragma once
 

@@ -51,6 +51,11 @@ def kruskal(edges: list[list[int]], weights: Tensor, num_vertices: int) -> list[
 
     Lighter edges first; of equal weights the one with the lower number; NaN counts as heavier than any number.
     """
+    if len(edges) < num_vertices - 1:  # before memory for that many vertices is asked for
+        raise ValueError(
+            f"the graph is not connected: a tree over {num_vertices} vertices needs {num_vertices - 1} edges, "
+            f"but only {len(edges)} are given"
+        )
     component = list(range(num_vertices))
 
     def find(vertex: int) -> int:

@@ -1,4 +1,5 @@
-// Kernels that follow each other without a gap: the next one is set up while the one before still runs.
+// Kernels that follow each other without a gap: each one is set up while the one before it still runs (programmatic
+// dependent launch).
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
@@ -8,14 +9,14 @@
 
 namespace grootvl {
 
-// To begin a kernel that is launched with `launch`: waits until the kernels before it on the stream have ended and what
-// they wrote can be read, then lets the kernel after it be set up.
+// Every kernel that is launched with `launch` begins with this: it waits until the kernels before it on the stream have
+// ended and what they wrote can be read, then lets the kernel after it be set up.
 __device__ __forceinline__ void await_kernels_before() {
   await_earlier_kernels();
   allow_next_kernel();
 }
 
-// Whether the current GPU runs code of this build that knows how to wait.
+// Whether the current GPU runs code of this build in which await_kernels_before waits.
 inline bool can_await_kernels() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int architectures[] = {__CUDA_ARCH_LIST__};
@@ -27,7 +28,7 @@ inline bool can_await_kernels() {
   return false;
 }
 
-// Every kernel launched with this must begin with await_kernels_before.
+// Launches a kernel that begins with await_kernels_before.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {

@@ -1,5 +1,5 @@
 // out = LN(C LN(h) + D_skip x) SiLU(z) over the channels of each pixel, and its gradients: each in one pass over the
-// maps (pixel_team.cuh).
+// maps (pixel_team.cuh). C is a projection of the pixel, one value for all of its channels.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -12,19 +12,20 @@
 
 #include "../../checks.h"
 #include "../common/math.cuh"
+#include "../common/vector.cuh"
 #include "pixel_team.cuh"
 
 namespace grootvl {
 namespace {
 
-constexpr int kParameters = 5;  // D_skip, weight and bias of LN(h), weight and bias of the outer LN
+constexpr int kNumParameters = 5;  // D_skip, weight and bias of LN(h), weight and bias of the outer LN
 
-// Maps (N, D), N = B L pixels; z and C may have a stride from one pixel to the next.
+// Maps (N, D) of N pixels and D channels, C (N); z and C may have a stride from one pixel to the next.
 template <typename T, typename acc_t>
 struct NormData {
   const T *h, *x, *z, *C;
   int64_t z_stride, C_stride;
-  const acc_t* parameters[kParameters];
+  const acc_t* parameters[kNumParameters];
   int64_t rows;
   int channels;
   acc_t eps;
@@ -52,14 +53,14 @@ struct Channels {
   __device__ explicit Channels(const NormData<T, acc_t>& data) : first(threadIdx.x * kVec) {
     active = first < data.channels;
     first = active ? first : 0;
-    acc_t* const all[kParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
-    for (int p = 0; p < kParameters; ++p) {
+    acc_t* const all[kNumParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
+    for (int p = 0; p < kNumParameters; ++p) {
       for (int i = 0; i < kVec; ++i) all[p][i] = data.parameters[p][first + i];
     }
   }
 };
 
-// A thread's share of a pixel, on its way from memory. Past the end of the maps, the last pixel.
+// A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
 template <int kVec, typename T, bool kBackward>
 struct Pixel {
   Vector<T, kVec> h, x, z, grad;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t>
   const Channels<kVec, acc_t> channels(data);
   const int step = gridDim.x * blockDim.y;
   Pixel<kVec, T, false> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
-  // All teams of a block go the same number of steps, since they wait for each other.
+  // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
     const Pixel<kVec, T, false> pixel = next;
     next = Pixel<kVec, T, false>(data, channels, first + step + threadIdx.y);
@@ -119,7 +120,7 @@ template <int kThreads, int kVec, typename T, typename acc_t>
 __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
   const Channels<kVec, acc_t> channels(data);
   const int step = gridDim.x * blockDim.y;
-  acc_t dparameters[kParameters][kVec] = {};
+  acc_t dparameters[kNumParameters][kVec] = {};
   Pixel<kVec, T, true> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
     const Pixel<kVec, T, true> pixel = next;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<
     const acc_t* statistics = data.statistics + 4 * pixel.row;
     const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
 
-    // In the end h and y are normalised, z is its gradient, dy the gradient of the normalised y.
+    // After the loop h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
     acc_t y[kVec], sums[2] = {};
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
@@ -176,15 +177,15 @@ __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<
   }
   if (!channels.active) return;
   const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  for (int p = 0; p < kParameters; ++p) {
-    store(data.dparameters + (team * kParameters + p) * data.channels + channels.first, dparameters[p]);
+  for (int p = 0; p < kNumParameters; ++p) {
+    store(data.dparameters + (team * kNumParameters + p) * data.channels + channels.first, dparameters[p]);
   }
 }
 
 struct NormInputs {
-  // Nothing here is to be cast by autocast once more.
+  // Autocast must not cast anything here again.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  at::Tensor h, x, z, C, parameters[kParameters];
+  at::Tensor h, x, z, C, parameters[kNumParameters];
   bool aligned;
 
   NormInputs(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& C_,
@@ -194,17 +195,23 @@ struct NormInputs {
     for (const at::Tensor& parameter : parameters_) {
       parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
     }
-    const int64_t vec = 16 / h.element_size();
+    const int64_t vec = kVectorBytes / h.element_size();
     const auto all_aligned = [&] {
-      return is_aligned(h, vec) && is_aligned(x, vec) && is_aligned(z, vec) && h.size(2) % vec == 0;
+      return rows_aligned(h, vec) && rows_aligned(x, vec) && rows_aligned(z, vec) && h.size(2) % vec == 0;
     };
-    if (h.size(2) > kMaxThreads && !all_aligned()) {  // threads with one channel each would not hold all of a pixel
+    if (h.size(2) > kMaxBlockThreads &&
+        !all_aligned()) {  // threads with one channel each would not hold all of a pixel
       h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
     }
     aligned = all_aligned();
   }
 
-  // Pixels at one distance from each other, channels side by side.
+  // Whether the row of each pixel begins at a multiple of `vec` values.
+  static bool rows_aligned(const at::Tensor& map, int64_t vec) {
+    return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
+  }
+
+  // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
   static at::Tensor rows_of(const at::Tensor& map) {
     const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
     return rows ? map : map.contiguous();
@@ -219,7 +226,7 @@ struct NormInputs {
     data.C = C.const_data_ptr<T>();
     data.z_stride = z.stride(1);
     data.C_stride = C.stride(1);
-    for (int p = 0; p < kParameters; ++p) data.parameters[p] = parameters[p].const_data_ptr<acc_t>();
+    for (int p = 0; p < kNumParameters; ++p) data.parameters[p] = parameters[p].const_data_ptr<acc_t>();
     data.rows = h.size(0) * h.size(1);
     data.channels = static_cast<int>(h.size(2));
     return data;
@@ -244,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h, const at::Ten
     data.eps = static_cast<acc_t>(eps);
     data.out = out.mutable_data_ptr<scalar_t>();
     data.statistics = statistics.mutable_data_ptr<acc_t>();
-    constexpr int kVec = 16 / sizeof(scalar_t);
+    constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 16);
     launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
       gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
@@ -274,7 +281,7 @@ Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, cons
   const at::Tensor statistics = statistics_.contiguous();
   const at::Tensor dh = at::empty(h.sizes(), h.options()), dx = at::empty(h.sizes(), h.options()),
                    dz = at::empty(h.sizes(), h.options()), dC = at::empty(C.sizes(), C.options());
-  at::Tensor totals = at::zeros({kParameters, h.size(2)}, accumulation);
+  at::Tensor totals = at::zeros({kNumParameters, h.size(2)}, accumulation);
   if (h.numel() > 0) {
     const auto stream = at::cuda::getCurrentCUDAStream();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "gated_norm_backward", [&] {
@@ -286,9 +293,9 @@ Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, cons
       data.dx = dx.mutable_data_ptr<scalar_t>();
       data.dz = dz.mutable_data_ptr<scalar_t>();
       data.dC = dC.mutable_data_ptr<scalar_t>();
-      constexpr int kVec = 16 / sizeof(scalar_t);
+      constexpr int kVec = kVectorBytes / sizeof(scalar_t);
       const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
-      const at::Tensor dparameters = at::empty({launch.teams(), kParameters, h.size(2)}, accumulation);
+      const at::Tensor dparameters = at::empty({launch.teams(), kNumParameters, h.size(2)}, accumulation);
       data.dparameters = dparameters.mutable_data_ptr<acc_t>();
       launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
         gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);

@@ -8,12 +8,13 @@
 #include <tuple>
 
 #include "../../checks.h"
+#include "../common/vector.cuh"
 #include "pixel_team.cuh"
 
 namespace grootvl {
 namespace {
 
-// Maps (N, C); out_t is the type of what is normalised.
+// Maps (rows, channels); out_t is the type of the normalised map.
 template <typename T, typename out_t, typename acc_t>
 struct LayerNormData {
   const T* x;
@@ -21,11 +22,11 @@ struct LayerNormData {
   int64_t rows;
   int channels;
   acc_t eps;
-  acc_t* statistics;  // (N, 2): mean and reciprocal deviation; read by the backward pass
+  acc_t* statistics;  // (rows, 2): mean and reciprocal deviation; read by the backward pass
   out_t* out;
   const out_t* grad;
   T* dx;
-  acc_t* dparameters;  // (teams, 2, C): of weight and bias
+  acc_t* dparameters;  // (teams, 2, channels): of weight and bias
 };
 
 template <int kThreads, int kVec, typename T, typename out_t, typename acc_t>
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, o
   const auto pixel = [&](int64_t row) { return min(row, data.rows - 1) * data.channels + channel; };
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   auto next = load<kVec>(data.x + pixel(row));
-  // All teams of a block go the same number of steps, since they wait for each other.
+  // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step, row += step) {
     acc_t x[kVec];
     unpack(x, next);
@@ -94,17 +95,17 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
   store(dparameters + data.channels + channel, dbias);
 }
 
-// Calls `run(T, out_t, acc_t)` with values of the types of the map and of what is normalised.
-template <typename Run>
-void dispatch(at::ScalarType type, at::ScalarType out_type, Run run) {
+// Calls `launch(T, out_t, acc_t)` with values of the types of the map, of the normalised map and of the sums.
+template <typename Launch>
+void dispatch(at::ScalarType type, at::ScalarType out_type, Launch launch) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "layer_norm", [&] {
     using acc_t = at::opmath_type<scalar_t>;
-    if (type == out_type) return run(scalar_t(), scalar_t(), acc_t());
+    if (type == out_type) return launch(scalar_t(), scalar_t(), acc_t());
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (out_type == at::kHalf) return run(scalar_t(), at::Half(), acc_t());
-      if (out_type == at::kBFloat16) return run(scalar_t(), at::BFloat16(), acc_t());
+      if (out_type == at::kHalf) return launch(scalar_t(), at::Half(), acc_t());
+      if (out_type == at::kBFloat16) return launch(scalar_t(), at::BFloat16(), acc_t());
     } else if constexpr (!std::is_same_v<scalar_t, double>) {
-      if (out_type == at::kFloat) return run(scalar_t(), float(), acc_t());
+      if (out_type == at::kFloat) return launch(scalar_t(), float(), acc_t());
     }
     TORCH_CHECK_TYPE(false, "layer_norm on CUDA goes from ", type, " to ", type,
                      ", or between float32 and a half precision, got ", out_type);
@@ -123,8 +124,7 @@ struct LayerNormInputs {
 
   // Threads with one channel each would not hold all channels of a wide map.
   static at::Tensor aligned_if_wide(const at::Tensor& map) {
-    const bool aligned = reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
-    return map.size(-1) <= kMaxThreads || aligned ? map : map.clone();
+    return map.size(-1) <= kMaxBlockThreads || is_aligned(map.const_data_ptr()) ? map : map.clone();
   }
 
   template <typename T, typename out_t, typename acc_t>
@@ -139,10 +139,8 @@ struct LayerNormInputs {
   }
 
   bool aligned(const at::Tensor& other, int64_t vec) const {
-    const auto starts_aligned = [&](const at::Tensor& map) {
-      return reinterpret_cast<uintptr_t>(map.const_data_ptr()) % (vec * map.element_size()) == 0;
-    };
-    return x.size(-1) % vec == 0 && starts_aligned(x) && starts_aligned(other);
+    return x.size(-1) % vec == 0 && is_aligned(x.const_data_ptr(), vec * x.element_size()) &&
+           is_aligned(other.const_data_ptr(), vec * other.element_size());
   }
 };
 
@@ -164,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
     data.eps = static_cast<acc_t>(eps);
     data.out = out.mutable_data_ptr<out_t>();
     data.statistics = statistics.mutable_data_ptr<acc_t>();
-    constexpr int kVec = 16 / std::max(sizeof(T), sizeof(out_t));
+    constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const bool aligned = inputs.aligned(out, kVec);
     const TeamLaunch launch("layer_norm", data.rows, data.channels, aligned ? kVec : 1, 16);
     launch.with_sizes<kVec>(aligned, [&](auto threads, auto vec) {
@@ -198,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad_, 
     data.grad = grad.const_data_ptr<out_t>();
     data.statistics = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());
     data.dx = dx.mutable_data_ptr<T>();
-    constexpr int kVec = 16 / std::max(sizeof(T), sizeof(out_t));
+    constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const bool aligned = inputs.aligned(grad, kVec);
     const TeamLaunch launch("layer_norm", data.rows, data.channels, aligned ? kVec : 1, 8);
     const at::Tensor dparameters = at::empty({launch.teams(), 2, x.size(-1)}, accumulation);

@@ -1,9 +1,9 @@
 // Threads that share a pixel's channels, for the norms.
 //
-// A team of warps takes a pixel, a thread kVec neighbouring channels, which it reads as one word and keeps in registers
-// together with the parameters of its channels. So a team goes from pixel to pixel, the next one always on its way from
-// memory; in a backward pass each thread adds up its channels' gradients of the parameters on the way. Sums have a
-// fixed order.
+// A team of warps processes one pixel at a time. Each thread has kVec neighbouring channels, which it loads as one word
+// and keeps in registers together with their parameters. The next pixel is loaded while the present one is processed.
+// In a backward pass each thread sums the gradients of its channels' parameters over the pixels. Sums have a fixed
+// order.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -19,10 +19,12 @@
 namespace grootvl {
 
 constexpr int kBlockThreads = 128;  // at least; teams may be larger
-// Blocks of up to so many threads may use all the registers they like; larger ones are compiled for themselves.
+// Kernels for blocks of up to so many threads may use more registers than those for larger blocks, which are compiled
+// separately.
 constexpr int kUsualThreads = 384;
 
-// Sums over the threads of a team (threadIdx.y). Sums that follow one another must use the two buffers in turn.
+// Sums over the threads of a team, those with one threadIdx.y. Calls that follow one another must alternate between the
+// two buffers, since slower threads may still read the last one.
 template <int kSums, typename acc_t>
 __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
 #pragma unroll
@@ -65,7 +67,7 @@ __device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kVe
   return {mean, scale};
 }
 
-// How many threads take a pixel and how many pixels a block takes at a time.
+// How many threads process a pixel and how many pixels a block processes at a time.
 struct TeamLaunch {
   dim3 block;
   unsigned blocks;
@@ -98,9 +100,5 @@ struct TeamLaunch {
     }
   }
 };
-
-inline bool is_aligned(const at::Tensor& map, int64_t vec) {
-  return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
-}
 
 }  // namespace grootvl

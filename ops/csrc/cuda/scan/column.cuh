@@ -62,25 +62,34 @@ struct Column {
   }
 };
 
-// Which operand, image, section and channel a thread of a grid works on.
-struct SectionItem {
-  int operand, section, channel;
+// Which channel, image and operand a thread of a grid works on, and which of so many parts of the image.
+struct ColumnItem {
+  int operand, part, channel;
   int64_t image;
-  bool valid;
-  int begin, end;  // the section's runs
 
   template <typename T, typename acc_t>
-  __device__ SectionItem(const ScanData<T, acc_t>& data, const Plan& plan, int operands) {
+  __device__ ColumnItem(const ScanData<T, acc_t>& data, int parts) {
     int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     channel = thread % data.channels, thread /= data.channels;
-    section = thread % plan.sections.capacity, thread /= plan.sections.capacity;
+    part = thread % parts, thread /= parts;
     image = thread % data.batch, operand = thread / data.batch;
-    valid = operand < operands && section < plan.sections.count(image);
+  }
+};
+
+// A section, and its runs from `begin` to `end`.
+struct SectionItem : ColumnItem {
+  bool valid;  // there is such a section
+  int begin, end;
+
+  template <typename T, typename acc_t>
+  __device__ SectionItem(const ScanData<T, acc_t>& data, const Plan& plan, int operands)
+      : ColumnItem(data, plan.sections.capacity) {
+    valid = operand < operands && part < plan.sections.count(image);
     if (!valid) return;
     begin = 0, end = plan.runs.count(image);
     if (plan.sections.cuts == nullptr) return;
-    begin = plan.sections.begin(image, section);
-    end = plan.sections.end[image * plan.sections.capacity + section];
+    begin = plan.sections.begin(image, part);
+    end = plan.sections.end[image * plan.sections.capacity + part];
   }
 };
 

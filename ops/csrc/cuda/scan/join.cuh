@@ -38,13 +38,10 @@ template <Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     join_sections(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> sections, int capacity) {
   await_kernels_before();
-  int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int channel = thread % data.channels;
-  const int64_t image = thread / data.channels % data.batch;
-  const int operand = thread / data.channels / data.batch;
-  if (operand >= num_operands(pass)) return;
-  const Column<acc_t> column(plan.sections, sections, image, operand, channel, data.channels);
-  join<pass>(column, 0, plan.sections.count(image), sweeps_up(pass, operand), acc_t(0), acc_t(0),
+  const ColumnItem item(data, 1);
+  if (item.operand >= num_operands(pass)) return;
+  const Column<acc_t> column(plan.sections, sections, item.image, item.operand, item.channel, data.channels);
+  join<pass>(column, 0, plan.sections.count(item.image), sweeps_up(pass, item.operand), acc_t(0), acc_t(0),
              Stack<acc_t>(0, capacity));
 }
 
@@ -58,7 +55,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   acc_t E = 0, h_above = 0;
   if (plan.sections.cuts != nullptr) {
     const int64_t i = item.operand * sections.stride +
-                      (item.image * plan.sections.capacity + item.section) * data.channels + item.channel;
+                      (item.image * plan.sections.capacity + item.part) * data.channels + item.channel;
     E = sections.E[i], h_above = sections.h_above()[i];
   }
   const Column<acc_t> column(plan.runs, runs, item.image, item.operand, item.channel, data.channels);

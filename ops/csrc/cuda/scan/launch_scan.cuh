@@ -20,7 +20,7 @@
 
 namespace grootvl {
 
-// Whether each tree is walked in one piece: a scan with so many warps a multiprocessor keeps the memory busy.
+// Whether each tree is one run: a scan with so many warps on each multiprocessor keeps the memory busy.
 inline bool in_one_run(int64_t warps, int64_t length) {
   return length <= 256 || warps >= 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
 }
@@ -37,9 +37,9 @@ inline int choose_log2_section(int64_t length, int log2_run) {
   return log2_run + log2_runs;
 }
 
-// Shared memory to ask for, of which a block needs `bytes`, so that the blocks are spread evenly over the
-// multiprocessors, no more than `at_most` on one at a time: launched early, they would crowd on those that the kernel
-// before has left first.
+// Shared memory to request for each block, which needs `bytes`, so that the blocks are spread evenly over the
+// multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
+// the multiprocessors that the kernel before leaves first.
 inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
   const auto* properties = at::cuda::getCurrentDeviceProperties();
   const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -50,7 +50,7 @@ inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
   return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
-// Whether the rows of all matrices that are walked through begin at multiples of 16 bytes.
+// Whether the rows of all matrices that a walk reads begin at multiples of 16 bytes.
 template <typename T, typename acc_t>
 bool aligned(const ScanData<T, acc_t>& data) {
   return data.channels * sizeof(T) % kVectorBytes == 0 && is_aligned(data.x) && is_aligned(data.decay_or_raw_delta) &&
@@ -119,8 +119,8 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   make_room(plan.runs, length, several_runs);
   make_room(plan.sections, plan.runs.capacity, several_sections);
 
-  // Where the sums wait between the sweeps: on chip, where a column is short enough (what a longer one saves in memory
-  // it costs in warps, of which a selective scan needs more), in the outputs, if these are as precise, or beside them.
+  // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
+  // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
   const bool on_chip = pass == Pass::kBoth && !several_runs && length <= (kSelective ? 64 : 256);
   at::Tensor sums;
   if constexpr (std::is_same_v<T, acc_t>) {
@@ -155,7 +155,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
     const auto number = [&](Pieces& pieces) {
-      // Over all images at once, since rows of a matrix would each be summed by one block.
+      // Over all images at once, since cumsum would sum each row of a matrix by one block.
       storage.push_back(at::cumsum(at::from_blob(pieces.cuts, {batch * pieces.elements}, ints), 0, at::kInt));
       pieces.id = storage.back().const_data_ptr<int32_t>();
     };
@@ -173,7 +173,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
     number(plan.runs);
     launch(list_runs<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
     runs = data_of(plan.runs);
-    // Up to 48 KiB, the most that a kernel may use without asking for it.
+    // Up to 48 KiB, the most that a kernel may use without setting an attribute.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
     launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan, runs,
            capacity);
@@ -196,10 +196,12 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   if constexpr (pass == Pass::kBoth) {
     if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
   }
-  // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer are on their way.
+  // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer trees are walked
+  // at a time.
   const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
+  constexpr int kMaxBlocks = 32;  // on one multiprocessor
   size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
-  if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : 32, finish_bytes);
+  if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
   C10_CUDA_CHECK(
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
   launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);

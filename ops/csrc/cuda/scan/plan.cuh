@@ -1,6 +1,7 @@
 // Cuts the postorder of a tree into runs, and the runs into sections; the rule is in scan.cuh.
 #pragma once
 
+#include "../common/assert.cuh"
 #include "../common/launch.cuh"
 #include "scan.cuh"
 
@@ -31,7 +32,10 @@ struct Pieces {
 
   // Limited, so that a damaged tree does not lead outside of the arrays.
   __device__ int count(int64_t image) const {
-    return cuts == nullptr ? 1 : min(id[(image + 1) * elements - 1] - before(image), capacity);
+    if (cuts == nullptr) return 1;
+    const int found = id[(image + 1) * elements - 1] - before(image);
+    GROOTVL_ASSERT(found <= capacity);
+    return min(found, capacity);
   }
   __device__ int before(int64_t image) const { return image > 0 ? id[image * elements - 1] : 0; }
   // Which of its image's pieces an element, the i-th of all images, is in.
@@ -68,6 +72,8 @@ __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
   const unsigned v = min(unsigned(order[k]), limit), p = min(unsigned(parent[v]), limit);
   const int n = size[v];
   const bool root = v == p;
+  GROOTVL_ASSERT(unsigned(order[k]) <= limit && unsigned(parent[v]) <= limit);
+  GROOTVL_ASSERT(n >= 1 && k + n <= length && (root || n < size[p]));
   const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
   const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
   // A leaf, but the last one of its tree, whose path ends at the root.
@@ -90,11 +96,13 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   if (i >= data.batch * length || !runs.cuts[i]) return;
   const int64_t image = i / length, rows = image * length;
   const int t = i % length, run = runs.piece(image, i);
+  GROOTVL_ASSERT(run < runs.capacity);
   if (run >= runs.capacity) return;
   const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
   const int n = data.subtree_size[rows + vertex];
   const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
   const int first = runs.piece(image, at_first);
+  GROOTVL_ASSERT(t + 1 >= n && first <= run);
   const int64_t at = image * runs.capacity + run;
   const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
   runs.end[at] = t + 1;
@@ -113,6 +121,7 @@ static __global__ void list_sections(Plan plan, int64_t batch) {
   if (i >= batch * runs.capacity || !sections.cuts[i]) return;
   const int64_t image = i / runs.capacity, first = image * runs.capacity + runs.first[i];
   const int section = sections.piece(image, i);
+  GROOTVL_ASSERT(section < sections.capacity);
   if (section >= sections.capacity) return;
   const bool leaf = sections.piece(image, first) == section;
   sections.end[image * sections.capacity + section] = i % runs.capacity + 1;

@@ -12,7 +12,7 @@ namespace grootvl {
 // The inputs in the form that the kernels read. The kernels scan one state: several are scanned one after the other, so
 // that the maps of only one are in memory.
 struct SelectiveInputs {
-  // Autocast must not convert anything here.
+  // Autocast must not cast anything here again.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   at::Tensor x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size, raw_delta;
 

@@ -1,4 +1,4 @@
-// The gradients of the selective scan on CUDA. The step sizes are computed once more rather than kept.
+// The gradients of the selective scan on CUDA. The step sizes are computed again, not stored.
 #include "selective_scan.cuh"
 
 namespace grootvl {

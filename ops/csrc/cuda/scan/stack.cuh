@@ -1,6 +1,7 @@
 // The sums that are pending during a walk.
 #pragma once
 
+#include "../common/assert.cuh"
 #include "ring.cuh"
 
 namespace grootvl {
@@ -43,7 +44,11 @@ class Stack {
     predicated_pop_and_add<kFlag, kStep>(node, top_, next_, sum);
   }
 
-  __device__ __forceinline__ void stay_inside() { next_ = min(max(next_, first_), last_); }
+  __device__ __forceinline__ void stay_inside() {
+    // The end of a run may pop what an earlier run pushed, a value that nothing uses.
+    GROOTVL_ASSERT(next_ + kStep >= first_ && next_ <= last_);
+    next_ = min(max(next_, first_), last_);
+  }
   __device__ void clear() { next_ = first_; }
 
  private:

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     stack.template pop_and_add<kLight>(run.node, sum);
     if (run.node & kRoot) stack.clear();
   });
-  const int64_t i = (item.image * plan.sections.capacity + item.section) * data.channels + item.channel;
+  const int64_t i = (item.image * plan.sections.capacity + item.part) * data.channels + item.channel;
   if (item.operand == 0) sections.beta[i] = product, sections.a_end[i] = a_end;
   sections.U[item.operand * sections.stride + i] = U;
   sections.P[item.operand * sections.stride + i] = P;

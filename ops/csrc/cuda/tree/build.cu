@@ -2,8 +2,8 @@
 //
 // A grid that fits the shared memory of a block is built by one block, in one kernel. A larger one, and any graph, is
 // built by a team of blocks for each tree, with the same algorithms in global memory: one cooperative launch, in which
-// the blocks wait for each other. Nothing waits for the GPU, and the launches depend on sizes only, so that CUDA graphs
-// can capture them.
+// the blocks wait for each other. The host does not wait for the GPU, and the launches depend on sizes only, so that
+// CUDA graphs can capture them.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -26,16 +26,16 @@ namespace {
 
 using TreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Pieces of one allocation, each aligned to 16 bytes. Also counts the bytes, when it starts from nullptr.
+// Arrays in one allocation, each aligned to 16 bytes. If it starts from nullptr, it only counts the bytes.
 class Arena {
  public:
   __host__ __device__ explicit Arena(unsigned char* memory) : memory_(memory) {}
 
   template <typename T>
   __host__ __device__ T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return piece;
+    T* array = reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return array;
   }
 
   __host__ __device__ int64_t used() const { return used_; }
@@ -66,14 +66,14 @@ struct GridShape {
   }
 };
 
-// Working memory of the tree of a grid. First the forest grows, then, in its place, the tour is ranked.
+// Working memory of the tree of a grid. The forest and then the tour use the same memory.
 template <typename Index, typename Word>
 struct GridMemory {
   unsigned* masks;
   Forest<Index> forest;
   Word* places;
   Word* steps;
-  Word* pieces;
+  Word* segments;
   int64_t bytes;
 
   __host__ __device__ GridMemory(unsigned char* memory, const GridShape& shape) {
@@ -88,7 +88,7 @@ struct GridMemory {
     Arena rooting = arena;
     places = rooting.take<Word>(4 * vertices);
     steps = rooting.take<Word>(2 * vertices);
-    pieces = rooting.take<Word>(2 * (splitters + 1));
+    segments = rooting.take<Word>(2 * (splitters + 1));
     bytes = growing.used() > rooting.used() ? growing.used() : rooting.used();
   }
 };
@@ -103,7 +103,7 @@ __device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Ind
   grow_forest(team, grid, memory.forest, vertices);
 
   const GridTour tour{memory.masks, vertices, shape.width, shape.root, shape.shift};
-  const Ranks<Word> ranks = rank_darts<Word>(team, tour, memory.places, memory.pieces);
+  const Ranks<Word> ranks = rank_darts<Word>(team, tour, memory.places, memory.segments);
   root_grid(team, tour, ranks, memory.steps, parent, subtree_size);
   team.sync();
   order_vertices(team, memory.steps, tour.darts(), shape.root, order);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
 // -------------------------------------------------------------------------------------------------------------- Graphs
 //
 // To make one tree of the parts of an unconnected graph, their roots become children of an additional vertex, number
-// num_vertices. That tree has as many edges as the graph has vertices, and its tour takes in all of them.
+// num_vertices. That tree has as many edges as the graph has vertices, and its tour visits all of them.
 
 // Working memory of the tree of a graph.
 struct GraphMemory {
@@ -155,7 +155,7 @@ struct GraphMemory {
   int* first_dart;
   int* tour_start;
   uint64_t* places;
-  uint64_t* pieces;
+  uint64_t* segments;
   int64_t bytes;
 
   __host__ __device__ GraphMemory(unsigned char* memory, int64_t vertices, int shift) {
@@ -171,13 +171,13 @@ struct GraphMemory {
     first_dart = arena.take<int>(vertices + 1);
     tour_start = arena.take<int>(1);
     places = arena.take<uint64_t>(2 * vertices);
-    pieces = arena.take<uint64_t>(2 * (splitters + 1));
+    segments = arena.take<uint64_t>(2 * (splitters + 1));
     bytes = arena.used();
   }
 };
 
 // Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings
-// sort into one run each, in the order of their visit (for equal keys: by vertex). Cooperative, as
+// sort next to each other, in the order of their visit (for equal keys: by vertex). Cooperative, as
 // large_grid_tree_kernel.
 __global__ void __launch_bounds__(kMaxBlockThreads, 1)
     graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root,
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
     team.sync();
 
     const EdgeTour tour{memory.tails, memory.following, memory.first_dart, 2 * vertices, *memory.tour_start, shift};
-    const Ranks<uint64_t> ranks = rank_darts<uint64_t>(team, tour, memory.places, memory.pieces);
+    const Ranks<uint64_t> ranks = rank_darts<uint64_t>(team, tour, memory.places, memory.segments);
     for (int edge = team.rank(); edge < vertices; edge += team.size()) {
       const int rank = ranks(2 * edge);
       const int back = ranks(2 * edge + 1);
@@ -329,7 +329,7 @@ at::Tensor comparable(const at::Tensor& weights) {
   return ranks.view(at::kFloat);  // non-negative integers are in the order of the floats with their bits
 }
 
-// How the blocks of a cooperative launch are shared out.
+// How the blocks of a cooperative launch are divided among teams.
 struct Teams {
   int count;
   int blocks;  // of each
@@ -385,7 +385,7 @@ TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, 
   int* order_data = order.mutable_data_ptr<int>();
   int* size_data = subtree_size.mutable_data_ptr<int>();
 
-  // As few threads as take the vertices in the same number of turns, since waiting for fewer is quicker.
+  // As few threads as process the vertices in the same number of turns, since fewer threads synchronise faster.
   const int64_t turns = (vertices + kMaxBlockThreads - 1) / kMaxBlockThreads;
   const int64_t threads = ((vertices + turns - 1) / turns + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
   GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
@@ -435,7 +435,7 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
   // Clamped so that no 64-bit number out of range becomes a vertex in 32 bits.
   at::Tensor ends =
       (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
-  // Pairs are read whole.
+  // The kernel loads both ends of an edge at once.
   if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = ends.clone();
   const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
   const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);

@@ -1,8 +1,8 @@
 // Weights of the edges between neighbouring pixels of channels-last feature maps.
 //
-// A group of 4 to 32 lanes takes a tile of 4 x 2 pixels. It goes through the channels once, 16 bytes a lane and row,
-// and keeps the sums of all edges of the tile (and the norms of the pixels they touch) in registers, so that the rows
-// of a tile are used several times for one load. The rows that neighbouring tiles share come from the caches.
+// A group of 4 to 32 lanes takes a tile of 4 x 2 pixels. Each lane loads 16 bytes of a row at a time and each channel
+// once, and keeps the sums of all edges of the tile (and the norms of the pixels they touch) in registers, so that a
+// row is loaded once for several edges. The rows that neighbouring tiles share come from the caches.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -51,11 +51,6 @@ __device__ __forceinline__ void reduce_scatter(Accumulator (&values)[kSums]) {
     reduce_scatter<kGroup / 2, kCount / 2>(values);
   }
 }
-
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float root(float x) { return sqrtf(x); }
-__device__ __forceinline__ double root(double x) { return sqrt(x); }
 
 template <Metric kMetric, int kGroup, int kVector, typename Scalar, typename Accumulator>
 __global__ void __launch_bounds__(kThreads)
@@ -111,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
         } else if (kMetric == Metric::kEuclidean) {
           sums[edge] += (f - g) * (f - g);
         } else {
-          sums[edge] += f < g ? g - f : f - g;  // passes NaN on
+          sums[edge] += f < g ? g - f : f - g;  // NaN if f or g is
         }
       }
     }
@@ -135,13 +130,13 @@ __global__ void __launch_bounds__(kThreads)
     Accumulator weight = totals[edge];
     if (kMetric == Metric::kCosine) {
       const Accumulator smallest = 1e-8;
-      Accumulator f = root(totals[kTileEdges + row]);
-      Accumulator g = root(totals[kTileEdges + (vertical ? row + kTileWidth + 1 : row + 1)]);
-      f = f < smallest ? smallest : f;  // unlike fmax, passes NaN on
+      Accumulator f = sqrt(totals[kTileEdges + row]);
+      Accumulator g = sqrt(totals[kTileEdges + (vertical ? row + kTileWidth + 1 : row + 1)]);
+      f = f < smallest ? smallest : f;  // unlike fmax, keeps NaN
       g = g < smallest ? smallest : g;
-      weight = exponential(-weight / (f * g));
+      weight = exp(-weight / (f * g));
     } else if (kMetric == Metric::kEuclidean) {
-      weight = root(weight);
+      weight = sqrt(weight);
     }
     output[vertical ? y * map.width + x : vertical_edges + y * (map.width - 1) + x] = weight;
   }

@@ -1,7 +1,7 @@
 // Rooting a tree by its Euler tour.
 //
 // Each tree edge is two darts, one for each direction. The Euler tour follows a dart (u, v) by the next dart around v
-// after (v, u); it starts and ends at the root and runs along each edge down and, when the subtree below is done, up.
+// after (v, u); it starts and ends at the root, and passes each edge down and, after the subtree below it, up.
 // So the places of an edge's darts in the tour (their ranks) tell which end is the parent, and how large the subtree
 // below is. The tour may turn around a vertex in any sense: neither depends on it.
 //
@@ -35,17 +35,17 @@ __device__ __forceinline__ int low_half(uint32_t word) { return static_cast<int1
 __device__ __forceinline__ int low_half(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
 // Which of the 2^shift members of a bin stands for it: a different one from bin to bin, so that regular trees, too, are
-// cut into pieces of similar length.
+// cut into segments of similar length.
 __device__ __forceinline__ int chosen_member(int bin, int shift) {
   return (bin << shift) + static_cast<int>((static_cast<unsigned>(bin) * 0x9e3779b9u >> 16) & ((1u << shift) - 1));
 }
 
-// The ranks of all darts of a tour. Some darts, the splitters, cut the tour into pieces; each piece is walked by one
-// thread, and then only the splitters are ranked, by pointer jumping.
+// The ranks of all darts of a tour. Some darts, the splitters, cut the tour into segments; each segment is walked by
+// one thread, and then only the splitters are ranked, by pointer jumping.
 template <typename Word>
 struct Ranks {
-  const Word* places;     // for each dart its piece and its distance from the start of the piece
-  const Word* remaining;  // for each piece, in the lower half, the darts from its start to the end of the tour
+  const Word* places;     // for each dart its segment and its distance from the start of the segment
+  const Word* remaining;  // for each segment, in the lower half, the darts from its start to the end of the tour
   int darts;
 
   __device__ int operator()(int dart) const {
@@ -54,17 +54,17 @@ struct Ranks {
   }
 };
 
-// `pieces` has 2 * (tour.splitters() + 1) words. `Tour` tells the rest:
+// `segments` has 2 * (tour.splitters() + 1) words. `Tour` tells the rest:
 //   darts()         how many there are
 //   splitters()     one more than the largest number of a splitter; that number is the tour's first dart
 //   start(i)        the dart of splitter i, or -1
 //   next(dart)      its successor in the tour, the first dart again after the last
 //   splitter(dart)  the number of the splitter that the dart is, or -1
 template <typename Word, typename Team, typename Tour>
-__device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, Word* places, Word* pieces) {
+__device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, Word* places, Word* segments) {
   const int splitters = tour.splitters();
   const int head = splitters - 1;
-  const int end = splitters;  // a piece of no darts that follows itself
+  const int end = splitters;  // a segment of no darts that follows itself
   for (int i = team.rank(); i <= splitters; i += team.size()) {
     int following = end;
     int length = 0;
@@ -79,22 +79,22 @@ __device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, 
       } while (splitter < 0);
       if (splitter != head) following = splitter;
     }
-    pieces[i] = pack<Word>(following, length);
+    segments[i] = pack<Word>(following, length);
   }
   team.sync();
 
-  Word* source = pieces;
-  Word* target = pieces + splitters + 1;
+  Word* source = segments;
+  Word* target = segments + splitters + 1;
   constexpr int kHops = 3;  // more than one, as waiting for the team takes longer than a read
   for (int64_t reach = 1; reach < splitters; reach *= kHops + 1) {
     for (int i = team.rank(); i <= splitters; i += team.size()) {
-      Word piece = source[i];
+      Word segment = source[i];
 #pragma unroll
       for (int hop = 0; hop < kHops; ++hop) {
-        const Word following = source[high_half(piece)];
-        piece = pack<Word>(high_half(following), low_half(piece) + low_half(following));
+        const Word following = source[high_half(segment)];
+        segment = pack<Word>(high_half(following), low_half(segment) + low_half(following));
       }
-      target[i] = piece;
+      target[i] = segment;
     }
     team.sync();
     Word* swapped = source;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void root_grid(Team& team, const GridTour& tour, cons
   }
 }
 
-// Writes each vertex at its place in the preorder, which the sum of the steps up to its dart down is.
+// Writes each vertex at its place in the preorder, which is the sum of the steps up to its dart down.
 template <typename Word, typename Team>
 __device__ __forceinline__ void order_vertices(Team& team, const Word* steps, int darts, int root, int* order) {
   // An odd number of steps for each thread, so that the threads of a warp read from different banks of shared memory.

@@ -2,7 +2,7 @@
 // it, and the parts that these edges join become one, until one part is left.
 //
 // The edges' total order (weight, then number) makes the tree unique, so the result does not depend on the order in
-// which threads come. Parts are named by one of their vertices, their label.
+// which threads run. Parts are named by one of their vertices, their label.
 
 #pragma once
 
@@ -32,14 +32,16 @@ struct Ends {
   int second;
 };
 
-// Most keys lose; a read tells sooner than an atomic operation. That it may come too late for a lower key does no harm.
+// Most keys are not lower; reading first avoids most atomic operations, which take longer. The read may miss a lower
+// key that another thread has just written; the atomic operation does not.
 __device__ __forceinline__ void lower(EdgeKey* best, EdgeKey key) {
   if (key < *const_cast<volatile EdgeKey*>(best)) atomicMin(best, key);
 }
 
-// The same for a warp of neighbouring vertices. Of a run of lanes with one label only the first goes to memory: many
-// atomic operations on one address of global memory would wait for each other. Every lane has to call.
-__device__ __forceinline__ void lower_by_runs(EdgeKey* best, int label, EdgeKey key) {
+// The same for a warp of neighbouring vertices. Of neighbouring lanes with one label only the first accesses memory:
+// many atomic operations on one address of global memory would wait for each other. Every lane of the warp must call
+// it.
+__device__ __forceinline__ void lower_by_label(EdgeKey* best, int label, EdgeKey key) {
   const int lane = threadIdx.x % kWarpLanes;
   for (int offset = 1; offset < kWarpLanes; offset *= 2) {
     const int other_label = __shfl_down_sync(kAllLanes, label, offset);
@@ -62,7 +64,7 @@ struct Forest {
 // labels filled in. `Graph` tells the rest:
 //   propose(team, forest)     lowers best[label] to the key of the lightest edge that leaves the part
 //   ends(edge)                the two vertices of an edge
-//   join(label, edge, ends)   takes note of a tree edge; called once for each label that stops being one
+//   join(label, edge, ends)   records a tree edge; called once for each label whose part joins another one
 template <typename Team, typename Graph, typename Index>
 __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const Forest<Index>& forest, int vertices) {
   constexpr int kJumps = 16;
@@ -85,7 +87,8 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
         const Ends ends = graph.ends(edge);
         target = forest.label[ends.first];
         if (target == v) target = forest.label[ends.second];
-        // Where two parts chose the same edge, the one of the lower label stays. There are no longer cycles.
+        // If two parts chose the same edge, the one of the lower label stays. Longer cycles cannot arise, since all
+        // keys differ.
         if (v < target && forest.best[target] == key) {
           target = v;
         } else {
@@ -99,8 +102,8 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
     if (left == 1 || left == parts) return left;
     parts = left;
 
-    // Follow the hooks to the parts that stay. If that takes many jumps (monotone weights make long chains), then in
-    // sweeps, between which all hooks are replaced by the ways that were found, so that jumps go further.
+    // Follow the hooks to the parts that stay. If that takes many jumps (monotone weights make long chains), it is done
+    // in several rounds, between which each hook is replaced by where it led to, so that jumps go further.
     for (;;) {
       int unfinished = 0;
       for (int v = team.rank(); v < vertices; v += team.size()) {
@@ -121,7 +124,7 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
   }
 }
 
-// Directions of a 4-neighbour grid, in the order of a turn: the opposite of d is d ^ 2.
+// Sides of a pixel, clockwise: the opposite of side d is d ^ 2.
 enum Side { kUp = 0, kRight = 1, kDown = 2, kLeft = 3 };
 
 __device__ __forceinline__ int grid_step(int direction, int width) {
@@ -165,7 +168,7 @@ struct Grid {
         if (x < width - 1) consider(v + 1, horizontal + v - y);
       }
       if constexpr (Team::kInGlobalMemory) {
-        lower_by_runs(forest.best, label, lightest);
+        lower_by_label(forest.best, label, lightest);
       } else if (lightest != kNoEdge) {
         lower(forest.best + label, lightest);
       }

@@ -1,0 +1,187 @@
+"""Image files: which ones a folder holds, and their pixels as 8-bit RGB."""
+
+import logging
+import os
+import stat
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from mmengine.logging import print_log
+from PIL import ExifTags, Image
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+
+# Pillow recognises these formats, but needs programs or plug-ins of others to read their pixels.
+_WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Formats whose integers of more than 8 bits have 16.
+_SIXTEEN_BIT = {"PNG", "PPM"}
+
+
+# By EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_suffixes() -> set[str]:
+    """The suffixes, in lower case, of all files that the installed Pillow reads."""
+    Image.init()
+    return {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _WITHOUT_PIXELS
+    }
+
+
+def to_rgb(image: Image.Image, turn: bool = True) -> Image.Image:
+    """The pixels of an image as 8-bit RGB.
+
+    Values of 16 bits are divided by 256, as OpenCV does: their range is 0 to 65535, however much of it an image uses.
+
+    Args:
+        image: of any mode.
+        turn: turn and mirror the image as its EXIF orientation says.
+
+    Raises:
+        ValueError: the image has floating-point or 32-bit pixels, whose range the file does not tell.
+    """
+    kind = image.format
+    image.load()  # which turns some formats already, and then forgets their orientation
+    if turn and (method := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(method)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BIT):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are {'32-bit integers' if image.mode == 'I' else 'floating-point numbers'} of an unknown "
+            f"range; convert it to 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF data do not damage the pixels
+        return None
+
+
+class ImageFolderReader(Reader):
+    """Images in a folder of classes: the name of the folder that an image lies in is its class.
+
+    It takes each regular file once whose suffix is one of an image. It follows links, but not to folders that hold the
+    link itself, nor to what it has found already. It logs what it leaves out.
+
+    Args:
+        root: the folder.
+        class_map: as of timm's `create_dataset`: classes by number, in a file or a dict; default: the folders' names in
+            their natural order.
+        input_key: suffixes to take, separated by ";"; default: all that Pillow reads.
+
+    Raises:
+        RuntimeError: there is no image; the message says what there is.
+    """
+
+    def __init__(self, root: str, class_map: str | dict = "", input_key: str | None = None) -> None:
+        super().__init__()
+        self.root = root
+        suffixes = {suffix.lower() for suffix in input_key.split(";")} if input_key else image_suffixes()
+        skipped: dict[str, list[str]] = defaultdict(list)
+        files = find_files(root, suffixes, skipped)
+        labels = [os.path.basename(os.path.dirname(path)) if os.path.dirname(path) != root else "" for path in files]
+        if class_map:
+            self.class_to_idx = load_class_map(class_map, root)
+        else:
+            self.class_to_idx = {name: i for i, name in enumerate(sorted(set(labels), key=natural_key))}
+        self.samples = []
+        for path, label in zip(files, labels, strict=True):
+            if label in self.class_to_idx:
+                self.samples.append((path, self.class_to_idx[label]))
+            else:
+                skipped["images of classes that class_map does not have"].append(path)
+        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+        left_out = "; ".join(f"{len(paths)} {what} (the first: {paths[0]})" for what, paths in sorted(skipped.items()))
+        if not self.samples:
+            raise RuntimeError(f"no image in {root}; it has {left_out or 'no files'}")
+        if left_out:
+            print_log(f"{root}: left out are {left_out}", logger="current", level=logging.WARNING)
+
+    def __getitem__(self, index: int) -> tuple:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+def find_files(root: str, suffixes: set[str], skipped: dict[str, list[str]]) -> list[str]:
+    """Paths of the regular files below `root` with one of the suffixes, each file once.
+
+    Args:
+        root: folder.
+        suffixes: in lower case, with the dot.
+        skipped: what is left out, by kind, is appended to it.
+    """
+    found: dict[str, str] = {}  # by real path
+    seen: set[str] = set()
+    folders, links = [root], []
+    # Links come after all else, so that what can be reached without one has the name that it has there.
+    while folders or links:
+        if folders:
+            folder = folders.pop()
+            real = os.path.realpath(folder)
+            if real in seen:
+                skipped["links to folders that are read already"].append(folder)
+                continue
+            seen.add(real)
+            with os.scandir(folder) as entries:
+                content = sorted(entries, key=lambda entry: entry.name, reverse=True)
+            for entry in content:
+                if entry.is_symlink():
+                    links.append(entry.path)
+                elif entry.is_dir():
+                    folders.append(entry.path)
+                else:
+                    _add(entry.path, os.path.join(real, entry.name), entry.stat().st_mode, suffixes, found, skipped)
+            continue
+        links.sort(reverse=True)
+        link = links.pop()
+        real = os.path.realpath(link)
+        if not os.path.exists(real):
+            skipped["broken links"].append(link)
+        elif os.path.isdir(real):
+            if Path(os.path.realpath(os.path.dirname(link))).is_relative_to(real):
+                skipped["links to folders that hold the link"].append(link)
+            else:
+                folders.append(link)
+        else:
+            _add(link, real, os.stat(real).st_mode, suffixes, found, skipped)
+    return list(found.values())
+
+
+def _add(
+    path: str, real: str, mode: int, suffixes: set[str], found: dict[str, str], skipped: dict[str, list[str]]
+) -> None:
+    suffix = os.path.splitext(path)[1].lower()
+    if not stat.S_ISREG(mode):
+        skipped["pipes, sockets or devices"].append(path)
+    elif suffix not in suffixes:
+        skipped[f"{suffix} files" if suffix else "files without a suffix"].append(path)
+    elif real in found:
+        skipped["links to files that are read already"].append(path)
+    else:
+        found[real] = path

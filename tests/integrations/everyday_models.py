@@ -1,0 +1,33 @@
+"""The models of these tests: GrootV, and two models of timm that show what is usual, all small."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import grootv  # noqa: F401 (registers the models)
+
+SIZES = {
+    "grootv_nano": {"dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1)},
+    "convnext_tiny": {"dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1)},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4),
+        "drop_path_rate": 0.0,
+    },
+}  # fmt: skip
+
+each_model = pytest.mark.parametrize("name", SIZES)
+
+
+def make(name: str, **kwargs) -> nn.Module:
+    """A model with random weights, of which none are zero or equal, in evaluation mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SIZES[name], "num_classes": 5, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images(number: int = 2) -> Tensor:
+    return torch.randn(number, 3, 64, 64, generator=torch.Generator().manual_seed(1))
