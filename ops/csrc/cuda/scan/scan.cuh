@@ -82,6 +82,8 @@ namespace grootvl {
 
 constexpr int kWarpChannels = kWarpLanes;  // channels that a warp takes: one for each lane
 
+enum class Sweep { kUp, kDown };  // along the postorder, from the leaves to the root, or against it
+
 enum class Pass {
   kUp,            // u, the sums over subtrees
   kFull,          // h, both sweeps
