@@ -52,10 +52,11 @@ __device__ __forceinline__ acc_t decay_gradient(const Row<T, acc_t>& row, bool r
   return gradient;
 }
 
-// Where a lane keeps u between the two sweeps of a run.
+// Where a lane keeps u between the two sweeps of a run: of small trees in shared memory, by place in the run; otherwise
+// in global memory, by vertex.
 template <typename T, typename acc_t>
 struct SumsBetweenSweeps {
-  uint32_t on_chip;  // in shared memory, by place in the run, of small trees; otherwise in global memory, by vertex:
+  uint32_t on_chip;
   acc_t* columns[2];
 
   __device__ __forceinline__ uint32_t on_chip_address(const ScanData<T, acc_t>& data, int operand, int place) const {
@@ -106,9 +107,9 @@ __global__ void __launch_bounds__(kWalkThreads)
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const T* columns[] = {data.decay_or_raw_delta + item.column, data.x + item.column};
   const acc_t* sum_columns[] = {sums.columns[0], sums.columns[1]};
-  const TileCopy<T, 1 + kReadsX> row_copy(columns, item.lane_channel(), item.group_channels, data.channels,
+  const TileCopy<T, 1 + kReadsX> row_copy(columns, item.lane_channel(), item.warp_channels, data.channels,
                                           data.aligned);
-  const TileCopy<acc_t, kSumsPrefetched> sum_copy(sum_columns, item.lane_channel(), item.group_channels, data.channels,
+  const TileCopy<acc_t, kSumsPrefetched> sum_copy(sum_columns, item.lane_channel(), item.warp_channels, data.channels,
                                                   data.aligned);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
   T* ddecay_or_raw_delta = data.ddecay_or_raw_delta + item.column;
@@ -169,12 +170,13 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) stacks[operand].template pop_if<kPush>(node, h[operand]);
   };
-  walk<Sweep::kDown, kSelective && kReadsX>(
-      item.nodes(plan), item.length(), row_copy, sum_copy, input_weights, data.input_weight_stride * sizeof(T), ring,
-      whole_tree, read_on_chip, visit_row, [&](const Row<T, acc_t>(&rows)[kTileRows]) {
-        for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
-        if constexpr (kParameterGradients) write_input_weight_gradients(rows, dinput_weight_shares, dinput_weights);
-      });
+  const auto finish_tile = [&](const Row<T, acc_t>(&rows)[kTileRows]) {
+    for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
+    if constexpr (kParameterGradients) write_input_weight_gradients(rows, dinput_weight_shares, dinput_weights);
+  };
+  walk<Sweep::kDown, kSelective && kReadsX>(item.nodes(plan), item.length(), row_copy, sum_copy, input_weights,
+                                            data.input_weight_stride * sizeof(T), ring, whole_tree, read_on_chip,
+                                            visit_row, finish_tile);
   if constexpr (kParameterGradients) {
     if (!item.active) return;
     data.dparameters[item.at_run] = dbias;

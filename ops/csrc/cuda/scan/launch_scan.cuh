@@ -28,10 +28,10 @@ inline bool in_one_run(int64_t warps, int64_t length) {
 // log2 of the run length aimed at: short runs make many warps, long ones less to join.
 inline int choose_log2_run(int64_t length) { return length > 2048 ? 6 : 5; }
 
-// log2 of the section length, with about as many runs in a section as there are sections; 31 for few runs, which take
-// less time to join one after the other.
+// log2 of the section length, with about as many runs in a section as there are sections; kUncut for few runs, which
+// take less time to join one after the other.
 inline int choose_log2_section(int64_t length, int log2_run) {
-  if (length < 8192) return 31;
+  if (length < 8192) return kUncut;
   int log2_runs = 0;
   while ((int64_t{1} << (2 * log2_runs + 1)) < length >> log2_run) ++log2_runs;
   return log2_run + log2_runs;
@@ -98,9 +98,9 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
   const bool several_runs = !in_one_run(batch * groups, length);
   Plan plan{};
-  plan.runs.log2_size = several_runs ? choose_log2_run(length) : 31;
-  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : 31;
-  const bool several_sections = plan.sections.log2_size < 31;
+  plan.runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
+  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : kUncut;
+  const bool several_sections = plan.sections.log2_size < kUncut;
   std::vector<at::Tensor> storage;
   const auto indices = [&](int64_t count) {
     storage.push_back(at::empty({batch, count}, ints));

@@ -52,6 +52,8 @@ struct Plan {
   Pieces runs, sections;
 };
 
+constexpr int kUncut = 31;  // log2 of a size that no subtree has: there is one piece only
+
 constexpr int64_t max_pieces(int64_t num_vertices, int log2_size) { return 2 * (num_vertices >> log2_size) + 2; }
 
 constexpr int kPlanThreads = 256;
@@ -113,7 +115,7 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   sections.cuts[at] = t == length - 1 || sections.cut(n, node & kRoot, data.subtree_size[rows + above]);
 }
 
-// The nodes of all sections.
+// The nodes of all sections. Static, since it is the only kernel here that is no template.
 static __global__ void list_sections(Plan plan, int64_t batch) {
   await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -22,8 +22,6 @@ constexpr int kTileRows = 8;                       // rows that are worked on to
 constexpr int kRingTiles = kSlotRows / kTileRows;  // tiles in flight
 constexpr int kNodeBytes = sizeof(uint32_t);
 
-enum class Sweep { kUp, kDown };  // along the postorder, from the leaves to the root, or against it
-
 // What a walk reads of a row.
 template <typename T, typename acc_t>
 struct Row {
@@ -33,8 +31,8 @@ struct Row {
   acc_t input_weight;
 };
 
-// The nodes of a walk over `count` rows. The i-th row of the walk is in the slot of the multiple `first` of kSlotRows
-// at or before i. A lane copies, and marks, the nodes of its own number in each slot.
+// The nodes of a walk over `count` rows. A slot is named by the first of its rows, `first`, a multiple of kSlotRows.
+// Each lane copies, and marks, one node of a slot.
 template <Sweep sweep>
 struct NodeRing {
   const uint32_t* nodes;  // of the run, in postorder
@@ -59,7 +57,7 @@ struct NodeRing {
   __device__ __forceinline__ void mark_past(uint32_t node, int first) const {
     if (first + int(threadIdx.x) >= count) store_shared(lane_address(first), (node & kVertexMask) | kPast);
   }
-  // Of the row that is number `in_slot` of its slot.
+  // Where the node of a row is, which is number `in_slot` of its slot.
   __device__ __forceinline__ uint32_t address(int first, int in_slot) const {
     return slot(first) + in_slot * kNodeBytes;
   }
@@ -72,7 +70,7 @@ struct NodeRing {
 };
 
 // The input weights of the same rows. They pass through a register, since they may be too small for an asynchronous
-// copy: a lane loads its weight of a slot while the slot before it is worked on, and then stores it.
+// copy: each lane loads a weight of a slot while the slot before it is worked on, and then stores it.
 template <typename T, typename acc_t>
 struct WeightRing {
   const T* weights;  // of the image's vertices, so many bytes apart
@@ -101,8 +99,8 @@ class TileCopy {
  public:
   static constexpr int kTileBytes = kMatrices * kTileRows * kWarpChannels * sizeof(T);
 
-  // `columns` point to this lane's channel at the first vertex, which is number `lane_channel` of the warp's
-  // `warp_channels` channels. Whole vectors of 16 bytes are copied if `aligned`, single values otherwise.
+  // `columns` point to this lane's channel at the first vertex; it is number `lane_channel` of the `warp_channels` that
+  // the warp has. Whole vectors of 16 bytes are copied if `aligned`, single values otherwise.
   __device__ TileCopy(const T* const* columns, int lane_channel, int warp_channels, int channels, bool aligned)
       : row_bytes_(channels * sizeof(T)), aligned_(aligned) {
     const int vector = min(int(threadIdx.x) % kRowVectors, max(warp_channels * int(sizeof(T)) / kVectorBytes - 1, 0));

@@ -82,6 +82,8 @@ namespace grootvl {
 
 constexpr int kWarpChannels = kWarpLanes;  // channels that a warp takes: one for each lane
 
+enum class Sweep { kUp, kDown };  // along the postorder, from the leaves to the root, or against it
+
 // What a scan of each direction, and its backward pass, computes.
 enum class Pass {
   kBoth,          // h, both sweeps

@@ -6,7 +6,7 @@
 
 namespace grootvl {
 
-// A warp a block: blocks of several would leave some multiprocessors idle.
+// One warp for each block: larger blocks would leave some multiprocessors idle.
 constexpr int kWalkThreads = kWarpLanes;
 
 // A stack of sums for each lane: the top in a register, the others in shared memory. Each operation is done if the

@@ -29,8 +29,8 @@ struct RunItem {
   int64_t column;  // the channel in that row of (batch, L, D)
   int64_t at_run;  // of run and channel in (batch, runs, D)
   int begin, end, channel;
-  unsigned channel_group;  // which kWarpChannels channels the warp takes
-  int group_channels;      // how many of them there are
+  unsigned channel_group;  // number of the warp's group of kWarpChannels channels
+  int warp_channels;       // channels in that group, fewer in the last one
   bool valid;              // there is such a run
   bool active;             // and such a channel
 
@@ -40,7 +40,7 @@ struct RunItem {
     const unsigned image = blockIdx.x / groups / plan.runs.capacity, run = blockIdx.x / groups % plan.runs.capacity;
     channel_group = blockIdx.x % groups;
     channel = channel_group * kWarpChannels + threadIdx.x;
-    group_channels = min(data.channels - int(channel_group) * kWarpChannels, kWarpChannels);
+    warp_channels = min(data.channels - int(channel_group) * kWarpChannels, kWarpChannels);
     active = channel < data.channels;
     channel = min(channel, data.channels - 1);  // idle lanes read with the others, and write nothing
     rows = int64_t(image) * data.num_vertices;
@@ -56,7 +56,7 @@ struct RunItem {
 
   __device__ __forceinline__ int length() const { return end - begin; }
   __device__ __forceinline__ const uint32_t* nodes(const Plan& plan) const { return plan.nodes + rows + begin; }
-  // Of the lane in its warp, also of idle ones.
+  // The number of the lane's channel among those of the warp.
   __device__ __forceinline__ int lane_channel() const { return channel % kWarpChannels; }
 };
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
   load_weights(kSlotRows);
   for (int slot_first = 0; slot_first < count; slot_first += kSlotRows) {
     const int next_first = slot_first + kSlotRows;
-    await_async_copies<kRingTiles - 1>();
+    await_async_copies<kRingTiles - 1>();  // the next slot's nodes were committed before the tiles in flight
     node_ring.fetch(slot_first + kSlotRows * (kNodeSlots - 1));
     const uint32_t next_nodes = node_ring.own(next_first);
     node_ring.mark_past(next_nodes, next_first);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
     for (int in_slot = 0; in_slot < kSlotRows; in_slot += kTileRows) {
       const int first = slot_first + in_slot;
       if (first >= count) break;
-      await_async_copies<kRingTiles - 1>();
+      await_async_copies<kRingTiles - 1>();  // only the oldest tile must have arrived
       __syncwarp();
       Row<T, acc_t> rows[kTileRows];
       uint32_t flags = 0;
@@ -124,7 +124,7 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
         if constexpr (kWeights) load_shared(weight_ring.address(slot_first, in_slot + j), rows[j].input_weight);
         read(rows[j], node_ring.place(first + j));
       }
-      __syncwarp();
+      __syncwarp();  // all lanes have read the tile
       tile_ring.fetch(first + kSlotRows, next_nodes, in_slot);
       if (!long_run || flags & (kRoot | kPast)) {
 #pragma unroll
@@ -159,7 +159,7 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
   const T *x = data.x + item.column, *grad = data.grad + item.column;
   const T* columns[] = {data.decay_or_raw_delta + item.column, x_operand(pass) == 0 ? x : grad,
                         x_operand(pass) == 0 ? grad : x};
-  const TileCopy<T, 1 + kOperands> rows(columns, item.lane_channel(), item.group_channels, data.channels, data.aligned);
+  const TileCopy<T, 1 + kOperands> rows(columns, item.lane_channel(), item.warp_channels, data.channels, data.aligned);
   const TileCopy<acc_t, 0> no_sums(nullptr, 0, 0, 0, true);
   const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
   const auto discretise = discretisation<kSelective>(data, item);

@@ -69,13 +69,14 @@ class BlockTeam {
   int slot_ = 0;
 };
 
+constexpr int kMaxTeamBlocks = 2044;  // more than one GPU holds at once
+
 // What the blocks of a team need in global memory, zeroed before the launch.
 struct alignas(128) GridScratch {
   unsigned arrived;
   int sums[3];
-  int blocks[2044];  // the blocks' sums in exclusive_sum; more blocks than one GPU holds at once
+  int blocks[kMaxTeamBlocks];  // the blocks' sums in exclusive_sum
 };
-constexpr int kMaxTeamBlocks = 2044;
 
 // `blocks` consecutive blocks of a cooperative launch (only there do all of them run at the same time, so that they can
 // wait for each other).
