@@ -8,7 +8,9 @@
 //     up:    u_v = x_v + sum over the children c of v of a_c u_c
 //     down:  h_root = u_root,   h_v = u_v + a_v (h_parent - a_v u_v)
 //
-// The gradient of the sweep up alone is a sweep down alone of the output's gradient g: h_v = g_v + a_v h_parent.
+// That is the direction "both". The direction "up" is the sweep up alone. The direction "down" is another sweep down
+// alone, from x: h_root = x_root, h_v = x_v + a_v h_parent. These two are each other's gradients: that of "up" for x is
+// the sweep down of the output's gradient, that of "down" the sweep up of it.
 //
 // Order. A scan follows the tree's order backwards: a postorder in which the largest subtree of a vertex comes first.
 // A warp goes over the vertices in this order for 32 channels, a lane each. It needs one running sum a lane: at a
