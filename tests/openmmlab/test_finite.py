@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("mmengine")
 
+import numpy as np
 import torch
 from dense_helpers import build_runner, make_data, skip_without, write_dense_config
 from mmengine.hooks import Hook
@@ -14,7 +15,7 @@ from mmengine.model import BaseModel
 from training_helpers import write_config, write_images
 
 from grootv.openmmlab.classification.metrics import TopKAccuracy
-from grootv.openmmlab.runtime.finite import FiniteValuesHook, require_finite_weights
+from grootv.openmmlab.runtime.finite import FiniteValuesHook, finite_metrics, require_finite_weights
 
 NAN, INF = math.nan, math.inf
 
@@ -143,11 +144,18 @@ def test_no_best_checkpoint_by_a_metric_that_is_not_finite(
     assert len(list(tmp_path.rglob("best_*.pth"))) == 1
 
 
+def test_metrics_that_are_not_finite_count_as_none_whatever_their_type() -> None:
+    metrics = {"a": NAN, "b": np.float32("inf"), "c": np.float64("-inf"), "d": np.float32(1.5), "e": 2, "f": "text"}
+    assert finite_metrics(metrics) == {"a": None, "b": None, "c": None, "d": 1.5, "e": 2, "f": "text"}
+
+
 def test_validation_losses_that_are_not_finite_stop_the_run() -> None:
     hook = FiniteValuesHook()
     hook.after_val_epoch(None, {"val_loss": 1.0, "mIoU": NAN})
     with pytest.raises(FloatingPointError, match="losses of the evaluation are not finite: val_loss=nan"):
         hook.after_val_epoch(None, {"val_loss": NAN, "mIoU": 3.0})
+    with pytest.raises(FloatingPointError, match="val_loss=inf"):
+        hook.after_test_epoch(None, {"val_loss": np.float32("inf")})
 
 
 class MaskingModel(BaseModel):
