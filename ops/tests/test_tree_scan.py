@@ -209,6 +209,22 @@ def test_cuda_equals_cpu(cuda_kernels, num_vertices, channels, shape, dtype, dir
     check([result.cpu() for result in runs[0]], expected, rtol=rounding, atol=accumulation)
 
 
+@each_direction
+@pytest.mark.parametrize("small", range(1, 9))
+def test_small_trees_before_a_large_one(cuda_kernels, small, direction):
+    """Runs are joined eight at a time, here those of several trees, so that what one leaves on the stack meets the
+    next: of 1 to 8 paths of a run each, and a binary tree of 31 runs."""
+    paths = [first * 32 + above for first in range(small) for above in SHAPES["path"](32)]
+    parent = paths + [len(paths) + above for above in SHAPES["binary"](1023)]
+    tree = tree_of([parent])
+    x, decay, grad = operands(1, len(parent), 3, "cpu")
+    decay = decay ** (1 / 64)
+    on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
+    found = Operations.gradients(x.to(cuda_kernels), decay.to(cuda_kernels), on_gpu, grad.to(cuda_kernels), direction)
+    expected = oracles.message_gradients(x, decay, tree, grad, direction)
+    check([result.cpu() for result in found], expected, rtol=1e-10, atol=1e-9)
+
+
 def test_deep_and_wide_trees(compiled_device):
     """100,000 vertices in one branch, and below one vertex: no recursion, no stack that a branch could overrun."""
     num_vertices = 100_000

@@ -25,7 +25,7 @@ __device__ __forceinline__ void join(const Column<acc_t>& column, int first, int
   stack.clear();
   acc_t h = h_above;
   column.template walk<Sweep::kDown>(first, last, stack, [&](int i, const Piece& piece) {
-    if (piece.node & kRoot) h = 0;
+    if (piece.node & kRoot) h = 0, stack.clear();
     stack.template push_if<kLight>(piece.node, h);
     column.P[i * column.channels] = h;  // h_parent(end), from here on
     const acc_t m = up ? h - piece.a_end * (piece.U + piece.beta * piece.E) : h;
