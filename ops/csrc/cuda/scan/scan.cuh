@@ -27,8 +27,10 @@
 //
 // It follows that there are at most 2 L / S + 2 runs, that only the last vertex of a run has its parent in another run,
 // and that all runs below a run hang on one vertex of it, its *bottom*. The vertices with n_v >= S of a run are a path
-// from the bottom to the end, the *chain*. In a grid, where a vertex has at most three children, no run is longer than
-// 3 S. An example with S = 4, in which vertices are numbered in postorder:
+// from the bottom to the end, the *chain*; only the last run of a forest can be without one. In the grid of a map, where
+// a vertex has at most three children, no run is longer than 3 S (a root with four can have a longer one only if the
+// whole tree is smaller than 4 S), and in that of a clip no run is longer than 5 S. An example with S = 4, in which
+// vertices are numbered in postorder:
 //
 //                 14     end of run 4 and root          run   vertices    chain    bottom   end
 //                  |                                      1    1 ...  5    4  5         4     5
