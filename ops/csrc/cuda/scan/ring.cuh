@@ -70,7 +70,7 @@ struct NodeRing {
 };
 
 // The input weights of the same rows. They pass through a register, since they may be too small for an asynchronous
-// copy: each lane loads a weight of a slot while the slot before it is worked on, and then stores it.
+// copy: each lane loads its weight two slots ahead, and stores it one slot ahead.
 template <typename T, typename acc_t>
 struct WeightRing {
   const T* weights;  // of the image's vertices, so many bytes apart
