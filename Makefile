@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
+OPS_SOURCES := ops/setup.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
