@@ -60,8 +60,7 @@ def require_finite_weights(weights: Mapping[str, Tensor], model: nn.Module, what
 def finite_metrics(metrics: Mapping[str, object]) -> dict[str, object]:
     """The metrics with None for each number that is not finite: mmengine's `save_best` passes over None."""
     return {
-        name: None if isinstance(value, Real) and not math.isfinite(value) else value
-        for name, value in metrics.items()
+        name: None if isinstance(value, Real) and not math.isfinite(value) else value for name, value in metrics.items()
     }
 
 
