@@ -71,7 +71,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_ends_like_the_unbroken_run(config: Path, work_dir: Path) -> None:
     first, second = (
-        torch.load(folder / "epoch_3.pth", weights_only=False) for folder in (config.parent / "unbroken", work_dir)
+        torch.load(folder / "epoch_3.pth", weights_only=True) for folder in (config.parent / "unbroken", work_dir)
     )
     for part in ("state_dict", "ema_state_dict"):
         different = [name for name, value in first[part].items() if not torch.equal(value, second[part][name])]
