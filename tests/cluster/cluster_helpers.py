@@ -116,7 +116,7 @@ def finish(process: subprocess.Popen[str], code: int | None, log: Path) -> str:
 
 def assert_equal_ends(first: Path, second: Path) -> None:
     """Weights, their averages and the optimizer's state are the same bits after the last epoch of two runs."""
-    left, right = (torch.load(folder / "epoch_3.pth", weights_only=False) for folder in (first, second))
+    left, right = (torch.load(folder / "epoch_3.pth", weights_only=True) for folder in (first, second))
     for part in ("state_dict", "ema_state_dict"):
         assert left[part].keys() == right[part].keys()
         different = [name for name, value in left[part].items() if not torch.equal(value, right[part][name])]

@@ -1,0 +1,158 @@
+"""Runs each way through the CUDA kernels once, for compute-sanitizer, which is slow:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool racecheck --kernel-name kns=grootvl python tools/sanitize.py
+    compute-sanitizer --tool initcheck --show-backtrace no python tools/sanitize.py
+
+memcheck and synccheck take the same options as racecheck. initcheck does without the kernels' names: with them it does
+not see what other kernels write, and reports it as uninitialised.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import grootvl_ops
+from grootvl_ops import Tree
+
+DEVICE = "cuda"
+# Sums on chip, whole trees, runs, sections of runs; rows that are copied in chunks of 16 bytes, and rows that cannot
+# be.
+SCANS = [
+    (2, 7, 7, 40, torch.float32),
+    (20, 17, 16, 864, torch.float32),
+    (2, 20, 21, 40, torch.float32),
+    (1, 96, 97, 33, torch.float32),
+    (2, 20, 21, 40, torch.float16),
+    (1, 96, 97, 40, torch.float16),
+    (1, 20, 21, 33, torch.bfloat16),
+    (1, 20, 21, 40, torch.float64),
+]
+# Vertices of paths and of forests: sums on chip, runs, sections of runs.
+LENGTHS = [50, 420, 9312]
+# One pixel, a row, trees in shared memory, and in global memory, whose blocks work in teams.
+GRIDS = [(3, 1, 1), (3, 1, 50), (3, 17, 16), (2, 56, 56), (2, 130, 131)]
+CLIPS = [(2, 1, 5, 7), (2, 4, 1, 1), (2, 5, 9, 10), (1, 9, 40, 41)]
+# Channels of which 4, 8, 16 and 32 lanes take a share, and such as are read one at a time.
+FEATURES = [(8, torch.float32), (32, torch.float32), (128, torch.bfloat16), (1024, torch.float16), (33, torch.float64)]
+# Teams of a warp, of the usual size and of a whole block; channels that are read two, four or eight at a time, or
+# singly.
+NORMS = [
+    (40, torch.float32),
+    (33, torch.float32),
+    (1280, torch.float16),
+    (1001, torch.float16),
+    (4000, torch.float32),
+    (2048, torch.float64),
+]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A leaf of the graph; its values come from the CPU, to spare the sanitizer other kernels than ours."""
+    return torch.randn(*shape, dtype=dtype).to(DEVICE).requires_grad_()
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """A leaf with the same values, contiguous, that does not begin at a multiple of 16 bytes."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    memory[1:] = tensor.detach().cpu().flatten()
+    return memory.to(DEVICE)[1:].view_as(tensor).requires_grad_()
+
+
+def backward(result: Tensor, grad_of: Callable[[Tensor], Tensor] = lambda grad: grad) -> None:
+    result.backward(grad_of(torch.randn(result.shape, dtype=result.dtype).to(DEVICE)).detach())
+
+
+def forest(length: int) -> Tree:
+    """Paths, and then a binary tree of half of the vertices."""
+    half, path = length // 2, 70
+    edges = [(vertex - 1, vertex) for vertex in range(half) if vertex % path]
+    edges += [(half + (vertex - 1) // 2, half + vertex) for vertex in range(1, length - half)]
+    weights = torch.ones(1, len(edges)).to(DEVICE)
+    return grootvl_ops.build_tree_from_edges(torch.tensor(edges).to(DEVICE), weights, length)
+
+
+def scan(tree: Tree, channels: int, dtype: torch.dtype, states: int | None = None, with_C: bool = False) -> None:
+    """Both scans and their backward passes in each direction. `states`: None for one without an axis."""
+    batch, length = tree.parent.shape
+    axes = () if states is None else (states,)
+    x, decay = (randn(batch, length, channels, dtype=dtype) for _ in range(2))
+    dt = randn(batch, length, 4, dtype=dtype)
+    parameters = [randn(*shape) for shape in ((channels, 4), (channels,), (channels, *axes))]
+    B, C = (randn(batch, length, *axes, dtype=dtype) for _ in range(2))
+    for direction in grootvl_ops.DIRECTIONS:
+        backward(grootvl_ops.tree_scan(x, decay.sigmoid(), tree, direction))
+        backward(grootvl_ops.selective_scan(x, dt, *parameters, B, tree, direction, C if with_C else None))
+
+
+def sanitize_scans() -> None:
+    for batch, height, width, channels, dtype in SCANS:
+        scan(grootvl_ops.build_tree(randn(batch, height, width, 8)), channels, dtype)
+    for length in LENGTHS:
+        scan(grootvl_ops.path_tree(torch.randperm(length).to(DEVICE)), 40, torch.float32, with_C=True)
+        scan(forest(length), 40, torch.float32)
+    tree = grootvl_ops.build_tree(randn(1, 20, 21, 8))
+    for with_C in (False, True):
+        scan(tree, 40, torch.float32, states=2, with_C=with_C)
+    # A step size for each channel, and rows at addresses that allow no chunks.
+    x, dt, decay = (misaligned(randn(1, 420, 40)) for _ in range(3))
+    backward(grootvl_ops.tree_scan(x, decay, tree), misaligned)
+    backward(grootvl_ops.selective_scan(x, dt, None, None, randn(40), randn(1, 420), tree), misaligned)
+
+
+def sanitize_trees() -> None:
+    for channels, dtype in FEATURES:
+        for metric in grootvl_ops.METRICS:
+            grootvl_ops.edge_weights(randn(2, 17, 19, channels, dtype=dtype), metric)
+            grootvl_ops.edge_weights(randn(2, 3, 9, 10, channels, dtype=dtype), metric)
+    for batch, height, width in GRIDS:
+        weights = grootvl_ops.edge_weights(randn(batch, height, width, 8))
+        root = height * width // 2
+        grootvl_ops.build_tree_from_grid(weights, height, width, root)
+        edges = grootvl_ops.grid_edges(height, width).to(DEVICE)
+        grootvl_ops.build_tree_from_edges(edges, weights, height * width, root)
+    for shape in CLIPS:
+        grootvl_ops.build_tree(randn(*shape, 8))
+    for length in LENGTHS:
+        forest(length)
+
+
+def sanitize_norms() -> None:
+    for channels, dtype in NORMS:
+        h, x, z = (randn(2, 61, channels, dtype=dtype) for _ in range(3))
+        C, parameters = randn(2, 61, dtype=dtype), [randn(channels) for _ in range(5)]
+        of_projection = randn(2, 61, 2 * channels, dtype=dtype)[..., channels:]  # a gate as the model gives it
+        for maps, grad_of in (
+            ((h, x, z), lambda grad: grad),
+            ((h, x, of_projection), lambda grad: grad),
+            ((misaligned(h), misaligned(x), misaligned(z)), misaligned),
+        ):
+            backward(grootvl_ops.gated_norm(*maps, C, *parameters), grad_of)
+        results = (dtype,) if dtype == torch.float64 else (torch.float32, torch.float16)
+        for result in results:
+            backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
+            backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
+
+
+PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_norms}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or grootvl_ops.backend(DEVICE) != "compiled":
+        raise SystemExit("there is nothing to check: no CUDA device, or no compiled kernels for it")
+    torch.manual_seed(0)
+    for part in args.parts:
+        PARTS[part]()
+        torch.cuda.synchronize()
+        print(f"{part}: done")
+
+
+if __name__ == "__main__":
+    main()
