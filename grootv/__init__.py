@@ -16,9 +16,10 @@ if find_spec("grootvl_ops") is None:
         name="grootvl_ops",
     )
 
+from . import flops
 from .models import GrootV, TreeSSM
 
-__all__ = ["GrootV", "TreeSSM"]
+__all__ = ["GrootV", "TreeSSM", "flops"]
 
 try:
     __version__ = version("grootv")

@@ -4,16 +4,15 @@
     python tools/get_flops.py configs/detection/mask-rcnn_grootv-tiny_fpn_1x_coco.py --shape 800 1280
     python tools/get_flops.py configs/segmentation/grootv-tiny_upernet_8xb2-160k_ade20k-512x512.py --shape 512 2048
 
-As in papers, a multiplication with its addition is one FLOP. Elementwise operations are not counted, except norms (five
-FLOPs a value). Tree and scan have their own lines. A segmentor's auxiliary head, used in training only, counts for the
-parameters and not for the FLOPs. A detector's second stage is counted for 1000 boxes and 100 masks.
+As in papers, a multiplication with its addition is one FLOP; the formulas are in `grootv.flops`. Tree and scan have
+their own lines. A segmentor's auxiliary head, used in training only, counts for the parameters and not for the FLOPs.
+A detector's second stage is counted for 1000 boxes and 100 masks.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from math import prod
 
 import timm
 import torch
@@ -22,54 +21,14 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import grootv  # noqa: F401  registers the models in timm
-
-
-def scan_flops(x_shape: list[int], *args: object, **kwargs: object) -> int:
-    """Of the scan of (B, L, D): one for a sweep up or down; in both directions a^2, (1 - a^2) u and + a h more."""
-    one_sweep = "up" in args or "down" in args  # "both" is the default, which PyTorch leaves out
-    return prod(x_shape) * (1 if one_sweep else 4)
-
-
-def selective_scan_flops(
-    x_shape: list[int],
-    dt_shape: list[int],
-    dt_weight_shape: list[int] | None,
-    dt_bias_shape: list[int] | None,
-    A_log_shape: list[int],
-    B_shape: list[int],
-    C_shape: list[int] | None,
-    *args: object,
-    **kwargs: object,
-) -> int:
-    """Of a scan for each state, and of the sum over the states if C weights them."""
-    states = A_log_shape[1] if len(A_log_shape) == 2 else 1
-    return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
-
-
-def step_projection_flops(
-    x_shape: list[int], dt_shape: list[int], dt_weight_shape: list[int] | None, *args: object, **kwargs: object
-) -> int:
-    """Of the product that makes the step size of each channel from one of low rank."""
-    return prod(x_shape) * dt_shape[-1] if dt_weight_shape is not None else 0
-
-
-def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: object) -> int:
-    """Of the edge weights of (B, H, W, C) maps: a product of C channels for each edge, one for each pixel's norm."""
-    batch, height, width, channels = features_shape
-    edges = (height - 1) * width + height * (width - 1)
-    return batch * channels * (edges + height * width)
-
-
-def norm_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
-    """Of a norm: five for each value."""
-    return 5 * prod(input_shape)
-
-
-def two_norms_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
-    """Of the two norms after a scan."""
-    return 2 * norm_flops(input_shape)
-
+from grootv.flops import (
+    edge_weights_flops,
+    norm_flops,
+    scan_flops,
+    selective_scan_flops,
+    step_projection_flops,
+    two_norms_flops,
+)
 
 # What operations add to the parts of the table. PyTorch counts the others: convolutions and products.
 _COUNTED: dict[torch._ops.OpOverloadPacket, dict[str, Callable[..., int]]] = {

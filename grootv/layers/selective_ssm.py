@@ -39,19 +39,20 @@ class SelectiveSSM(TraceLeaf):
         dim: Channels of the input and output.
         expand: Inner channels per input channel.
         d_state: N.
+        dilation: Of the depthwise convolution, for maps that are finer than those that the weights were trained on.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: dim, expand or d_state less than 1.
+        ValueError: dim, expand, d_state or dilation less than 1.
     """
 
     # TorchScript asks for these once, when it compiles the module, and leaves out the branches that they exclude.
     __constants__ = ["fuses_step", "fuses_norms"]
     __jit_unused_properties__ = ["fuses_step", "fuses_norms"]
 
-    def __init__(self, dim: int, expand: int = 2, d_state: int = 1, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, expand: int = 2, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("expand", expand), ("d_state", d_state)):
+        for name, value in {"dim": dim, "expand": expand, "d_state": d_state, "dilation": dilation}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         dd = {"device": device, "dtype": dtype}
@@ -61,7 +62,9 @@ class SelectiveSSM(TraceLeaf):
         self.dt_rank = math.ceil(dim / 16)
 
         self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False, **dd)
-        self.conv = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim, bias=False, **dd)
+        self.conv = nn.Conv2d(
+            inner_dim, inner_dim, 3, padding=dilation, dilation=dilation, groups=inner_dim, bias=False, **dd
+        )
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(inner_dim, self.dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(self.dt_rank, inner_dim, **dd)

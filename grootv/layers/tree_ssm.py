@@ -33,13 +33,14 @@ class TreeSSM(SelectiveSSM):
         dim: Channels of the input and output.
         expand: Inner channels per input channel.
         d_state: States of each inner channel; published: 1.
+        dilation: Of the depthwise convolution, for maps that are finer than those that the weights were trained on.
         metric: Dissimilarity of neighbouring pixels: "cosine", "euclidean" or "manhattan".
         root: "all": every pixel aggregates the whole map, as if it were the root; "first": the only root is the first
             pixel, so that every pixel aggregates the subtree below it.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: an unknown metric or root; dim, expand or d_state less than 1.
+        ValueError: an unknown metric or root; dim, expand, d_state or dilation less than 1.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TreeSSM(SelectiveSSM):
         d_state: int = 1,
         metric: str = "cosine",
         root: str = "all",
+        dilation: int = 1,
         device=None,
         dtype=None,
     ) -> None:
@@ -56,7 +58,7 @@ class TreeSSM(SelectiveSSM):
             raise ValueError(f"metric must be one of {grootvl_ops.METRICS}, got {metric!r}")
         if root not in ROOTS:
             raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
-        super().__init__(dim, expand, d_state, device=device, dtype=dtype)
+        super().__init__(dim, expand, d_state, dilation, device=device, dtype=dtype)
         self.metric = metric
         self.root = root
         self.direction = _DIRECTIONS[root]

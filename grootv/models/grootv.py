@@ -104,12 +104,21 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride two and a norm: (B, C_in, H, W) to (B, C, H / 2, W / 2)."""
+    """3x3 convolution and a norm: (B, C_in, H, W) to (B, C, H / 2, W / 2), or with a stride of one to (B, C, H, W)."""
 
-    def __init__(self, in_dim: int, dim: int, norm_layer: Layer = LayerNorm, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        norm_layer: Layer = LayerNorm,
+        stride: int = 2,
+        dilation: int = 1,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=dilation, dilation=dilation, bias=False, **dd)
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +189,9 @@ class GrootVStage(nn.Module):
     Args:
         in_dim, dim: Channels of the input and output.
         depth: Blocks.
-        downsample: Whether the stage begins with a convolution of stride two.
+        downsample: Whether the stage begins with a convolution, to `dim` channels.
+        stride: Of that convolution.
+        dilation: Of that convolution, and of the mixers, which get theirs as `dilation` if it is not one.
         mlp_ratio, mixer, norm_layer, act_layer: As of `GrootVBlock`.
         drop_path: For each block.
         tree_per: One tree for each "block", or one for the "stage", built by its first block.
@@ -202,14 +213,20 @@ class GrootVStage(nn.Module):
         tree_per: str = "block",
         norm_layer: Layer = LayerNorm,
         act_layer: Layer = nn.GELU,
+        stride: int = 2,
+        dilation: tuple[int, int] = (1, 1),
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if dilation[1] != 1:
+            mixer = partial(mixer, dilation=dilation[1])
         self.grad_checkpointing = False
         self.share_tree = tree_per == "stage"
-        self.downsample = Downsample(in_dim, dim, norm_layer, **dd) if downsample else nn.Identity()
+        self.downsample = (
+            Downsample(in_dim, dim, norm_layer, stride, dilation[0], **dd) if downsample else nn.Identity()
+        )
         self.blocks = nn.ModuleList(
             GrootVBlock(dim, mlp_ratio, drop_path[i], mixer, norm_layer, act_layer, **dd) for i in range(depth)
         )
@@ -296,6 +313,9 @@ class GrootV(nn.Module):
         in_chans: Channels of the input image.
         num_classes: Classes of the classifier; 0 for none.
         global_pool: timm's name of the pooling, "" for none.
+        output_stride: Pixels of the image, in height and width, for each pixel of the last stage's map: 32, or 16, 8 or
+            4 for finer maps by convolutions of stride one, which are dilated, as the mixers' are. Another mixer than
+            `TreeSSM` must then take `dilation`.
         dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratio: Hidden channels of a block's MLP per channel.
@@ -313,8 +333,8 @@ class GrootV(nn.Module):
 
     Raises:
         ValueError: dims and depths of different length; numbers out of range; a pooling, norm or activation that timm
-            does not know; an unknown metric, root or tree_per; metric, root or d_state beside a mixer, which would not
-            see them; one tree for each stage, but a mixer that takes no tree.
+            does not know; an unknown metric, root, tree_per or output_stride; metric, root or d_state beside a mixer,
+            which would not see them; one tree for each stage, but a mixer that takes no tree.
     """
 
     def __init__(
@@ -322,6 +342,7 @@ class GrootV(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        output_stride: int = 32,
         dims: tuple[int, ...] = (80, 160, 320, 640),
         depths: tuple[int, ...] = (2, 2, 9, 2),
         mlp_ratio: float = 4.0,
@@ -350,6 +371,8 @@ class GrootV(nn.Module):
         for name, value in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
+        if output_stride not in (4, 8, 16, 32):
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
         if mixer is None:
@@ -371,7 +394,13 @@ class GrootV(nn.Module):
         self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
+        reduction, dilation = 4, 1
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            stride = 2 if i > 0 and reduction < output_stride else 1
+            reduction *= stride
+            first_dilation = dilation
+            if i > 0 and stride == 1:
+                dilation *= 2
             stages.append(
                 GrootVStage(
                     dims[max(i - 1, 0)],
@@ -384,10 +413,12 @@ class GrootV(nn.Module):
                     tree_per=tree_per,
                     norm_layer=norm_layer,
                     act_layer=act_layer,
+                    stride=stride,
+                    dilation=(first_dilation, dilation),
                     **dd,
                 )
             )
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.head = GrootVHead(self.num_features, num_classes, global_pool, drop_rate, act_layer=act_layer, **dd)
@@ -517,7 +548,7 @@ class GrootV(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) images to the last stage's (B, C, H / 32, W / 32) map."""
+        """(B, C_in, H, W) images to the last stage's (B, C, H / output_stride, W / output_stride) map."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -143,6 +143,7 @@ def test_initial_rates_of_several_states() -> None:
         (lambda: TreeSSM(0), ValueError, "dim must be at least 1, got 0"),
         (lambda: TreeSSM(8, expand=0), ValueError, "expand must be at least 1, got 0"),
         (lambda: TreeSSM(8, d_state=0), ValueError, "d_state must be at least 1, got 0"),
+        (lambda: TreeSSM(8, dilation=0), ValueError, "dilation must be at least 1, got 0"),
         (lambda: TreeSSM(8, metric="dot"), ValueError, "metric must be one of .*'dot'"),
         (lambda: TreeSSM(8, root="last"), ValueError, "root must be one of .*'last'"),
         (lambda: make()(double(2, 12, DIM)), ValueError, r"x must be \(B, H, W, 20\), got \[2, 12, 20\]"),

@@ -92,6 +92,7 @@ def test_weights_after_the_meta_device():
         ({"root": "last"}, "root must be one of .*'last'"),
         ({"tree_per": "model"}, "tree_per must be one of .*'model'"),
         ({"dims": (16, 32)}, r"dims and depths .*\(16, 32\)"),
+        ({"output_stride": 24}, "output_stride must be 4, 8, 16 or 32, got 24"),
     ],
 )
 def test_bad_options(kwargs, message):
@@ -281,6 +282,38 @@ def test_modules_pass_on_nchw_maps_of_channels_last_memory():
         assert stage.shape == outputs[f"stages.{i}"].shape == (2, DIMS[i], 16 // 2**i, 24 // 2**i)
         assert torch.equal(stage.permute(0, 2, 3, 1), twin) and twin.is_contiguous()
     assert features is stages[-1]
+
+
+class Depthwise(nn.Conv2d):
+    """A mixer that knows nothing of trees, for which finer maps have the coarser ones in them."""
+
+    def __init__(self, dim: int, dilation: int = 1, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("output_stride, reductions", [(16, [4, 8, 16, 16]), (8, [4, 8, 8, 8]), (4, [4, 4, 4, 4])])
+def test_output_stride(output_stride, reductions):
+    """Every second pixel of a dilated stage is a pixel of the strided one, as long as mixers see a window only."""
+    coarse = small(mixer=Depthwise).double().eval()
+    fine = small(mixer=Depthwise, output_stride=output_stride).double().eval()
+    fine.load_state_dict(coarse.state_dict())
+    assert [info["reduction"] for info in fine.feature_info] == reductions
+    images = image(2, 3, 64, 96).double()
+    maps = fine.forward_intermediates(images, intermediates_only=True)
+    expected = coarse.forward_intermediates(images, intermediates_only=True)
+    for i, (actual, e) in enumerate(zip(maps, expected, strict=True)):
+        step = 4 * 2**i // reductions[i]
+        assert actual.shape[2:] == (64 // reductions[i], 96 // reductions[i])
+        torch.testing.assert_close(actual[:, :, ::step, ::step], e)
+
+    trees = small(output_stride=output_stride).eval()
+    trees.load_state_dict(small().state_dict())
+    assert trees(images.float()).shape == (2, 10)
+    dilations = {module.dilation[0] for module in trees.modules() if isinstance(module, nn.Conv2d)}
+    assert max(dilations) == 32 // output_stride
 
 
 def test_blocks_take_maps_of_any_memory():

@@ -11,6 +11,7 @@ import timm
 import torch
 from dense_helpers import skip_without
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from training_helpers import ROOT
 
 import grootvl_ops
@@ -103,3 +104,19 @@ def test_a_scan_of_one_sweep_costs_a_quarter(tool: ModuleType) -> None:
         model = timm.create_model("grootv_nano", root=root).eval()
         scans.append(tool.count_flops(lambda model=model: model(torch.randn(1, 3, 32, 32)))["scan"])
     assert scans[0] == 4 * scans[1]
+
+
+def test_pytorchs_counter_counts_twice_as_much(tool: ModuleType) -> None:
+    """It counts multiplications and additions, and, like the table, what the fused operations do."""
+    tree = grootvl_ops.path_tree(torch.arange(6))
+    x, dt, B = torch.ones(2, 6, 8), torch.ones(2, 6, 4), torch.ones(2, 6, 3)
+    weight = torch.ones(8)
+
+    def run() -> None:
+        h = grootvl_ops.selective_scan(x, dt, torch.ones(8, 4), None, torch.ones(8, 3), B, tree, "up", B)
+        h = grootvl_ops.gated_norm(grootvl_ops.tree_scan(h, x, tree), x, x, B[..., 0], *[weight] * 5, 1e-5)
+        grootvl_ops.edge_weights(grootvl_ops.layer_norm(h, weight, weight, 1e-6).view(2, 2, 3, 8))
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == 2 * sum(tool.count_flops(run).values())
