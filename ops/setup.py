@@ -86,6 +86,8 @@ def extension(cuda: bool):
         cxx = ["-O3", "-std=c++17", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
         # No program can see these differences, and without them loops with a comparison are not vectorised.
         cxx += ["-fno-trapping-math", "-fno-math-errno"]
+        # A backward pass computes again what the forward pass did, and must get the same bits.
+        cxx += ["-ffp-contract=off"]
     if checked():
         cxx.append("/DGROOTVL_CHECKED" if os.name == "nt" else "-DGROOTVL_CHECKED")
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
