@@ -2,6 +2,7 @@
 
 from grootv.layers import TreeSSM
 
+from .card import model_card
 from .grootv import (
     GrootV,
     checkpoint_filter_fn,
@@ -19,4 +20,5 @@ __all__ = [
     "grootv_nano",
     "grootv_small",
     "grootv_tiny",
+    "model_card",
 ]
