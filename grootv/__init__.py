@@ -17,9 +17,9 @@ if find_spec("grootvl_ops") is None:
     )
 
 from . import flops
-from .models import GrootV, TreeSSM
+from .models import GrootV, TreeSSM, model_card
 
-__all__ = ["GrootV", "TreeSSM", "flops"]
+__all__ = ["GrootV", "TreeSSM", "flops", "model_card"]
 
 try:
     __version__ = version("grootv")

@@ -2,6 +2,7 @@
 
 from grootv.layers import TreeSSM
 
+from .card import model_card
 from .grootv import (
     GrootV,
     checkpoint_filter_fn,
@@ -20,6 +21,7 @@ __all__ = [
     "grootv_nano",
     "grootv_small",
     "grootv_tiny",
+    "model_card",
 ]
 
 guard_timm()
