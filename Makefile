@@ -1,10 +1,14 @@
 # make demo    train a small model on real digits, evaluate it, draw pictures
 # make test    the whole test suite
 # Both set up .venv first, from pinned versions; later calls reuse it.
+# make test-integrations    GrootV in other packages, of which it installs some thirty, into .venv-integrations
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install --quiet \
+  --constraint constraints.txt --constraint constraints-integrations.txt
 OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
@@ -15,7 +19,7 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-detection demo-segmentation test lint format bench clean
+.PHONY: demo demo-detection demo-segmentation test test-integrations lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -29,6 +33,9 @@ demo-segmentation: $(VENV)/openmmlab
 
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
+
+test-integrations: $(INTEGRATIONS)/integrations
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -46,7 +53,7 @@ bench: $(VENV)/train
 	fi
 
 clean:
-	rm -rf $(VENV) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
+	rm -rf $(VENV) $(INTEGRATIONS) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
 # The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, tests.
 $(VENV)/torch: constraints.txt
@@ -70,4 +77,11 @@ $(VENV)/openmmlab: $(VENV)/train
 $(VENV)/test: $(VENV)/openmmlab
 	$(PIP) --editable ".[test]"
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
+	touch $@
+
+$(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pyproject.toml $(OPS_SOURCES)
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS_PIP) torch torchvision setuptools wheel ninja
+	$(INTEGRATIONS_PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	$(INTEGRATIONS_PIP) --editable ".[integrations]"
 	touch $@
