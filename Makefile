@@ -1,13 +1,27 @@
+<<<<<<< HEAD
 # make demo           train a small model on real digits, evaluate it, draw pictures
 # make demo-language  train a small language model on Python's documentation, fine-tune it in three ways
 # make test           the whole test suite
 # make test-faults    kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
 # They set up .venv first, from pinned versions; later calls reuse it.
+=======
+# make demo    train a small model on real digits, evaluate it, draw pictures
+# make test    the whole test suite
+# Both set up .venv first, from pinned versions; later calls reuse it.
+# make test-integrations    GrootV in other packages, of which it installs some thirty, into .venv-integrations
+>>>>>>> plug
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+<<<<<<< HEAD
 OPS_SOURCES := ops/setup.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
+=======
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install --quiet \
+  --constraint constraints.txt --constraint constraints-integrations.txt
+OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
+>>>>>>> plug
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
@@ -17,7 +31,11 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+<<<<<<< HEAD
 .PHONY: demo demo-detection demo-segmentation demo-language test test-faults sanitize-cpu lint format bench clean
+=======
+.PHONY: demo demo-detection demo-segmentation test test-integrations lint format bench clean
+>>>>>>> plug
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -35,6 +53,7 @@ demo-language: $(VENV)/language
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
 
+<<<<<<< HEAD
 # The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize-cpu: $(VENV)/test
 	PYTHON=$(CURDIR)/$(VENV)/bin/python ops/tests/sanitize_cpu.sh
@@ -42,6 +61,10 @@ sanitize-cpu: $(VENV)/test
 test-faults: export FAULT_TRIES ?= 20
 test-faults: $(VENV)/test
 	$(VENV)/bin/python -m pytest tests/faults
+=======
+test-integrations: $(INTEGRATIONS)/integrations
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
+>>>>>>> plug
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -59,7 +82,7 @@ bench: $(VENV)/train
 	fi
 
 clean:
-	rm -rf $(VENV) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
+	rm -rf $(VENV) $(INTEGRATIONS) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
 # The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, tests.
 $(VENV)/torch: constraints.txt
@@ -87,4 +110,11 @@ $(VENV)/language: $(VENV)/ops pyproject.toml
 $(VENV)/test: $(VENV)/openmmlab $(VENV)/language
 	$(PIP) --editable ".[test]"
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
+	touch $@
+
+$(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pyproject.toml $(OPS_SOURCES)
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS_PIP) torch torchvision setuptools wheel ninja
+	$(INTEGRATIONS_PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	$(INTEGRATIONS_PIP) --editable ".[integrations]"
 	touch $@
