@@ -1,27 +1,17 @@
-<<<<<<< HEAD
-# make demo           train a small model on real digits, evaluate it, draw pictures
-# make demo-language  train a small language model on Python's documentation, fine-tune it in three ways
-# make test           the whole test suite
-# make test-faults    kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
+# make demo               train a small model on real digits, evaluate it, draw pictures
+# make demo-language      train a small language model on Python's documentation, fine-tune it in three ways
+# make test               the whole test suite
+# make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
+# make test-integrations  GrootV in other packages, of which it installs some thirty, into .venv-integrations
 # They set up .venv first, from pinned versions; later calls reuse it.
-=======
-# make demo    train a small model on real digits, evaluate it, draw pictures
-# make test    the whole test suite
-# Both set up .venv first, from pinned versions; later calls reuse it.
-# make test-integrations    GrootV in other packages, of which it installs some thirty, into .venv-integrations
->>>>>>> plug
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-<<<<<<< HEAD
-OPS_SOURCES := ops/setup.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
-=======
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install --quiet \
   --constraint constraints.txt --constraint constraints-integrations.txt
-OPS_SOURCES := ops/setup.py ops/pyproject.toml $(wildcard ops/grootvl_ops/*.py) $(shell find ops/csrc -type f)
->>>>>>> plug
+OPS_SOURCES := ops/setup.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
@@ -31,11 +21,8 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-<<<<<<< HEAD
-.PHONY: demo demo-detection demo-segmentation demo-language test test-faults sanitize-cpu lint format bench clean
-=======
-.PHONY: demo demo-detection demo-segmentation test test-integrations lint format bench clean
->>>>>>> plug
+.PHONY: demo demo-detection demo-segmentation demo-language test test-faults test-integrations sanitize-cpu lint format \
+  bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -53,7 +40,6 @@ demo-language: $(VENV)/language
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
 
-<<<<<<< HEAD
 # The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize-cpu: $(VENV)/test
 	PYTHON=$(CURDIR)/$(VENV)/bin/python ops/tests/sanitize_cpu.sh
@@ -61,10 +47,9 @@ sanitize-cpu: $(VENV)/test
 test-faults: export FAULT_TRIES ?= 20
 test-faults: $(VENV)/test
 	$(VENV)/bin/python -m pytest tests/faults
-=======
+
 test-integrations: $(INTEGRATIONS)/integrations
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
->>>>>>> plug
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
