@@ -19,15 +19,15 @@ SIZES = {
 each_model = pytest.mark.parametrize("name", SIZES)
 
 
-def make(name: str, **kwargs) -> nn.Module:
+def make(name: str, device: str = "cpu", **kwargs) -> nn.Module:
     """A model in evaluation mode, with random weights of a size that lets every layer change the outputs."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**SIZES[name], "num_classes": 5, **kwargs})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model.eval().to(device)
 
 
-def images(number: int = 2) -> Tensor:
-    return torch.randn(number, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+def images(number: int = 2, device: str | torch.device = "cpu") -> Tensor:
+    return torch.randn(number, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)

@@ -257,9 +257,9 @@ def test_forward_intermediates(output_fmt):
         model.forward_intermediates(images, output_fmt="NLC")
 
 
-def test_modules_pass_on_nchw_maps_of_channels_last_memory():
+def test_modules_pass_on_nchw_maps_of_channels_last_memory(device):
     """As ConvNeXt's modules do, and a map that leaves a module is the result of its last layer: nothing is copied."""
-    model = small().eval()
+    model, images = small().eval().to(device), image(2, 3, 64, 96).to(device)
     layers = {"stem": model.stem.norm2, "stages.1.downsample": model.stages[1].downsample.norm}
     for i, stage in enumerate(model.stages):
         layers[f"stages.{i}"] = stage.norm
@@ -272,8 +272,8 @@ def test_modules_pass_on_nchw_maps_of_channels_last_memory():
         if last is not None:
             last.register_forward_hook(lambda layer, inputs, output: memory.update({layer: output.data_ptr()}))
     with torch.no_grad():
-        features, stages = model.forward_intermediates(image(2, 3, 64, 96))
-        nhwc = model.forward_intermediates(image(2, 3, 64, 96), output_fmt="NHWC", intermediates_only=True)
+        features, stages = model.forward_intermediates(images)
+        nhwc = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
     for name, output in outputs.items():
         assert output.shape[0] == 2 and output.is_contiguous(memory_format=torch.channels_last), name
         if layers[name] is not None:
