@@ -97,9 +97,13 @@ $(VENV)/test: $(VENV)/openmmlab $(VENV)/language
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@
 
+# mmpretrain is apart: mmsegmentation imports it where it finds it, and it does not import beside transformers 5.
 $(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pyproject.toml $(OPS_SOURCES)
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS_PIP) torch torchvision setuptools wheel ninja
 	$(INTEGRATIONS_PIP) --no-build-isolation --no-deps --force-reinstall ./ops
 	$(INTEGRATIONS_PIP) --editable ".[integrations]"
+	rm -rf $(INTEGRATIONS)/share/mmpretrain
+	$(INTEGRATIONS_PIP) --no-deps --target $(INTEGRATIONS)/share/mmpretrain \
+	  onedl-mmpretrain mat4py modelindex model-index ordered-set
 	touch $@

@@ -280,7 +280,8 @@ def test_modules_pass_on_nchw_maps_of_channels_last_memory(device):
             assert output.data_ptr() == memory[layers[name]], name
     for i, (stage, twin) in enumerate(zip(stages, nhwc, strict=True)):
         assert stage.shape == outputs[f"stages.{i}"].shape == (2, DIMS[i], 16 // 2**i, 24 // 2**i)
-        assert torch.equal(stage.permute(0, 2, 3, 1), twin) and twin.is_contiguous()
+        torch.testing.assert_close(stage.permute(0, 2, 3, 1), twin)
+        assert twin.is_contiguous()
     assert features is stages[-1]
 
 
