@@ -160,7 +160,7 @@ def test_pruning(name: str, device: str) -> None:
     assert train(model) == pytest.approx(train(permanent), rel=1e-4)  # several backward passes
     for layer in linear_layers(permanent):
         prune.remove(layer, "weight")
-        assert (layer.weight == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+        assert (layer.weight == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
     torch.testing.assert_close(model(images(device=device)), permanent(images(device=device)), rtol=1e-4, atol=1e-5)
 
 
