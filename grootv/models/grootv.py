@@ -37,8 +37,9 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from grootv.layers import LayerNorm, TreeSSM
+from grootv.layers import LayerNorm, PathSSM, TreeSSM
 from grootv.layers.norms import norm_for_product
+from grootv.layers.path_ssm import PATH_SCANS
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn, official_to_own
@@ -47,6 +48,7 @@ from .released import require_weights
 __all__ = ["GrootV", "checkpoint_filter_fn"]
 
 TREE_PER = ("block", "stage")
+SCANS = ("tree", *PATH_SCANS)
 
 Layer = Callable[..., nn.Module]
 """What makes a layer: a class, or a function with the same arguments."""
@@ -319,10 +321,13 @@ class GrootV(nn.Module):
         dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratio: Hidden channels of a block's MLP per channel.
-        metric, root, d_state: Of the mixer, a `TreeSSM`.
-        mixer: Another mixer in place of `TreeSSM`: what makes it from `dim`, `device` and `dtype`, such as
-            `partial(TreeSSM, expand=1)` or a class of modules from (B, H, W, dim) to (B, H, W, dim). It brings its own
-            initialisation, in `reset_parameters`.
+        scan: What mixers scan along: a minimum spanning tree ("tree", a `TreeSSM`) or paths of pixels ("raster",
+            "bidirectional", "cross", a `PathSSM`), with the same parameters.
+        metric, root: Of the tree.
+        d_state: States of each inner channel of a mixer.
+        mixer: Another mixer: what makes it from `dim`, `device` and `dtype`, such as `partial(TreeSSM, expand=1)` or a
+            class of modules from (B, H, W, dim) to (B, H, W, dim). It brings its own initialisation, in
+            `reset_parameters`.
         tree_per: One tree for each "block", or one for each "stage", built by its first block.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth; grows linearly from 0 in the first block to this in the last.
@@ -333,8 +338,9 @@ class GrootV(nn.Module):
 
     Raises:
         ValueError: dims and depths of different length; numbers out of range; a pooling, norm or activation that timm
-            does not know; an unknown metric, root, tree_per or output_stride; metric, root or d_state beside a mixer,
-            which would not see them; one tree for each stage, but a mixer that takes no tree.
+            does not know; an unknown scan, metric, root, tree_per or output_stride; scan, metric, root or d_state
+            beside a mixer, or metric or root beside paths, which would not see them; one tree for each stage, but a
+            mixer that takes no tree.
     """
 
     def __init__(
@@ -346,6 +352,7 @@ class GrootV(nn.Module):
         dims: tuple[int, ...] = (80, 160, 320, 640),
         depths: tuple[int, ...] = (2, 2, 9, 2),
         mlp_ratio: float = 4.0,
+        scan: str = "tree",
         metric: str = "cosine",
         root: str = "all",
         tree_per: str = "block",
@@ -375,13 +382,20 @@ class GrootV(nn.Module):
             raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
-        if mixer is None:
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        if mixer is not None:
+            if (scan, metric, root, d_state) != ("tree", "cosine", "all", 1):
+                raise ValueError(
+                    f"scan, metric, root and d_state have no effect on mixer={mixer}: "
+                    "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
+                )
+        elif scan == "tree":
             mixer = partial(TreeSSM, metric=metric, root=root, d_state=d_state)
-        elif (metric, root, d_state) != ("cosine", "all", 1):
-            raise ValueError(
-                f"metric, root and d_state are TreeSSM's and have no effect on mixer={mixer}: "
-                "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
-            )
+        elif (metric, root) != ("cosine", "all"):
+            raise ValueError(f"metric and root choose a tree and have no effect on scan={scan!r}")
+        else:
+            mixer = partial(PathSSM, scan=scan, d_state=d_state)
         norm_layer = _find_layer("norm_layer", get_norm_layer, norm_layer)
         act_layer = _find_layer("act_layer", get_act_layer, act_layer)
         _find_layer("global_pool", lambda name: SelectAdaptivePool2d(pool_type=name), global_pool)

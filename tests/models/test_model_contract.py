@@ -189,7 +189,7 @@ def test_scan_under_autocast_is_computed_in_float32():
 def test_tree_per_stage_builds_one_tree_a_stage(monkeypatch):
     built = []
     build = scans._build_tree
-    monkeypatch.setattr(scans, "_build_tree", lambda x, metric: built.append(x.shape) or build(x, metric))
+    monkeypatch.setattr(scans, "_build_tree", lambda x, *args: built.append(x.shape) or build(x, *args))
     images = image(2, 3, 64, 64)
     shared, own = small(tree_per="stage").eval(), small().eval()
     own.load_state_dict(shared.state_dict())
