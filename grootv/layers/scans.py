@@ -126,7 +126,13 @@ def _paths_of_size(features: Tensor, cross: bool) -> list[Tree]:
             or torch._C._len_torch_dispatch_stack()
         ):
             return _kept_paths(features, cross)
-    return _make_paths(features.size(1), features.size(2), cross, features.device)
+    paths = _make_paths(features.size(1), features.size(2), cross, features.device)
+    # A trace of one image would find that one path is enough, and keep this for batches of more.
+    batch = features.size(0)
+    return [
+        Tree(path.parent.expand(batch, -1), path.order.expand(batch, -1), path.subtree_size.expand(batch, -1))
+        for path in paths
+    ]
 
 
 # A traced call would keep the map size that it was traced with; scripted inside a trace, it takes any.
