@@ -7,6 +7,17 @@ from .norms import LayerNorm
 from .path_ssm import PathSSM
 from .scans import bidirectional, cross, raster, spanning_tree
 from .selective_ssm import SelectiveSSM
+from .ss2d import SS2D
 from .tree_ssm import TreeSSM
 
-__all__ = ["LayerNorm", "PathSSM", "SelectiveSSM", "TreeSSM", "bidirectional", "cross", "raster", "spanning_tree"]
+__all__ = [
+    "SS2D",
+    "LayerNorm",
+    "PathSSM",
+    "SelectiveSSM",
+    "TreeSSM",
+    "bidirectional",
+    "cross",
+    "raster",
+    "spanning_tree",
+]

@@ -235,7 +235,7 @@ class TestPretrained:
         self.assert_loaded(self.load(tmp_path, weights, prefix="student."), whole.state_dict())
         with pytest.raises(ValueError, match=r"prefix must be one of \['teacher.', 'student.'\]"):
             self.load(tmp_path, weights)
-        with pytest.raises(ValueError, match="no GrootV weights under the prefix 'neck.'"):
+        with pytest.raises(ValueError, match="no GrootV or VMamba weights under the prefix 'neck.'"):
             self.load(tmp_path, weights, prefix="neck.")
 
     def test_a_missing_parameter_stops(self, whole: torch.nn.Module, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ class TestPretrained:
             self.load(tmp_path, whole.state_dict(), dims=(10, 20))
 
     def test_another_model_stops(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"no GrootV weights.*it begins with conv1\.weight"):
+        with pytest.raises(ValueError, match=r"no GrootV or VMamba weights.*it begins with conv1\.weight"):
             self.load(tmp_path, {"conv1.weight": torch.zeros(1)})
 
     def test_a_missing_file_stops(self) -> None:
