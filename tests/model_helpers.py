@@ -59,15 +59,16 @@ class ReferenceScan(torch.autograd.Function):
         return *reference.tree_scan_backward(grad, *ctx.saved_tensors, ctx.direction), None, None, None, None
 
 
-def reference_tree(features: Tensor, metric: str) -> grootvl_ops.Tree:
-    weights = reference.edge_weights(features.detach(), metric)
-    return grootvl_ops.Tree(*reference.grid_tree(weights, features.shape[1], features.shape[2], 0))
+def reference_tree(features: Tensor, metric: str, root: str) -> grootvl_ops.Tree:
+    _, height, width, _ = features.shape
+    weights, number = reference.edge_weights(features.detach(), metric), {"first": 0, "last": height * width - 1}[root]
+    return grootvl_ops.Tree(*reference.grid_tree(weights, height, width, number))
 
 
 @contextmanager
 def plain_operations(
     scan: Callable[..., Tensor] = ReferenceScan.apply,
-    build_tree: Callable[[Tensor, str], grootvl_ops.Tree] = reference_tree,
+    build_tree: Callable[[Tensor, str, str], grootvl_ops.Tree] = reference_tree,
 ) -> Iterator[None]:
     """Models run on the definitions of the operations in plain PyTorch, with the gradients of autograd."""
 

@@ -164,8 +164,8 @@ def test_a_file_of_another_size():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"conv1.weight": torch.zeros(1)}, "no GrootV weights.*it begins with conv1.weight"),
-        ({"epoch": 3}, "no GrootV weights.*it begins with nothing"),
+        ({"conv1.weight": torch.zeros(1)}, "no GrootV or VMamba weights.*it begins with conv1.weight"),
+        ({"epoch": 3}, "no GrootV or VMamba weights.*it begins with nothing"),
         (
             {f"{prefix}.stem.conv1.weight": torch.zeros(1) for prefix in ("teacher", "student")},
             r"several backbones.*\['teacher.', 'student.'\]",

@@ -89,7 +89,7 @@ def test_weights_after_the_meta_device():
     "kwargs, message",
     [
         ({"metric": "dot"}, "metric must be one of .*'dot'"),
-        ({"root": "last"}, "root must be one of .*'last'"),
+        ({"root": "middle"}, "root must be one of .*'middle'"),
         ({"tree_per": "model"}, "tree_per must be one of .*'model'"),
         ({"dims": (16, 32)}, r"dims and depths .*\(16, 32\)"),
         ({"output_stride": 24}, "output_stride must be 4, 8, 16 or 32, got 24"),
@@ -189,7 +189,7 @@ def test_scan_under_autocast_is_computed_in_float32():
 def test_tree_per_stage_builds_one_tree_a_stage(monkeypatch):
     built = []
     build = scans._build_tree
-    monkeypatch.setattr(scans, "_build_tree", lambda x, metric: built.append(x.shape) or build(x, metric))
+    monkeypatch.setattr(scans, "_build_tree", lambda x, *args: built.append(x.shape) or build(x, *args))
     images = image(2, 3, 64, 64)
     shared, own = small(tree_per="stage").eval(), small().eval()
     own.load_state_dict(shared.state_dict())

@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from grootv.models import GrootV
 
-OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "metric": "manhattan"}]
+OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "metric": "manhattan"}, {"scan": "cross"}]
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),

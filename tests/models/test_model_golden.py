@@ -109,7 +109,7 @@ def dense_scan(x: Tensor, decay: Tensor, features: Tensor, metric: str = "cosine
     for i, j in pairs:
         graph[i, j] = weight(vectors[i], vectors[j])
     tree = minimum_spanning_tree(graph)
-    _, parent = breadth_first_order(tree, 0, directed=False)
+    _, parent = breadth_first_order(tree, size - 1 if root == "last" else 0, directed=False)
     rows = []
     for start in range(size):
         visited, before = breadth_first_order(tree, start, directed=False)
@@ -118,7 +118,7 @@ def dense_scan(x: Tensor, decay: Tensor, features: Tensor, metric: str = "cosine
             u = before[v]
             child = v if parent[v] == u else u  # every edge carries the decay of its lower end
             downwards = parent[v] == u
-            blocked = root == "first" and not downwards
+            blocked = root != "all" and not downwards
             product[v] = product[u] * (torch.zeros_like(x[0]) if blocked else decay[child])
         rows.append(sum(product[v] * x[v] for v in range(size)))
     return torch.stack(rows)

@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import grootvl_ops
 from grootv.models import GrootV
 
-OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "d_state": 2}]
+OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "d_state": 2}, {"scan": "cross"}]
 
 
 def small(**kwargs) -> GrootV:
