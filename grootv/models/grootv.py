@@ -19,23 +19,20 @@ from typing import Any, Final
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ClassifierHead,
     DropPath,
-    Mlp,
     SelectAdaptivePool2d,
-    calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
     trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.norms import norm_for_product
@@ -123,6 +120,19 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_nchw(self.norm(to_nhwc(self.conv(x))))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation, on (..., C)."""
+
+    def __init__(self, dim: int, hidden_dim: int, act_layer: Layer = nn.GELU, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class GrootVBlock(nn.Module):
@@ -243,9 +253,9 @@ class GrootVStage(nn.Module):
             keeps_tree = self.share_tree and tree is None
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 if keeps_tree:
-                    x, tree = checkpoint(_call_and_keep_tree, block, x)
+                    x, tree = checkpoint(_call_and_keep_tree, block, x, use_reentrant=False)
                 else:
-                    x = checkpoint(block, x, tree)
+                    x = checkpoint(block, x, tree, use_reentrant=False)
             elif keeps_tree:
                 built = tree_list(x)
                 x = block(x, tree, built)
@@ -255,7 +265,7 @@ class GrootVStage(nn.Module):
         return to_nchw(self.norm(to_nhwc(x)))
 
 
-class GrootVHead(ClassifierHead):
+class GrootVHead(nn.Module):
     """1x1 convolution to 1.5 times the channels, norm and activation before pooling and classifier, on (B, C, H, W)."""
 
     def __init__(
@@ -269,11 +279,13 @@ class GrootVHead(ClassifierHead):
         device=None,
         dtype=None,
     ) -> None:
+        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        hidden_dim = in_dim * 3 // 2
-        super().__init__(hidden_dim, num_classes, pool_type, drop_rate, **dd)
-        self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
-        self.norm = norm_layer(hidden_dim, **dd)
+        self.in_features = in_dim * 3 // 2
+        self.reset(num_classes, pool_type, **dd)
+        self.drop = nn.Dropout(drop_rate)
+        self.conv = nn.Conv2d(in_dim, self.in_features, 1, bias=False, **dd)
+        self.norm = norm_layer(self.in_features, **dd)
         self.act = act_layer()
 
     def reset(
@@ -291,12 +303,17 @@ class GrootVHead(ClassifierHead):
             self.norm = nn.Identity()
             self.act = nn.Identity()
             self.in_features = in_features or self.in_features
-        super().reset(num_classes, pool_type, device=device, dtype=dtype)
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.fc = (
+            nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+        )
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.act(self.norm(self.conv(x)))))
-        return self.flatten(x if pre_logits else self.fc(x))
+        return x if pre_logits else self.fc(x)
 
 
 def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
@@ -392,7 +409,7 @@ class GrootV(nn.Module):
         self.feature_info = []
 
         self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         stages = []
         reduction, dilation = 4, 1
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -408,7 +425,7 @@ class GrootV(nn.Module):
                     depth,
                     downsample=i > 0,
                     mlp_ratio=mlp_ratio,
-                    drop_path=drop_path[i],
+                    drop_path=drop_path[i].tolist(),
                     mixer=mixer,
                     tree_per=tree_per,
                     norm_layer=norm_layer,
