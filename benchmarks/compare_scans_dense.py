@@ -72,8 +72,8 @@ def report(args: argparse.Namespace) -> None:
     machines, commits = (", ".join(sorted({run[key] for run in runs})) for key in ("hardware", "commit"))
     text = (
         "mIoU (mean and standard error over the seeds) of UperNet on GrootV-Nano, scenes of digits on photographs, "
-        f"after {steps} steps of 8 images of 128 × 128. The backbone starts from {start}. Trained on {machines}, commit "
-        f"{commits}."
+        f"after {steps} steps of 8 images of 128 × 128. The backbone starts from {start}. Trained on {machines}, "
+        f"commit {commits}."
     )
     head = ["scan", "mIoU over the ten digits, %", "mIoU with the background, %", "seeds"]
     command = "python benchmarks/compare_scans_dense.py train"
