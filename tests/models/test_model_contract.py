@@ -107,7 +107,7 @@ def test_weights_after_the_meta_device(family):
     "kwargs, message",
     [
         ({"metric": "dot"}, "metric must be one of .*'dot'"),
-        ({"root": "last"}, "root must be one of .*'last'"),
+        ({"root": "middle"}, "root must be one of .*'middle'"),
         ({"tree_per": "model"}, "tree_per must be one of .*'model'"),
         ({"dims": (16, 32)}, r"dims and depths .*\(16, 32\)"),
         ({"output_stride": 24}, "output_stride must be 4, 8, 16 or 32, got 24"),

@@ -40,6 +40,11 @@ def test_maps_are_those_of_the_timm_model(size: tuple[int, int]) -> None:
         torch.testing.assert_close(map, expected)
 
 
+def test_arguments_reach_the_model() -> None:
+    scans = {block.mixer.scan for stage in build(scan="cross").model.stages for block in stage.blocks}
+    assert scans == {"cross"}
+
+
 def test_official_checkpoint_gives_the_published_features(tmp_path: Path) -> None:
     """The stage features of the published implementation, from a file with its names."""
     golden = torch.load(Path(__file__).parents[1] / "golden" / "grootv_tiny.pt")

@@ -1,4 +1,4 @@
-"""Mask R-CNN with an FPN on COCO as published for VMamba, 12 epochs: as for GrootV, with another rule of weight decay."""
+"""Mask R-CNN on COCO as published for VMamba, 12 epochs: as for GrootV, with another rule of weight decay."""
 
 _base_ = ["mask-rcnn_grootv_1x_coco.py", "../../_base_/vmamba_weight_decay.py"]
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN with an FPN on COCO as published for VMamba, 36 epochs with the images of the 3x schedule: as for GrootV, with another rule of weight decay."""
+"""The 3x schedule as published for VMamba: as for GrootV, with another rule of weight decay."""
 
 _base_ = ["mask-rcnn_grootv_ms-crop-3x_coco.py", "../../_base_/vmamba_weight_decay.py"]
 

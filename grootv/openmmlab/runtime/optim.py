@@ -62,15 +62,15 @@ def names_without_weight_decay(model: nn.Module) -> set[str]:
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):
-    """The published learning rate schedules: a linear warm-up, then a cosine that began at step 0 (GrootV), or that begins
-    after the warm-up (VMamba).
+    """The published learning rate schedules: a linear warm-up, then a cosine that began at step 0 (GrootV), or that
+    begins after the warm-up (VMamba).
 
         lr(t) = start + (peak - start) t / warmup                                       for t < warmup
         lr(t) = floor + (peak - floor) (1 + cos(pi (t - begin) / (end - begin))) / 2    for warmup <= t < end
 
     With begin = 0 the rate steps from the peak down to the cosine at t = warmup, as with timm's `CosineLRScheduler`
-    without `warmup_prefix`. Each parameter group has its own peak: the learning rate with which the optimizer was made. Start
-    and floor are fractions of it, so that `auto_scale_lr` and layer decay scale all three alike.
+    without `warmup_prefix`. Each parameter group has its own peak: the learning rate with which the optimizer was made.
+    Start and floor are fractions of it, so that `auto_scale_lr` and layer decay scale all three alike.
 
     Args:
         optimizer: whose parameter groups are scheduled.
