@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 from model_helpers import OFFICIAL_NAMES, official_state, shrink
-from timm.models import save_for_hf
+from packaging.version import Version
+from timm.models._hub import save_for_hf
 
 from grootv.models import GrootV, checkpoint_filter_fn
 
@@ -164,8 +165,8 @@ def test_a_file_of_another_size():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"conv1.weight": torch.zeros(1)}, "no GrootV weights.*it begins with conv1.weight"),
-        ({"epoch": 3}, "no GrootV weights.*it begins with nothing"),
+        ({"conv1.weight": torch.zeros(1)}, "no GrootV or VMamba weights.*it begins with conv1.weight"),
+        ({"epoch": 3}, "no GrootV or VMamba weights.*it begins with nothing"),
         (
             {f"{prefix}.stem.conv1.weight": torch.zeros(1) for prefix in ("teacher", "student")},
             r"several backbones.*\['teacher.', 'student.'\]",
@@ -206,6 +207,8 @@ def test_own_checkpoints_pass_unchanged(kwargs):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_hub_round_trip(tmp_path, safe):
+    if Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("timm before 1.0.31 does not read the folders that it writes")
     options = {"metric": "euclidean", "root": "first", "tree_per": "stage", "in_chans": 2}
     model = timm.create_model("grootv_nano", num_classes=6, **options).eval()
     model.reset_classifier(5, "max")

@@ -18,12 +18,24 @@ from torch.func import functional_call, grad, jvp, vmap
 import grootv  # noqa: F401  registers the models
 import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM, scans
+from grootv.layers.path_ssm import PATH_SCANS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or grootvl_ops.backend("cuda") != "compiled", reason="needs a GPU and its kernels"
 )
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "called"])
-VARIANTS = pytest.mark.parametrize("kwargs", [{}, {"root": "first"}, {"tree_per": "stage", "metric": "euclidean"}])
+VARIANTS = pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"root": "first"},
+        {"root": "last"},
+        {"tree_per": "stage", "metric": "euclidean"},
+        *({"scan": scan} for scan in PATH_SCANS),
+        {"scan": "cross", "d_state": 2},
+    ],
+    ids=str,
+)
 
 
 def small(**kwargs: object) -> nn.Module:
@@ -85,6 +97,16 @@ def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance, fused):
     assert_near([loss, flat(gradients)], [exact[0], flat(exact[1:])], tolerance)
 
 
+@VARIANTS
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
+def test_gradients_are_those_of_float64_on_a_cpu(kwargs, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, x = small(**kwargs).double(), images(2, 3, 96, 160).double()
+    expected = loss_and_gradients(copy.deepcopy(model).cpu(), x.cpu())
+    actual = loss_and_gradients(model.to(dtype), x.to(dtype))
+    assert_near([a.double().cpu() for a in actual], expected, tolerance)
+
+
 def test_what_autocast_gives():
     """Maps between blocks are float32, what feeds a matrix product is not, as with PyTorch's own layers."""
     model = small()
@@ -111,10 +133,11 @@ def test_any_number_of_channels(dim):
     torch.testing.assert_close(mixer(x), expected)
 
 
+@pytest.mark.parametrize("scan", ["tree", "cross"])
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
-def test_cuda_graph(dtype):
+def test_cuda_graph(dtype, scan):
     """Inference and a training step are captured, and a replay on other images gives what the eager model gives."""
-    model = small()
+    model = small(scan=scan)
     static, other = images(2, 3, 64, 96), images(4, 3, 64, 96)[2:]
 
     def step() -> list[Tensor]:

@@ -40,6 +40,11 @@ def test_maps_are_those_of_the_timm_model(size: tuple[int, int]) -> None:
         torch.testing.assert_close(map, expected)
 
 
+def test_arguments_reach_the_model() -> None:
+    scans = {block.mixer.scan for stage in build(scan="cross").model.stages for block in stage.blocks}
+    assert scans == {"cross"}
+
+
 def test_official_checkpoint_gives_the_published_features(tmp_path: Path) -> None:
     """The stage features of the published implementation, from a file with its names."""
     golden = torch.load(Path(__file__).parents[1] / "golden" / "grootv_tiny.pt")
@@ -230,7 +235,7 @@ class TestPretrained:
         self.assert_loaded(self.load(tmp_path, weights, prefix="student."), whole.state_dict())
         with pytest.raises(ValueError, match=r"prefix must be one of \['teacher.', 'student.'\]"):
             self.load(tmp_path, weights)
-        with pytest.raises(ValueError, match="no GrootV weights under the prefix 'neck.'"):
+        with pytest.raises(ValueError, match="no GrootV or VMamba weights under the prefix 'neck.'"):
             self.load(tmp_path, weights, prefix="neck.")
 
     def test_a_missing_parameter_stops(self, whole: torch.nn.Module, tmp_path: Path) -> None:
@@ -249,7 +254,7 @@ class TestPretrained:
             self.load(tmp_path, whole.state_dict(), dims=(10, 20))
 
     def test_another_model_stops(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"no GrootV weights.*it begins with conv1\.weight"):
+        with pytest.raises(ValueError, match=r"no GrootV or VMamba weights.*it begins with conv1\.weight"):
             self.load(tmp_path, {"conv1.weight": torch.zeros(1)})
 
     def test_a_missing_file_stops(self) -> None:
