@@ -1,4 +1,4 @@
-"""A table of everyday flows: what works on GrootV, and as controls on ConvNeXt and Swin.
+"""A table of everyday flows: what works on GrootV, VMamba, and as controls on ConvNeXt and Swin.
 
     python benchmarks/everyday_flows.py
     python benchmarks/everyday_flows.py --before EARLIER
@@ -25,7 +25,12 @@ from pathlib import Path
 from report import commit, table
 
 ROOT = Path(__file__).parents[1]
-MODELS = {"grootv_nano": "GrootV", "convnext_tiny": "ConvNeXt", "swin_tiny_patch4_window7_224": "Swin"}
+MODELS = {
+    "grootv_nano": "GrootV",
+    "vmamba_nano": "VMamba",
+    "convnext_tiny": "ConvNeXt",
+    "swin_tiny_patch4_window7_224": "Swin",
+}
 
 
 def run(folder: Path, device: str, models: list[str]) -> dict[tuple[str, str], str]:

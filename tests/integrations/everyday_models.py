@@ -1,4 +1,4 @@
-"""The models of these tests: GrootV, and two models of timm that show what is usual, all small."""
+"""The models of these tests: those of this package, and two models of timm that show what is usual, all small."""
 
 import pytest
 import timm
@@ -9,6 +9,7 @@ import grootv  # noqa: F401 (registers the models)
 
 SIZES = {
     "grootv_nano": {"dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1)},
+    "vmamba_nano": {"dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1)},
     "convnext_tiny": {"dims": (16, 32, 48, 64), "depths": (1, 2, 1, 1)},
     "swin_tiny_patch4_window7_224": {
         "img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4),

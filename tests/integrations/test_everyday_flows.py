@@ -1,4 +1,4 @@
-"""What people do with any model that they took from timm, on GrootV and, as controls, on ConvNeXt and Swin.
+"""What people do with any model that they took from timm, on GrootV, VMamba and, as controls, on ConvNeXt and Swin.
 
 All of it reaches into submodules: it replaces them, changes their weights, or waits for their calls.
 """
