@@ -15,7 +15,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
+from grootv.layers import SelectiveSSM
 from grootvl_ops import Tree, build_tree, path_tree, tree_scan
 
 SCANS = ("tree", "raster")
@@ -102,6 +104,44 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
     impulse[row * width + column] = 1
     response = tree_scan(impulse[None, :, None], torch.exp(-distances / temperature)[None, :, None], tree)
     return response.view(height, width)
+
+
+@torch.no_grad()
+def mixer_affinity(mixer: SelectiveSSM, x: Tensor, pixel: tuple[int, int]) -> Tensor:
+    """How much of a contribution of the chosen pixel reaches each pixel in the scans of a mixer, which may be trained.
+
+    The affinity maps of the paper (arXiv 2406.02395): as `scan_affinity`, but along the trees and directions that the
+    mixer chooses for its input, and with its decays. The mean over channels and states.
+
+    Args:
+        mixer: `TreeSSM`, `PathSSM` or another `SelectiveSSM`.
+        x: (1, H, W, dim), an input of the mixer.
+        pixel: row and column of the impulse.
+
+    Returns:
+        (H, W) on the CPU: at most 1, times the number of scans.
+
+    Raises:
+        ValueError: another shape, or a pixel outside the map.
+    """
+    if x.dim() != 4 or x.shape[0] != 1:
+        raise ValueError(f"x must be (1, H, W, {mixer.dim}), got {list(x.shape)}")
+    _, height, width, _ = x.shape
+    row, column = pixel
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"pixel must lie on the {height} x {width} map, got {tuple(pixel)}")
+    features, _ = mixer.expand_input(x)
+    flat = features.flatten(1, 2)
+    delta = functional.softplus(mixer.dt_proj(mixer.x_proj(flat)[..., : mixer.dt_rank]))
+    impulse = torch.zeros_like(delta)
+    impulse[:, row * width + column] = 1
+    rates = mixer.A_log.exp().view(-1, mixer.d_state)
+    responses = [
+        tree_scan(impulse, torch.exp(-rates[:, n] * delta), tree, direction)
+        for tree, direction in mixer.scans(features)
+        for n in range(mixer.d_state)
+    ]
+    return (sum(responses) / mixer.d_state).mean(-1).view(height, width).cpu()
 
 
 def draw_tree(

@@ -30,7 +30,7 @@ def main() -> None:
             archive = folder / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
             if not archive.exists():
                 command = ["npm", "pack", f"{package.name}@{package.version}", "--silent", "--pack-destination", folder]
-                subprocess.run(command, check=True)
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             archives[package.name] = archive
             print(f"{package.name} {package.version}, {package.licence}")
         make_emoji(archives, args.file)

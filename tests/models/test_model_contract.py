@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
+from timm.optim.optim_factory import param_groups_weight_decay
 from torch import nn
 
 import grootv
