@@ -93,7 +93,9 @@ def sanitize_scans() -> None:
     for batch, height, width, channels, dtype in SCANS:
         scan(grootvl_ops.build_tree(randn(batch, height, width, 8)), channels, dtype)
     for length in LENGTHS:
-        scan(grootvl_ops.path_tree(torch.randperm(length).to(DEVICE)), 40, torch.float32, with_C=True)
+        path = grootvl_ops.path_tree(torch.randperm(length).to(DEVICE))
+        scan(path, 40, torch.float32, with_C=True)
+        scan(path, 40, torch.float16)
         scan(forest(length), 40, torch.float32)
     tree = grootvl_ops.build_tree(randn(1, 20, 21, 8))
     for with_C in (False, True):
