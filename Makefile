@@ -2,7 +2,7 @@
 # make demo-language      train a small language model on Python's documentation, fine-tune it in three ways
 # make test               the whole test suite
 # make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
-# make test-integrations  GrootV in other packages, of which it installs some thirty, into .venv-integrations
+# make test-integrations  GrootV in other packages, in .venv-integrations
 # They set up .venv first, from pinned versions; later calls reuse it.
 
 PYTHON ?= python3

@@ -14,9 +14,14 @@ import grootvl_ops
 from grootv.layers import scans
 from grootvl_ops import reference
 
-OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads(
-    (Path(__file__).parent / "golden" / "official_names.json").read_text()
-)
+GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official_names.json").read_text())
+VMAMBA_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "vmamba_names.json").read_text())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def official_state(names: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -43,6 +48,44 @@ def shrink(names: dict[str, list[int]], dims: tuple[int, ...], depths: tuple[int
             sizes |= rank
         smaller[name] = [sizes.get(size, size) for size in shape]
     return smaller
+
+
+def vmamba_names(
+    channels: int, depths: tuple[int, ...], expand: int, num_classes: int = 1000, d_state: int = 1
+) -> dict[str, list[int]]:
+    """Official names and shapes of a VMamba with `channels` in its first stage."""
+    stem = [("0", [channels // 2, 3, 3, 3]), ("2", [channels // 2]), ("5", [channels, channels // 2, 3, 3])]
+    names = {f"patch_embed.{number}.weight": shape for number, shape in (*stem, ("7", [channels]))}
+    for i, depth in enumerate(depths):
+        c, last = channels * 2**i, i == len(depths) - 1
+        inner, rank = expand * c, -(-c // 16)
+        for j in range(depth):
+            block = {
+                "norm.weight": [c],
+                "op.x_proj_weight": [4, rank + 2 * d_state, inner],
+                "op.A_logs": [4 * inner, d_state],
+                "op.Ds": [4 * inner],
+                "op.dt_projs_weight": [4, inner, rank],
+                "op.dt_projs_bias": [4, inner],
+                "op.out_norm.weight": [inner],
+                "op.in_proj.weight": [inner, c],
+                "op.conv2d.weight": [inner, 1, 3, 3],
+                "op.out_proj.weight": [c, inner],
+                "norm2.weight": [c],
+                "mlp.fc1.weight": [4 * c, c],
+                "mlp.fc2.weight": [c, 4 * c],
+            }
+            names |= {f"layers.{i}.blocks.{j}.{name}": shape for name, shape in block.items()}
+        if not last:
+            names |= {f"layers.{i}.downsample.1.weight": [2 * c, c, 3, 3], f"layers.{i}.downsample.3.weight": [2 * c]}
+    names |= {"classifier.norm.weight": [c], "classifier.head.weight": [num_classes, c]}
+    bare = ("in_proj.weight", "conv2d.weight", "out_proj.weight")  # without a bias
+    with_biases = {}
+    for name, shape in names.items():
+        with_biases[name] = shape
+        if name.endswith(".weight") and not name.endswith(bare):
+            with_biases[name.replace(".weight", ".bias")] = shape[:1]
+    return with_biases
 
 
 class ReferenceScan(torch.autograd.Function):

@@ -13,18 +13,16 @@ from typing import Any, Final
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ClassifierHead,
     DropPath,
-    Mlp,
     SelectAdaptivePool2d,
-    calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.norms import norm_for_product
@@ -123,6 +121,19 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_nchw(self.norm(to_nhwc(self.conv(x))))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation, on (..., C)."""
+
+    def __init__(self, dim: int, hidden_dim: int, act_layer: Layer = nn.GELU, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -249,9 +260,9 @@ class Stage(nn.Module):
             keeps_tree = self.share_tree and tree is None
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 if keeps_tree:
-                    x, tree = checkpoint(_call_and_keep_tree, block, x)
+                    x, tree = checkpoint(_call_and_keep_tree, block, x, use_reentrant=False)
                 else:
-                    x = checkpoint(block, x, tree)
+                    x = checkpoint(block, x, tree, use_reentrant=False)
             elif keeps_tree:
                 built = tree_list(x)
                 x = block(x, tree, built)
@@ -261,17 +272,35 @@ class Stage(nn.Module):
         return to_nchw(self.norm(to_nhwc(x)))
 
 
-class MapHead(ClassifierHead):
+class MapHead(nn.Module):
     """Pooling and classifier, after layers on the (B, C, H, W) map, which subclasses make and apply in `forward_map`.
+
+    timm's `ClassifierHead` with parameters made anywhere, which timm's own does from release 1.0.21 on.
 
     Args:
         in_features: Channels that the pooling sees.
-        num_classes, pool_type, drop_rate: As of timm's `ClassifierHead`.
+        num_classes: Classes; 0 for none.
+        pool_type: timm's name of the pooling; "" for none.
+        drop_rate: Dropout before the classifier.
         device, dtype: Where and as what the parameters are made.
     """
 
     map_layers: tuple[str, ...] = ()
     """The names of the layers before the pooling."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
 
     def forward_map(self, x: Tensor) -> Tensor:
         """What the layers before the pooling give, (B, C, H, W)."""
@@ -291,12 +320,17 @@ class MapHead(ClassifierHead):
             for name in self.map_layers:
                 setattr(self, name, nn.Identity())
             self.in_features = in_features or self.in_features
-        super().reset(num_classes, pool_type, device=device, dtype=dtype)
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.fc = (
+            nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+        )
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.forward_map(x)))
-        return self.flatten(x if pre_logits else self.fc(x))
+        return x if pre_logits else self.fc(x)
 
 
 def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
@@ -378,7 +412,7 @@ class HierarchicalBackbone(nn.Module):
         self.feature_info = []
 
         self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         stages = []
         reduction, dilation = 4, 1
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -394,7 +428,7 @@ class HierarchicalBackbone(nn.Module):
                     depth,
                     downsample=i > 0,
                     mlp_ratio=mlp_ratio,
-                    drop_path=drop_path[i],
+                    drop_path=drop_path[i].tolist(),
                     mixer=mixer,
                     norm_layer=norm_layer,
                     act_layer=act_layer,

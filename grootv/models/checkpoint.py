@@ -130,7 +130,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Official parameter names become this project's. The weights may stand under a key of `unwrap`, and their names may
     have a prefix, such as those of DistributedDataParallel, torch.compile or a detector. A checkpoint of a backbone
-    alone, without any head, leaves the model the head it has.
+    alone, without any head, leaves the model the head it has. So it is with the norms that dense tasks add to VMamba's
+    features, `outnorm0` to `outnorm3`; those that the model does not have are left in the file.
 
     Args:
         state_dict: What the file holds.
@@ -150,13 +151,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         raise RuntimeError(f"the checkpoint does not fit the model: {error}") from error
     state_dict = {official_to_own(name): value for name, value in weights.items()}
     expected = model.state_dict()
-    own_head = {name: value for name, value in expected.items() if name.startswith("head.")}
-    if own_head and not any(name.startswith("head.") for name in state_dict):
-        _logger.warning("The checkpoint has no head: the model keeps its own.")
-        state_dict |= own_head
+    for part in ("head", "outnorm"):
+        own = {name: value for name, value in expected.items() if name.startswith(part)}
+        if own and not any(name.startswith(part) for name in state_dict):
+            _logger.warning(f"The checkpoint has no {part}: the model keeps its own.")
+            state_dict |= own
     state_dict = {
         name: fit_axes(name, value, expected[name].shape) if name in expected else value
         for name, value in state_dict.items()
+        if name in expected or not name.startswith("outnorm")
     }
     _check_fit(state_dict, expected)
     return state_dict

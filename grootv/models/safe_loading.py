@@ -9,6 +9,7 @@ packages' classes is made.
 import argparse
 import codecs
 import functools
+import inspect
 import io
 import logging
 import os
@@ -141,14 +142,15 @@ def read_pickle(file: BinaryIO, name: str | Path | None = None) -> Any:
 def guard_timm() -> None:
     """Make timm read checkpoints by `read_checkpoint`.
 
-    timm reads them as data by itself. This adds the check of the checksums, the name of the file in every message, and
-    the plain data of `read_checkpoint`, for all models of timm in this process. Files of safetensors and calls with
-    `weights_only=False` stay timm's.
+    Newer releases of timm read them as data by themselves; for those before 1.0.26 this makes it the default. It adds
+    the check of the checksums, the name of the file in every message, and the plain data of `read_checkpoint`, for all
+    models of timm in this process. Files of safetensors and calls with `weights_only=False` stay timm's.
     """
     helpers = timm.models._helpers
-    if getattr(helpers._torch_load, "is_guard", False):
+    if getattr(helpers.load_state_dict, "is_guard", False):
         return
-    unguarded_load = helpers._torch_load
+    own_load = hasattr(helpers, "_torch_load")  # earlier releases call torch.load
+    unguarded_load = helpers._torch_load if own_load else torch.load
     unguarded_state_dict = helpers.load_state_dict
     unguarded_from_url = timm.models._builder.load_state_dict_from_url
 
@@ -156,7 +158,7 @@ def guard_timm() -> None:
     def torch_load(checkpoint_path: Any, map_location: Any = "cpu", weights_only: bool = True, **kwargs: Any) -> Any:
         if weights_only and isinstance(checkpoint_path, str | os.PathLike):
             return read_checkpoint(checkpoint_path, map_location)
-        return unguarded_load(checkpoint_path, map_location, weights_only, **kwargs)
+        return unguarded_load(checkpoint_path, map_location=map_location, weights_only=weights_only, **kwargs)
 
     @functools.wraps(unguarded_state_dict)
     def load_state_dict(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -179,12 +181,37 @@ def guard_timm() -> None:
         path = timm.models._hub.download_cached_file(url, check_hash, progress, cache_dir=model_dir)
         return read_checkpoint(path, map_location)
 
-    torch_load.is_guard = True
+    load_state_dict.is_guard = True
+    if not own_load:
+        for module in (helpers, timm.models._hub):
+            module.torch = _TorchWithLoad(torch_load)
+        for function in (
+            unguarded_state_dict,
+            timm.models.load_checkpoint,
+            timm.models._hub.load_state_dict_from_hf,
+            getattr(timm.models._hub, "load_state_dict_from_path", unguarded_state_dict),
+        ):
+            defaults = inspect.signature(function).parameters.values()
+            function.__defaults__ = tuple(
+                True if parameter.name == "weights_only" else parameter.default
+                for parameter in defaults
+                if parameter.default is not parameter.empty
+            )
     # The modules import these functions from one another by name.
     for module in (helpers, timm.models._builder, timm.models._hub, timm.models):
         for function in (torch_load, load_state_dict, load_state_dict_from_url):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
+
+
+class _TorchWithLoad:
+    """The module `torch` with another `load`, for modules that read checkpoints by `torch.load`."""
+
+    def __init__(self, load: Callable) -> None:
+        self.load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def _require_file(path: Path) -> None:

@@ -89,7 +89,7 @@ def test_merging_lora_keeps_outputs(name: str) -> None:
 
 
 @each_model
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole model", "adapters"])
 def test_distributed_training(name: str, adapted: bool, process_group: None) -> None:
     model = make(name).train()
     twin = copy.deepcopy(model)

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
-from model_helpers import OFFICIAL_NAMES, official_state, plain_operations, shrink
+from model_helpers import OFFICIAL_NAMES, official_state, plain_operations, relative_error, shrink
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
@@ -38,11 +38,6 @@ def operations(request):
     """What the model runs on: the operations as they are, or their definitions."""
     with plain_operations() if request.param == "reference" else nullcontext():
         yield request.param
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")

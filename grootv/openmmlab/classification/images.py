@@ -13,6 +13,8 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
+from grootv.models.safe_loading import read_pickle
+
 # Pillow recognises these formats, but needs programs or plug-ins of others to read their pixels.
 _WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 # Formats whose integers of more than 8 bits have 16.
@@ -98,7 +100,7 @@ class ImageFolderReader(Reader):
         files = find_files(root, suffixes, skipped)
         labels = [os.path.basename(os.path.dirname(path)) if os.path.dirname(path) != root else "" for path in files]
         if class_map:
-            self.class_to_idx = load_class_map(class_map, root)
+            self.class_to_idx = load_class_map(_read_if_pickle(class_map, root), root)
         else:
             self.class_to_idx = {name: i for i, name in enumerate(sorted(set(labels), key=natural_key))}
         self.samples = []
@@ -126,6 +128,14 @@ class ImageFolderReader(Reader):
         if basename:
             return os.path.basename(path)
         return path if absolute else os.path.relpath(path, self.root)
+
+
+def _read_if_pickle(class_map: str | dict[str, int], root: str) -> str | dict[str, int]:
+    """The classes of a pickle, which timm before 1.0.28 would run as a program."""
+    if not isinstance(class_map, str) or not class_map.lower().endswith(".pkl"):
+        return class_map
+    with open(class_map if os.path.exists(class_map) else os.path.join(root, class_map), "rb") as file:
+        return read_pickle(file)
 
 
 def find_files(root: str, suffixes: set[str], skipped: dict[str, list[str]]) -> list[str]:
