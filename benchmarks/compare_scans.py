@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import grootv  # noqa: F401 (registers the models)
+from grootv.layers import SS2D
 from grootv.sample_data.emoji import HELD_OUT_ARTIST, load_emoji
 
-# timm's arguments of each row. The sizes of the last two give about the parameters of `grootv_nano`.
+# timm's arguments of each row: GrootV's scans, GrootV with the mixer of VMamba, and other networks. The sizes of the
+# last two give about the parameters of `grootv_nano`.
 ROWS: dict[str, dict[str, Any]] = {
     "tree": {"model_name": "grootv_nano"},
     "raster": {"model_name": "grootv_nano", "scan": "raster"},
@@ -50,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tree, first root": {"model_name": "grootv_nano", "root": "first"},
     "tree, last root": {"model_name": "grootv_nano", "root": "last"},
     "tree per stage": {"model_name": "grootv_nano", "tree_per": "stage"},
+    "SS2D": {"model_name": "grootv_nano", "mixer": partial(SS2D, expand=2)},
     "VMamba": {"model_name": "vmamba_nano"},
     "MambaOut": {"model_name": "mambaout_femto", "depths": (1, 1, 4, 1), "dims": (48, 96, 160, 256)},
     "ConvNeXt": {"model_name": "convnext_atto", "depths": (2, 2, 8, 2), "dims": (32, 64, 128, 256)},

@@ -49,7 +49,8 @@ def data(tmp_path: Path) -> Path:
 
 def test_all_rows_have_about_the_same_number_of_parameters(tool):
     sizes = {row: sum(p.numel() for p in tool.make(row, 68).parameters()) for row in tool.ROWS}
-    assert {sizes[row] for row in tool.ROWS if tool.ROWS[row]["model_name"] == "grootv_nano"} == {sizes["tree"]}
+    scans = {row for row, options in tool.ROWS.items() if options["model_name"] == "grootv_nano" and row != "SS2D"}
+    assert len(scans) == 9 and {sizes[row] for row in scans} == {sizes["tree"]}
     assert all(0.88 < size / sizes["tree"] < 1.12 for size in sizes.values())
 
 
