@@ -15,11 +15,12 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compare_scans import shown, write
-from report import commit, hardware, publish, table
+from compare_scans import shown, the_only, trained_on, write
+from report import circumstances, publish, table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/segmentation/grootv-nano_upernet_digits-128x128.py"
@@ -44,7 +45,7 @@ def train(scan: str, seed: int, args: argparse.Namespace) -> None:
     lines = [line for file in sorted(folder.glob("*/vis_data/scalars.json")) for line in file.read_text().splitlines()]
     last = [entry for entry in map(json.loads, lines) if "mIoU_objects" in entry][-1]
     result = {"scan": scan, "seed": seed, "digits": last["mIoU_objects"], "all": last["mIoU"], "steps": last["step"]}
-    result |= {"pretrained": bool(args.pretrained), "hardware": hardware(), "commit": args.commit or commit()}
+    result |= {"pretrained": bool(args.pretrained), "circumstances": circumstances(args.commit)}
     write(path, result)
     print(f"{scan}, seed {seed}: {result['digits']:.2f} % and {result['all']:.2f} %", flush=True)
 
@@ -59,25 +60,23 @@ def train_all(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """benchmarks/results/scans-dense-MACHINE.md, with its figures as .json."""
     runs = [json.loads(path.read_text()) for path in sorted(args.work_dir.glob("*-[0-9].json"))]
-    recipes = {(run["steps"], run["pretrained"]) for run in runs}
-    if len(recipes) != 1:
-        raise ValueError(f"the runs in {args.work_dir} have several recipes: {recipes}")
-    ((steps, pretrained),) = recipes
+    steps, pretrained = the_only([(run["steps"], run["pretrained"]) for run in runs], "recipes")
     rows = []
     for scan in SCANS:
         found = [run for run in runs if run["scan"] == scan]
         if found:
             rows.append([scan, *(shown([run[key] for run in found]) for key in ("digits", "all")), len(found)])
     start = "the weights of its row in the comparison on emoji" if pretrained else "random weights"
-    machines, commits = (", ".join(sorted({run[key] for run in runs})) for key in ("hardware", "commit"))
     text = (
-        "mIoU (mean and standard error over the seeds) of UperNet on GrootV-Nano, scenes of digits on photographs, "
-        f"after {steps} steps of 8 images of 128 × 128. The backbone starts from {start}. Trained on {machines}, "
-        f"commit {commits}."
+        "mIoU, as mean and standard error over the seeds, of UperNet on GrootV-Nano, scenes of digits on photographs, "
+        f"after {steps} steps of 8 images of 128 × 128. The backbone starts from {start}. "
+        f"{trained_on(runs)}"
     )
     head = ["scan", "mIoU over the ten digits, %", "mIoU with the background, %", "seeds"]
     command = "python benchmarks/compare_scans_dense.py train"
-    path = publish("Scans side by side under UperNet", "scans-dense", [text, table(head, rows)], command, args.commit)
+    sections = [textwrap.fill(text, 120), table(head, rows)]
+    measured = runs[0]["circumstances"]
+    path = publish("Scans side by side under UperNet", "scans-dense", sections, command, measured=measured)
     write(path.with_suffix(".json"), {"runs": runs})
 
 
@@ -93,9 +92,9 @@ def main() -> None:
     trainer.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="replace entries of the config"
     )
+    trainer.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     for command in (trainer, commands.add_parser("report", help="table and figures")):
         command.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare_scans_dense"))
-        command.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     {"train": train_all, "report": report}[args.command](args)
 

@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compare_scans import file_name, make, normalised
+from compare_scans import PICTURES, file_name, make, normalised
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from report import RESULTS
 from torch import Tensor, nn
 
 from grootv.sample_data.emoji import load_emoji
@@ -34,7 +33,6 @@ ROWS = ("tree", "raster", "bidirectional", "cross", "VMamba", "MambaOut", "ConvN
 AFFINITIES = ROWS[:4]
 # Drawings by the artist that training has not seen, and a pixel of each: row and column, as parts of height and width.
 POINTS = {"snail": (0.68, 0.72), "octopus": (0.3, 0.5), "sailboat": (0.8, 0.3)}
-PICTURES = RESULTS.parents[1] / "docs" / "images"
 
 
 def load(row: str, num_classes: int, folder: Path | None) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from grootv.layers import SelectiveSSM
 from grootvl_ops import Tree, build_tree, path_tree, tree_scan
 
-SCANS = ("tree", "raster")
+SCANS = ("tree", "bidirectional")
 # Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
 LINE_COLOURS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.88, 256)), name="plasma_without_yellow")
 MAP_COLOURS = "magma"
@@ -77,8 +77,8 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
         features: (1, H, W, C), floating point.
         pixel: row and column of the impulse.
         temperature: the feature distance over which a response falls to 1/e, positive.
-        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "raster", along the rows,
-            one after another, in both directions.
+        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "bidirectional", along the
+            rows, one after another, in both directions.
 
     Returns:
         (H, W) on the CPU, of the dtype of `features`, values in [0, 1], without gradient.
@@ -203,7 +203,7 @@ def plot_tree_and_affinity(
     temperature: float = 30.0,
     credit: str = "",
 ) -> Figure:
-    """A photograph, its minimum spanning tree, and the affinities of tree scan and raster scan from one pixel.
+    """A photograph, its minimum spanning tree, and the affinities of a tree scan and a bidirectional scan of the rows.
 
     The tree (arXiv 2406.02395, section 3.2) is that of the colours of the photograph, see :func:`lab_features`;
     GrootV builds its trees in the same way from the features of each block. For the affinities see

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import grootvl_ops
 from grootv.layers import SelectiveSSM, scans
+from grootv.models.released import RELEASES
 from grootvl_ops import reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,6 +49,11 @@ def shrink(names: dict[str, list[int]], dims: tuple[int, ...], depths: tuple[int
             sizes |= rank
         smaller[name] = [sizes.get(size, size) for size in shape]
     return smaller
+
+
+def official_names(size: str) -> dict[str, list[int]]:
+    """Official names and shapes of a released model of timm's registry."""
+    return OFFICIAL_NAMES.get(size) or VMAMBA_NAMES[RELEASES[size].file.split("_ckpt")[0]]
 
 
 def vmamba_names(

@@ -85,10 +85,10 @@ def test_affinity_of_the_tree_scan_is_the_product_of_decays_along_the_path(featu
     np.testing.assert_allclose(affinity, np.exp(-distances / temperature).reshape(GRID), rtol=1e-6)
 
 
-def test_affinity_of_the_raster_scan_follows_the_rows(features: torch.Tensor) -> None:
+def test_affinity_of_the_bidirectional_scan_follows_the_rows(features: torch.Tensor) -> None:
     flat = features.reshape(-1, 3).numpy()
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(flat, axis=0), axis=1))])
-    affinity = scan_affinity(features, (2, 4), 0.7, "raster")
+    affinity = scan_affinity(features, (2, 4), 0.7, "bidirectional")
     np.testing.assert_allclose(affinity.ravel(), np.exp(-np.abs(along - along[2 * GRID[1] + 4]) / 0.7), rtol=1e-9)
 
 
@@ -154,7 +154,7 @@ def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tm
     figure = plot_tree_and_affinity(photo, (2, 3), *GRID, temperature=40.0, credit="Photograph: its author.")
     features = lab_features(photo, *GRID)
     shown = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
-    for scan in ("tree", "raster"):
+    for scan in ("tree", "bidirectional"):
         np.testing.assert_array_equal(
             shown[f"Affinity to the chosen pixel: {scan} scan"], scan_affinity(features, (2, 3), 40.0, scan)
         )
@@ -197,7 +197,7 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
-        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', got 'cross'"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'bidirectional', got"),
         (
             lambda: mixer_affinity(TreeSSM(4), torch.zeros(4, 4, 4), (0, 0)),
             ValueError,

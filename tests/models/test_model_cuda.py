@@ -162,6 +162,21 @@ def test_cuda_graph(dtype, scan):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_paths_that_a_graph_makes_are_its_own(monkeypatch):
+    """Without a call before the capture: the graph makes them, and nobody else gets memory of the graph."""
+    monkeypatch.setattr(scans, "_KEPT", {})
+    maps = images(1, 5, 7, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scans.cross(maps)
+    assert not scans._KEPT
+    graph.replay()
+    kept = scans.cross(maps)
+    for (path, _), (expected, _) in zip(captured, kept, strict=True):
+        assert all(map(torch.equal, path, expected))
+    assert scans.cross(maps)[0][0] is kept[0][0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_precision_follows_float32(dtype):

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
-from model_helpers import OFFICIAL_NAMES, VMAMBA_NAMES
+from model_helpers import official_names
 from torch import nn
 
 import grootv.openmmlab  # noqa: F401  registers the constructor and the scheduler
@@ -86,10 +86,6 @@ def test_a_warmup_as_long_as_the_run_is_refused() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match="warmup must be at least 0 and less than end=5, got 5"):
         PARAM_SCHEDULERS.build({"type": "WarmupCosineLR", "end": 5, "warmup": 5}, default_args={"optimizer": optimizer})
-
-
-def official_names(size: str) -> dict[str, list[int]]:
-    return OFFICIAL_NAMES.get(size) or VMAMBA_NAMES[RELEASES[size].file.split("_ckpt")[0]]
 
 
 @pytest.mark.parametrize("size", RELEASES)
