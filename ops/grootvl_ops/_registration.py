@@ -215,7 +215,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
 
 
-if _loading.problem is not None:
+if _loading.problems["autograd"] is not None:
     register_autograd()
 
 
