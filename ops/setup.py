@@ -177,7 +177,8 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
                 "cuda": "operations on GPUs will run the slow reference; FORCE_CUDA=1 makes this an error",
                 "autograd": "gradients will take the host longer",
             }
-            print(f"grootvl_ops: {extension.name} was not built ({self.errors[part]}): {without[part]}", file=sys.stderr)
+            message = f"grootvl_ops: {extension.name} was not built ({self.errors[part]}): {without[part]}"
+            print(message, file=sys.stderr)
 
     def run(self) -> None:
         self.errors: dict[str, str] = {}
@@ -207,7 +208,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
 
 if torch is None:
     if asked("GROOTVL_REQUIRE_COMPILED") or asked("FORCE_CUDA"):
-        raise SystemExit("GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found, whose headers are needed")
+        raise SystemExit("GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found: its headers are needed")
     setup()
 else:
     setup(

@@ -94,8 +94,8 @@ def _load_autograd() -> str | None:
 problems: dict[str, str | None] = {}
 """Why each compiled library is not in use, in one sentence; None where it is.
 
-"cpu" and "cuda" have the kernels. "autograd" has the gradients in C++: it uses more than PyTorch's stable ABI, so it fits
-one release of PyTorch, and gradients are registered in Python where it is not in use.
+"cpu" and "cuda" have the kernels. "autograd" has the gradients in C++: it uses more than PyTorch's stable ABI, so it
+fits one release of PyTorch, and gradients are registered in Python where it is not in use.
 """
 problems["cpu"] = _load_cpu()
 problems["cuda"] = _load_cuda()

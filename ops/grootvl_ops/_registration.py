@@ -222,7 +222,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
 
 
 def _without_tangents(kernel: Callable) -> Callable:
-    """The kernel of a gradient, which raises in forward mode: torch.library.register_autograd drops tangents silently."""
+    """The kernel of a gradient, which raises in forward mode: without this, tangents are dropped silently."""
 
     def checked(keyset, *args, **kwargs):
         if forward_ad._current_level >= 0:
