@@ -40,7 +40,7 @@ def load(row: str, num_classes: int, folder: Path | None) -> nn.Module:
     torch.manual_seed(0)
     model = make(row, num_classes)
     if folder is not None:
-        weights = torch.load(folder / f"{file_name(row)}.pth")
+        weights = torch.load(folder / f"{file_name(row)}.pth", map_location="cpu")
         model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="file of tools/make_emoji.py")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare_scans"))
-    parser.add_argument("--images", type=int, default=64, help="of the average of the receptive field")
+    parser.add_argument("--images", type=int, default=16, help="of the average of the receptive field")
     parser.add_argument("--size", type=int, default=256, help="side of the images of the receptive field")
     parser.add_argument("--stage", type=int, default=0, help="whose last block the affinities are of, from 0 to 3")
     args = parser.parse_args()
