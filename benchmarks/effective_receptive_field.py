@@ -62,13 +62,13 @@ def area(field: np.ndarray, share: float) -> float:
     return (np.searchsorted(ordered, share * ordered[-1]) + 1) / field.size
 
 
-def draw_fields(images: Tensor, num_classes: int, folder: Path) -> Figure:
+def draw_fields(rows: list[str], images: Tensor, num_classes: int, folder: Path) -> Figure:
     """A column for each row of the comparison: before training above, after it below."""
-    figure = Figure(figsize=(2 * len(ROWS), 4.6), layout="constrained")
+    figure = Figure(figsize=(2 * len(rows), 4.6), layout="constrained")
     for line, (title, source) in zip(
-        figure.subplots(2, len(ROWS)), {"before training": None, "after training": folder}.items(), strict=True
+        figure.subplots(2, len(rows)), {"before training": None, "after training": folder}.items(), strict=True
     ):
-        for axes, row in zip(line, ROWS, strict=True):
+        for axes, row in zip(line, rows, strict=True):
             field = receptive_field(load(row, num_classes, source), images)
             axes.imshow(np.maximum(field, 1e-5), cmap=MAP_COLOURS, norm=LogNorm(1e-5, 1))
             axes.set(xticks=[], yticks=[], title=row, xlabel=f"90 % in {100 * area(field, 0.9):.0f} % of the image")
@@ -114,12 +114,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="of the average of the receptive field")
     parser.add_argument("--size", type=int, default=256, help="side of the images of the receptive field")
     parser.add_argument("--stage", type=int, default=0, help="whose last block the affinities are of, from 0 to 3")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="whose fields are shown")
     args = parser.parse_args()
+    missing = [row for row in {*args.rows, *AFFINITIES} if not (args.work_dir / f"{file_name(row)}.pth").exists()]
+    if missing:
+        parser.error(f"{args.work_dir} has no weights of {', '.join(missing)}")
     emoji = load_emoji(args.data, "artist")
     chosen = torch.randperm(len(emoji.labels), generator=torch.Generator().manual_seed(0))[: args.images]
     images = normalised(torch.from_numpy(emoji.images[chosen.numpy()]).permute(0, 3, 1, 2))
     images = F.interpolate(images, args.size, mode="bicubic", antialias=True)
-    fields = draw_fields(images, len(emoji.classes), args.work_dir)
+    fields = draw_fields(args.rows, images, len(emoji.classes), args.work_dir)
     fields.savefig(PICTURES / "receptive_fields.png", dpi=110)
     drawings = {subject: emoji.images[emoji.subjects.index(subject)] for subject in POINTS}
     affinities = draw_affinities(drawings, len(emoji.classes), args.work_dir, args.stage)
