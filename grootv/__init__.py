@@ -13,7 +13,7 @@ from importlib.util import find_spec
 if find_spec("grootvl_ops") is None:
     raise ModuleNotFoundError(
         "grootv needs the package grootvl_ops, its operations, which is not installed. Run in the folder of grootv's "
-        "source code: pip install 'setuptools>=77,<82' wheel ninja && pip install --no-build-isolation ./ops",
+        "source code: pip install ./ops .",
         name="grootvl_ops",
     )
 

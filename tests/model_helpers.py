@@ -1,4 +1,4 @@
-"""Official parameter names, checkpoints made up from them, and the operations' definitions under a model."""
+"""Official parameter names, checkpoints made up from them, and other ways through the same model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from golden import fill
-from torch import Tensor
+from torch import Tensor, nn
 
 import grootvl_ops
-from grootv.layers import scans
+from grootv.layers import SelectiveSSM, scans
 from grootv.models.released import RELEASES
 from grootvl_ops import reference
 
@@ -130,3 +130,11 @@ def plain_operations(
         patch.setattr(grootvl_ops, "gated_norm", lambda *args: reference.gated_norm(*args)[0])
         patch.setattr(grootvl_ops, "layer_norm", lambda *args: reference.layer_norm(*args)[0])
         yield
+
+
+def call_submodules(model: nn.Module) -> None:
+    """Hooks that change nothing, for which mixers call the modules whose weights they would take."""
+    for mixer in (module for module in model.modules() if isinstance(module, SelectiveSSM)):
+        for module in (mixer.dt_proj, mixer.h_norm, mixer.out_norm):
+            module.register_forward_hook(lambda _, __, output: output)
+        assert not mixer.fuses_step and not mixer.fuses_norms

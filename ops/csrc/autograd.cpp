@@ -1,12 +1,14 @@
 // Gradients of the operations: what each saves for its backward pass, and the operation that computes this. In C++,
 // because a gradient that is registered in Python takes the host longer than launching all kernels of its operation.
-// grootvl_ops/_registration.py has the same in Python, for where there is no compiled library; a test compares the two.
+// A library of its own, since it needs more than PyTorch's stable ABI: it fits the release that it was built against.
+// grootvl_ops/_registration.py has the same in Python, for all others; a test compares the two.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <memory>
 #include <optional>
@@ -170,10 +172,22 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
   return {differentiable<layer_norm_gradients>(out, {x, weight, bias}, {x, weight, statistics}), statistics};
 }
 
+// A node that raises when a gradient reaches it. PyTorch 2.13 changed how nodes are owned.
+torch::autograd::Edge refuse(const std::string& reason, const variable_list& inputs) {
+  auto edges = torch::autograd::collect_next_edges(inputs);
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  std::shared_ptr<torch::autograd::Node> node(new torch::autograd::Error(reason, std::move(edges)),
+                                              torch::autograd::deleteNode);
+#else
+  auto node = c10::make_intrusive<torch::autograd::Error>(reason, std::move(edges));
+#endif
+  return {node, 0};
+}
+
 // Any *_backward: its results pass for differentiable, and say that they are not when that is asked of them.
 void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
-  std::shared_ptr<torch::autograd::Node> refusal;
+  torch::autograd::Edge refusal;
   if (at::GradMode::is_enabled()) {
     variable_list inputs;
     for (const c10::IValue& argument : torch::jit::last(*stack, schema.arguments().size())) {
@@ -182,19 +196,17 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
     if (torch::autograd::compute_requires_grad(inputs)) {
       std::string name = schema.name().substr(schema.name().rfind(':') + 1);
       name.resize(name.rfind("_backward"));
-      refusal.reset(new torch::autograd::Error(
-                        "grootvl_ops." + name + " can be differentiated once only: it has no second derivatives",
-                        torch::autograd::collect_next_edges(inputs)),
-                    torch::autograd::deleteNode);
+      refusal =
+          refuse("grootvl_ops." + name + " can be differentiated once only: it has no second derivatives", inputs);
     }
   }
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     operation.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
   }
-  if (!refusal) return;
+  if (!refusal.is_valid()) return;
   for (const c10::IValue& result : torch::jit::last(*stack, schema.returns().size())) {
-    torch::autograd::set_history(result.toTensor(), refusal);
+    torch::autograd::set_history(result.toTensor(), refusal.function);
   }
 }
 

@@ -10,22 +10,21 @@ from . import __version__, _loading, backend
 def report() -> str:
     """The report that `python -m grootvl_ops` prints, a fact a line."""
     built = _loading.built()
-    file = _loading.library_file()
     lines = [
         ("grootvl_ops", __version__),
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"),
-        ("compiled library", file or "none"),
     ]
-    if file is not None:
+    if built:
         lines += [
-            ("  built against", f"torch {built.get('torch', 'unknown')}"),
-            ("  compiler", built.get("compiler", "unknown")),
-            ("  assertions", "yes (slow)" if built.get("checked") else "no"),
-            ("  CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
+            ("built against", f"torch {built.get('torch', 'unknown')}"),
+            ("compiler", built.get("compiler", "unknown")),
+            ("assertions", "yes (slow)" if built.get("checked") else "no"),
+            ("CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
         ]
-    if _loading.problem is not None:
-        lines.append(("not in use", _loading.problem))
+    for part, problem in _loading.problems.items():
+        state = "in use" if problem is None else f"not in use: {problem}"
+        lines.append((f"{part} library", f"{_loading.library_file(part) or 'none'} ({state})"))
     lines.append(("CPU tensors", backend("cpu")))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "no GPU visible"

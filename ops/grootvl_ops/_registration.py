@@ -6,10 +6,13 @@ kernels of their own, and the gradients for where there is no compiled library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from . import _loading, reference
 
@@ -203,17 +206,36 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
 
     They are those of `csrc/autograd.cpp`, which take the host a small part of the time. A test compares the two.
     """
+    library = _library if library is None else library
     for name, save, gradients in (
         ("tree_scan", _save_for_scan, _tree_scan_gradients),
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
     ):
-        torch.library.register_autograd(f"{namespace}::{name}", gradients, setup_context=save, lib=library)
+        operation = getattr(getattr(torch.ops, namespace), name).default
+        kernel = make_autograd_impl(operation, Info(_backward_fn=gradients, _setup_context_fn=save))
+        library.impl(name, _without_tangents(kernel), "Autograd", with_keyset=True)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
 
 
-if _loading.problem is not None:
+def _without_tangents(kernel: Callable) -> Callable:
+    """The kernel of a gradient, which raises in forward mode: without this, tangents are dropped silently."""
+
+    def checked(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0:
+            for argument in args:
+                if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+                    raise NotImplementedError(
+                        "the operations of torch.ops.grootvl_ops have no forward-mode derivatives: call the functions "
+                        "of the package grootvl_ops, which have"
+                    )
+        return kernel(keyset, *args, **kwargs)
+
+    return checked
+
+
+if _loading.problems["autograd"] is not None:
     register_autograd()
 
 

@@ -11,7 +11,7 @@ python=${PYTHON:-python}
 folder=$PWD/build/sanitize
 
 mkdir -p "$folder"
-cp -rp setup.py pyproject.toml grootvl_ops csrc tests "$folder"
+cp -rpL setup.py build_backend.py pyproject.toml LICENSE grootvl_ops csrc tests "$folder"
 rm -f "$folder"/grootvl_ops/_C*.so
 
 # The types of torch's classes are in libraries that were built without the check of vptr.

@@ -273,14 +273,14 @@ CHANGED_STEPS = {
 
 @pytest.mark.parametrize("d_state", [1, 2])
 @pytest.mark.parametrize("name", CHANGED_STEPS)
-def test_a_step_projection_with_more_than_weights_is_called(name: str, d_state: int) -> None:
+def test_a_step_projection_with_more_than_weights_is_called(name: str, d_state: int, device: str) -> None:
     change, same = CHANGED_STEPS[name]
     mixer, equal = make(d_state=d_state), make(d_state=d_state)
     assert mixer.fuses_step
     change(mixer)
     same(equal.dt_proj)
+    mixer, equal, x = (operand.to(device) for operand in (mixer, equal, double(2, *SIZE, DIM)))
     assert not mixer.fuses_step and equal.fuses_step
-    x = double(2, *SIZE, DIM)
     output = mixer(x)
     torch.testing.assert_close(output, equal(x), rtol=1e-9, atol=1e-10)
     output.sum().backward()
@@ -312,13 +312,13 @@ CHANGED_NORMS = {
 @pytest.mark.parametrize("d_state", [1, 2])
 @pytest.mark.parametrize("which", ["h_norm", "out_norm"])
 @pytest.mark.parametrize("name", CHANGED_NORMS)
-def test_norms_with_more_than_weights_are_called(name: str, which: str, d_state: int) -> None:
+def test_norms_with_more_than_weights_are_called(name: str, which: str, d_state: int, device: str) -> None:
     change, same = CHANGED_NORMS[name]
     mixer, equal = make(d_state=d_state), make(d_state=d_state)
     change(getattr(mixer, which))
     same(getattr(equal, which))
+    mixer, equal, x = (operand.to(device) for operand in (mixer, equal, double(2, *SIZE, DIM)))
     assert not mixer.fuses_norms and equal.fuses_norms
-    x = double(2, *SIZE, DIM)
     output = mixer(x)
     torch.testing.assert_close(output, equal(x), rtol=1e-9, atol=1e-10)
     output.sum().backward()
@@ -355,8 +355,8 @@ def test_norms_of_different_eps() -> None:
 
 @pytest.mark.parametrize("name", ["in_proj", "conv", "act", "x_proj", "dt_proj", "h_norm", "out_norm", "out_proj"])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_hooks_fire_once_for_each_submodule(name: str, everywhere: bool) -> None:
-    mixer, x = make(), double(1, *SIZE, DIM).requires_grad_()
+def test_hooks_fire_once_for_each_submodule(name: str, everywhere: bool, device: str) -> None:
+    mixer, x = make().to(device), double(1, *SIZE, DIM).to(device).requires_grad_()
     expected = mixer(x)
     module, seen = getattr(mixer, name), []
     if everywhere:

@@ -1,8 +1,5 @@
 // Edge weights of the 4-neighbour grid: how unlike two neighbouring feature
 // vectors are (paper, section 3.2).
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -50,7 +47,7 @@ void edge_weights_kernel(const scalar_t* features, scalar_t* weights, Metric met
   const int64_t num_vertical = (height - 1) * width;
   std::vector<scalar_t> norms(metric == Metric::kCosine ? batch * height * width : 0);
   if (metric == Metric::kCosine) {
-    at::parallel_for(0, batch * height * width, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * height * width, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* f = features + i * channels;
         norms[i] = std::max(std::sqrt(dot(f, f, channels)), scalar_t(1e-8));
@@ -69,7 +66,7 @@ void edge_weights_kernel(const scalar_t* features, scalar_t* weights, Metric met
         return absolute_distance(f, g, channels);
     }
   };
-  at::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / height, y = row % height;
       scalar_t* vertical = weights + b * num_edges + y * width;
@@ -83,14 +80,15 @@ void edge_weights_kernel(const scalar_t* features, scalar_t* weights, Metric met
   });
 }
 
-at::Tensor edge_weights(const at::Tensor& features, const std::string& metric_name) {
+Tensor edge_weights(const Tensor& features, const std::string& metric_name) {
   check_features(features);
   const Metric metric = parse_metric(metric_name);
-  const auto dtype = features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor input = features.to(dtype).contiguous();
+  const ScalarType dtype = accumulation_type(features);
+  const Tensor input = contiguous(to(features, dtype));
   const int64_t batch = input.size(0), height = input.size(1), width = input.size(2);
-  at::Tensor weights = at::empty({batch, num_grid_edges(height, width)}, input.options());
-  AT_DISPATCH_FLOATING_TYPES(dtype, "edge_weights", [&] {
+  Tensor weights = empty(input, {batch, num_grid_edges(height, width)}, dtype);
+  for_accumulation_type(dtype, [&](auto value) {
+    using scalar_t = decltype(value);
     edge_weights_kernel(input.const_data_ptr<scalar_t>(), weights.mutable_data_ptr<scalar_t>(), metric, batch, height,
                         width, input.size(3));
   });
@@ -100,4 +98,4 @@ at::Tensor edge_weights(const at::Tensor& features, const std::string& metric_na
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) { m.impl("edge_weights", &grootvl::edge_weights); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) { m.impl("edge_weights", TORCH_BOX(&grootvl::edge_weights)); }

@@ -1,10 +1,6 @@
 // The norms: each pixel in one pass, while its channels are in the first cache.
 // The equations stand in grootvl_ops/reference/norms.py, which also computes
 // the gradients.
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
@@ -74,26 +70,25 @@ GROOTVL_VECTORIZED void gated_norm_row(const scalar_t* h, const scalar_t* x, con
 int64_t rows_of_thread(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
 
 // Pixels at one distance from each other, with their channels side by side.
-at::Tensor rows_of(const at::Tensor& map) {
+Tensor rows_of(const Tensor& map) {
   const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
-  return rows ? map : map.contiguous();
+  return rows ? map : contiguous(map);
 }
 
-std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_,
-                                              const at::Tensor& C_, const at::Tensor& D_skip_,
-                                              const at::Tensor& h_weight_, const at::Tensor& h_bias_,
-                                              const at::Tensor& out_weight_, const at::Tensor& out_bias_, double eps) {
+std::tuple<Tensor, Tensor> gated_norm(const Tensor& h_, const Tensor& x_, const Tensor& z_, const Tensor& C_,
+                                      const Tensor& D_skip_, const Tensor& h_weight_, const Tensor& h_bias_,
+                                      const Tensor& out_weight_, const Tensor& out_bias_, double eps) {
   check_gated_norm(h_, x_, z_, C_, D_skip_, h_weight_, h_bias_, out_weight_, out_bias_);
   const auto type = accumulation_type(h_);
-  const at::Tensor h = rows_of(h_.to(type)), x = rows_of(x_.to(type)), z = rows_of(z_.to(type)),
-                   C = rows_of(C_.to(type));
-  const auto parameter = [&](const at::Tensor& tensor) { return tensor.to(type).contiguous(); };
-  const at::Tensor D_skip = parameter(D_skip_), h_weight = parameter(h_weight_), h_bias = parameter(h_bias_),
-                   out_weight = parameter(out_weight_), out_bias = parameter(out_bias_);
+  const Tensor h = rows_of(to(h_, type)), x = rows_of(to(x_, type)), z = rows_of(to(z_, type)),
+               C = rows_of(to(C_, type));
+  const auto parameter = [&](const Tensor& tensor) { return contiguous(to(tensor, type)); };
+  const Tensor D_skip = parameter(D_skip_), h_weight = parameter(h_weight_), h_bias = parameter(h_bias_),
+               out_weight = parameter(out_weight_), out_bias = parameter(out_bias_);
   const int64_t rows = h.size(0) * h.size(1), channels = h.size(2);
-  at::Tensor out = at::empty(h.sizes(), h.options());
-  at::Tensor statistics = at::empty({h.size(0), h.size(1), 4}, h.options());
-  AT_DISPATCH_FLOATING_TYPES(type, "gated_norm", [&] {
+  const Tensor out = empty_like(h), statistics = empty(h, {h.size(0), h.size(1), 4}, type);
+  for_accumulation_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
     const Norm<scalar_t> inner{h_weight.const_data_ptr<scalar_t>(), h_bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
     const Norm<scalar_t> outer{out_weight.const_data_ptr<scalar_t>(), out_bias.const_data_ptr<scalar_t>(),
                                scalar_t(eps)};
@@ -102,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h_, const at::Te
                *skip = D_skip.const_data_ptr<scalar_t>();
     auto *out_data = out.mutable_data_ptr<scalar_t>(), *statistics_data = statistics.mutable_data_ptr<scalar_t>();
     const int64_t h_step = h.stride(1), x_step = x.stride(1), z_step = z.stride(1), C_step = C.stride(1);
-    at::parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> y(channels);
       for (int64_t i = begin; i < end; ++i) {
         gated_norm_row(h_data + i * h_step, x_data + i * x_step, z_data + i * z_step, C_data[i * C_step], skip, inner,
@@ -110,37 +105,36 @@ std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h_, const at::Te
       }
     });
   });
-  return {out.to(h_.scalar_type()), statistics};
+  return {to(out, h_.scalar_type()), statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_,
-                                              double eps, std::optional<at::ScalarType> dtype) {
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps,
+                                      std::optional<ScalarType> dtype) {
   check_layer_norm(x_, weight_, bias_);
   const auto type = accumulation_type(x_);
-  const at::Tensor x = x_.to(type).contiguous(), weight = weight_.to(type).contiguous(),
-                   bias = bias_.to(type).contiguous();
+  const Tensor x = contiguous(to(x_, type)), weight = contiguous(to(weight_, type)), bias = contiguous(to(bias_, type));
   const int64_t channels = x.size(-1), rows = x.numel() / channels;
   std::vector<int64_t> statistics_shape = x.sizes().vec();
   statistics_shape.back() = 2;
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  at::Tensor statistics = at::empty(statistics_shape, x.options());
-  AT_DISPATCH_FLOATING_TYPES(type, "layer_norm", [&] {
+  const Tensor out = empty_like(x), statistics = empty(x, statistics_shape, type);
+  for_accumulation_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
     const Norm<scalar_t> norm{weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
     const auto* x_data = x.const_data_ptr<scalar_t>();
     auto *out_data = out.mutable_data_ptr<scalar_t>(), *statistics_data = statistics.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         layer_norm_row(x_data + i * channels, norm, channels, out_data + i * channels, statistics_data + 2 * i);
       }
     });
   });
-  return {out.to(dtype.value_or(x_.scalar_type())), statistics};
+  return {to(out, dtype.value_or(x_.scalar_type())), statistics};
 }
 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
-  m.impl("gated_norm", &grootvl::gated_norm);
-  m.impl("layer_norm", &grootvl::layer_norm);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
+  m.impl("gated_norm", TORCH_BOX(&grootvl::gated_norm));
+  m.impl("layer_norm", TORCH_BOX(&grootvl::layer_norm));
 }

@@ -1,12 +1,8 @@
 // The selective scan: each state's decays and inputs in one pass over the map,
 // then the tree scan. The equations stand in grootvl_ops/reference/scans.py,
 // which also computes the gradients.
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -36,62 +32,73 @@ GROOTVL_VECTORIZED void discretise_row(const scalar_t* delta, const scalar_t* x,
   }
 }
 
-at::Tensor selective_scan(const at::Tensor& x_, const at::Tensor& dt, const std::optional<at::Tensor>& dt_weight,
-                          const std::optional<at::Tensor>& dt_bias, const at::Tensor& A_log, const at::Tensor& B_,
-                          const std::optional<at::Tensor>& C_, const at::Tensor& parent_, const at::Tensor& order_,
-                          const at::Tensor& subtree_size, std::string_view direction_name) {
-  check_selective_scan(x_, dt, dt_weight, dt_bias, A_log, B_, C_, parent_, order_, subtree_size);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+// y += C h of a pixel, or y = C h of the first state.
+template <typename scalar_t>
+GROOTVL_VECTORIZED void weigh_row(const scalar_t* h, scalar_t C, bool first, int64_t channels, scalar_t* y) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) y[c] = C * h[c] + (first ? scalar_t(0) : y[c]);
+}
+
+// delta before its bias and softplus, (B, L, D): a copy, which the scan changes.
+Tensor raw_delta(const Tensor& dt, const std::optional<Tensor>& dt_weight, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  if (!dt_weight) return copy_as(dt, type);
+  return matrix_product(as_rows(to(dt, type)), transpose(to(*dt_weight, type)), x.sizes());
+}
+
+Tensor selective_scan(const Tensor& x_, const Tensor& dt, const std::optional<Tensor>& dt_weight,
+                      const std::optional<Tensor>& dt_bias, const Tensor& A_log_, const Tensor& B_,
+                      const std::optional<Tensor>& C_, const Tensor& parent_, const Tensor& order_,
+                      const Tensor& subtree_size, std::string_view direction_name) {
+  check_selective_scan(x_, dt, dt_weight, dt_bias, A_log_, B_, C_, parent_, order_, subtree_size);
   const Direction direction = parse_direction(direction_name);
   const auto [parent, order] = checked_tree(parent_, order_);
-  const auto type = accumulation_type(x_);
-  const int64_t states = num_states(A_log);
-  const int64_t batch = x_.size(0), length = x_.size(1), channels = x_.size(2);
-  const at::Tensor x = x_.to(type).contiguous();
-  const at::Tensor rate = at::exp(A_log.to(type)).neg_().view({channels, states}).t().contiguous();
-  const auto by_state = [&](const at::Tensor& weights) {  // (N, B, L)
-    return weights.to(type).view({batch, length, states}).permute({2, 0, 1}).contiguous();
-  };
-  const at::Tensor B = by_state(B_), C = C_ ? by_state(*C_) : at::Tensor();
-  const at::Tensor bias = dt_bias ? dt_bias->to(type).contiguous() : at::zeros({channels}, x.options());
-  at::Tensor delta = dt_weight ? at::linear(dt.to(type), dt_weight->to(type)).contiguous()
-                               : at::empty(x.sizes(), x.options()).copy_(dt);
+  const ScalarType type = accumulation_type(x_);
+  const int64_t states = num_states(A_log_), pixels = x_.size(0) * x_.size(1), channels = x_.size(2);
+  const Tensor x = contiguous(to(x_, type)), A_log = contiguous(to(A_log_, type)), B = contiguous(to(B_, type)),
+               C = C_ ? contiguous(to(*C_, type)) : Tensor();
+  const Tensor bias = dt_bias ? contiguous(to(*dt_bias, type)) : zeros(x, {channels}, type);
+  const Tensor delta = raw_delta(dt, dt_weight, x), decay = empty_like(x), h = empty_like(x);
+  std::vector<int64_t> result_sizes = x.sizes().vec();
+  if (!C_ && A_log.dim() == 2) result_sizes.push_back(states);
+  const Tensor result = empty(x, result_sizes, C_ ? type : x_.scalar_type());
 
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels));
   const auto for_pixels = [&](auto pixel) {
-    at::parallel_for(0, batch * length, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) pixel(i);
+    parallel_for(0, pixels, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels)), [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) pixel(i);
     });
   };
-  at::Tensor decay = at::empty(x.sizes(), x.options()), y;
-  std::vector<at::Tensor> results;
-  AT_DISPATCH_FLOATING_TYPES(type, "selective_scan", [&] {
-    auto *delta_data = delta.mutable_data_ptr<scalar_t>(), *decay_data = decay.mutable_data_ptr<scalar_t>();
-    const auto *x_data = x.const_data_ptr<scalar_t>(), *bias_data = bias.const_data_ptr<scalar_t>();
+  for_accumulation_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
+    auto *delta_data = delta.mutable_data_ptr<scalar_t>(), *decay_data = decay.mutable_data_ptr<scalar_t>(),
+         *h_data = h.mutable_data_ptr<scalar_t>();
+    const auto *x_data = x.const_data_ptr<scalar_t>(), *bias_data = bias.const_data_ptr<scalar_t>(),
+               *A_data = A_log.const_data_ptr<scalar_t>(), *B_data = B.const_data_ptr<scalar_t>();
     for_pixels([&](int64_t i) { step_row(delta_data + i * channels, bias_data, channels); });
+    std::vector<scalar_t> rate(channels);
     for (int64_t n = 0; n < states; ++n) {
-      const auto *B_data = B.const_data_ptr<scalar_t>() + n * batch * length,
-                 *rate_data = rate.const_data_ptr<scalar_t>() + n * channels;
-      at::Tensor h = at::empty(x.sizes(), x.options());
-      auto* h_data = h.mutable_data_ptr<scalar_t>();
+      for (int64_t c = 0; c < channels; ++c) rate[c] = -std::exp(A_data[c * states + n]);
       for_pixels([&](int64_t i) {
         const int64_t row = i * channels;
-        discretise_row(delta_data + row, x_data + row, B_data[i], rate_data, channels, decay_data + row, h_data + row);
+        discretise_row(delta_data + row, x_data + row, B_data[i * states + n], rate.data(), channels, decay_data + row,
+                       h_data + row);
       });
       scan_in_place(h, decay, parent, order, direction);
-      if (!C_) {
-        results.push_back(h.to(x_.scalar_type()));
-        continue;
+      if (C_) {
+        const auto* C_data = C.const_data_ptr<scalar_t>();
+        auto* y_data = result.mutable_data_ptr<scalar_t>();
+        for_pixels([&](int64_t i) {
+          weigh_row(h_data + i * channels, C_data[i * states + n], n == 0, channels, y_data + i * channels);
+        });
+      } else {
+        copy(A_log.dim() == 1 ? result : select(result, -1, n), h);
       }
-      const at::Tensor weight = C.select(0, n).unsqueeze(-1);
-      y = n == 0 ? h.mul_(weight) : y.addcmul_(weight, h);
     }
   });
-  if (C_) return y.to(x_.scalar_type());
-  return A_log.dim() == 1 ? results[0] : at::stack(results, -1);
+  return to(result, x_.scalar_type());
 }
 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) { m.impl("selective_scan", &grootvl::selective_scan); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) { m.impl("selective_scan", TORCH_BOX(&grootvl::selective_scan)); }

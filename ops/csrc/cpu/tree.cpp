@@ -1,8 +1,5 @@
 // Minimum spanning trees (Kruskal's algorithm over radix-sorted weights),
 // rooted and ordered.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -83,9 +80,9 @@ std::vector<Edge> spanning_tree(const scalar_t* weights, int64_t num_edges, int6
     tree.push_back(edge);
     if (static_cast<int64_t>(tree.size()) == num_vertices - 1) break;
   }
-  TORCH_CHECK_VALUE(static_cast<int64_t>(tree.size()) == num_vertices - 1, "the graph is not connected: a tree over ",
-                    num_vertices, " vertices needs ", num_vertices - 1, " edges, but only ", tree.size(),
-                    " of those given join different parts");
+  GROOTVL_CHECK(static_cast<int64_t>(tree.size()) == num_vertices - 1, "the graph is not connected: a tree over ",
+                num_vertices, " vertices needs ", num_vertices - 1, " edges, but only ", tree.size(),
+                " of those given join different parts");
   return tree;
 }
 
@@ -135,19 +132,18 @@ void root_tree(const std::vector<Edge>& tree, int64_t num_vertices, int32_t root
 
 // Trees of a batch; `edge_at(b, e)` names the end points of edge e of graph b.
 template <typename EdgeAt>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> build(const at::Tensor& weights_, int64_t num_vertices, int64_t root,
-                                                     EdgeAt edge_at) {
-  const at::Tensor weights = weights_.contiguous();
+std::tuple<Tensor, Tensor, Tensor> build(const Tensor& weights_, int64_t num_vertices, int64_t root, EdgeAt edge_at) {
+  const Tensor weights = contiguous(weights_);
   const int64_t batch = weights.size(0), num_edges = weights.size(1);
-  const auto options = weights.options().dtype(at::kInt);
-  at::Tensor parent = at::empty({batch, num_vertices}, options);
-  at::Tensor order = at::empty_like(parent), subtree_size = at::empty_like(parent);
+  const Tensor parent = empty(weights, {batch, num_vertices}, ScalarType::Int);
+  const Tensor order = empty_like(parent), subtree_size = empty_like(parent);
   auto* parent_data = parent.mutable_data_ptr<int32_t>();
   auto* order_data = order.mutable_data_ptr<int32_t>();
   auto* size_data = subtree_size.mutable_data_ptr<int32_t>();
-  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "build_tree", [&] {
+  for_accumulation_type(weights.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
     const auto* weight_data = weights.const_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const auto tree = spanning_tree(weight_data + b * num_edges, num_edges, num_vertices,
                                         [&](int32_t e) { return edge_at(b, e); });
@@ -160,8 +156,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> build(const at::Tensor& weights_,
   return {parent, order, subtree_size};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> grid_tree(const at::Tensor& weights, int64_t height, int64_t width,
-                                                         int64_t root) {
+std::tuple<Tensor, Tensor, Tensor> grid_tree(const Tensor& weights, int64_t height, int64_t width, int64_t root) {
   check_grid(weights, height, width, root);
   const int64_t num_vertical = (height - 1) * width;
   return build(weights, height * width, root, [=](int64_t, int64_t e) -> Edge {
@@ -172,32 +167,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grid_tree(const at::Tensor& weigh
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> graph_tree(const at::Tensor& edges, const at::Tensor& weights,
-                                                          int64_t num_vertices, int64_t root) {
+std::tuple<Tensor, Tensor, Tensor> graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_vertices,
+                                              int64_t root) {
   check_graph(edges, weights, num_vertices, root);
   // Before memory for that many vertices is asked for.
-  TORCH_CHECK_VALUE(weights.size(0) == 0 || weights.size(1) >= num_vertices - 1,
-                    "the graph is not connected: a tree over ", num_vertices, " vertices needs ", num_vertices - 1,
-                    " edges, but only ", weights.size(1), " are given");
-  if (edges.numel() > 0) {
-    const auto [low, high] = at::aminmax(edges);
-    TORCH_CHECK_VALUE(low.item<int64_t>() >= 0 && high.item<int64_t>() < num_vertices,
-                      "edges must name vertices from 0 to ", num_vertices - 1, ", got ", low.item<int64_t>(), " to ",
-                      high.item<int64_t>());
-  }
-  const at::Tensor ends = edges.to(at::kInt).contiguous();
-  const auto* data = ends.const_data_ptr<int32_t>();
+  GROOTVL_CHECK(weights.size(0) == 0 || weights.size(1) >= num_vertices - 1, "the graph is not connected: a tree over ",
+                num_vertices, " vertices needs ", num_vertices - 1, " edges, but only ", weights.size(1), " are given");
+  const Tensor ends = copy_as(edges, ScalarType::Long);
+  const auto* data = ends.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(data, data + ends.numel());
+  GROOTVL_CHECK(ends.numel() == 0 || (*low >= 0 && *high < num_vertices), "edges must name vertices from 0 to ",
+                num_vertices - 1, ", got ", *low, " to ", *high);
   const int64_t num_edges = weights.size(1);
   return build(weights, num_vertices, root, [=](int64_t b, int64_t e) -> Edge {
-    const int32_t* edge = data + 2 * (b * num_edges + e);
-    return {edge[0], edge[1]};
+    const int64_t* edge = data + 2 * (b * num_edges + e);
+    return {static_cast<int32_t>(edge[0]), static_cast<int32_t>(edge[1])};
   });
 }
 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
-  m.impl("grid_tree", &grootvl::grid_tree);
-  m.impl("graph_tree", &grootvl::graph_tree);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
+  m.impl("grid_tree", TORCH_BOX(&grootvl::grid_tree));
+  m.impl("graph_tree", TORCH_BOX(&grootvl::graph_tree));
 }

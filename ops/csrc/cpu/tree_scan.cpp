@@ -1,9 +1,6 @@
 // The tree scan and its gradients: sweeps over the rows of (B, L, D) data in
 // the tree's order, contiguous over channels. The equations stand in
 // grootvl_ops/reference/scans.py.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
@@ -128,16 +125,16 @@ GROOTVL_VECTORIZED void down_sweep_backward(const Block& block, const scalar_t* 
 // Channels do not touch each other, so the grouping changes no result; groups
 // are whole cache lines, as many as keep every thread busy.
 template <typename Sweep>
-void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Tensor& order, Sweep sweep) {
+void for_each_block(const Tensor& x, const Tensor& parent, const Tensor& order, Sweep sweep) {
   const int64_t batch = x.size(0), num_vertices = x.size(1), channels = x.size(2);
   if (x.numel() == 0) return;
   const int64_t line = 64 / x.element_size();
   const int64_t lines = (channels + line - 1) / line;
-  const int64_t groups = std::min(lines, (2 * at::get_num_threads() + batch - 1) / batch);
+  const int64_t groups = std::min(lines, (2 * num_threads() + batch - 1) / batch);
   const int64_t width = (lines + groups - 1) / groups * line;
   const auto* parent_data = parent.const_data_ptr<int32_t>();
   const auto* order_data = order.const_data_ptr<int32_t>();
-  at::parallel_for(0, batch * groups, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, batch * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / groups, begin = task % groups * width, end = std::min(begin + width, channels);
       if (begin >= end) continue;
@@ -149,7 +146,7 @@ void for_each_block(const at::Tensor& x, const at::Tensor& parent, const at::Ten
 
 // The kernels follow order and parents without further checks, so what is no
 // tree must not get that far.
-void check_order(const at::Tensor& parent, const at::Tensor& order) {
+void check_order(const Tensor& parent, const Tensor& order) {
   const int64_t batch = parent.size(0), num_vertices = parent.size(1);
   const auto *parents = parent.const_data_ptr<int32_t>(), *orders = order.const_data_ptr<int32_t>();
   std::vector<char> seen;
@@ -157,21 +154,22 @@ void check_order(const at::Tensor& parent, const at::Tensor& order) {
     seen.assign(num_vertices, false);
     for (int64_t k = 0; k < num_vertices; ++k) {
       const int64_t i = orders[b * num_vertices + k];
-      TORCH_CHECK_VALUE(i >= 0 && i < num_vertices && !seen[i], "the tree's order must hold each vertex from 0 to ",
-                        num_vertices - 1, " once, got ", i, " at place ", k, " of image ", b);
+      GROOTVL_CHECK(i >= 0 && i < num_vertices && !seen[i], "the tree's order must hold each vertex from 0 to ",
+                    num_vertices - 1, " once, got ", i, " at place ", k, " of image ", b);
       seen[i] = true;
       const int64_t p = parents[b * num_vertices + i];
-      TORCH_CHECK_VALUE(p >= 0 && p < num_vertices && seen[p], "the parent of vertex ", i, " of image ", b,
-                        " must come before it in the tree's order, got ", p);
+      GROOTVL_CHECK(p >= 0 && p < num_vertices && seen[p], "the parent of vertex ", i, " of image ", b,
+                    " must come before it in the tree's order, got ", p);
     }
   }
 }
 
 }  // namespace
 
-void scan_in_place(at::Tensor& h, const at::Tensor& decay, const at::Tensor& parent, const at::Tensor& order,
+void scan_in_place(const Tensor& h, const Tensor& decay, const Tensor& parent, const Tensor& order,
                    Direction direction) {
-  AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), "tree_scan", [&] {
+  for_accumulation_type(h.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
     const auto* a_data = decay.const_data_ptr<scalar_t>();
     auto* h_data = h.mutable_data_ptr<scalar_t>();
     for_each_block(h, parent, order, [&](int64_t offset, const Block& block) {
@@ -185,39 +183,37 @@ void scan_in_place(at::Tensor& h, const at::Tensor& decay, const at::Tensor& par
   });
 }
 
-std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parent, const at::Tensor& order) {
-  std::pair tree{parent.contiguous(), order.contiguous()};
+std::pair<Tensor, Tensor> checked_tree(const Tensor& parent, const Tensor& order) {
+  std::pair tree{contiguous(parent), contiguous(order)};
   check_order(tree.first, tree.second);
   return tree;
 }
 
 namespace {
 
-at::Tensor tree_scan(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent_, const at::Tensor& order_,
-                     const at::Tensor& subtree_size, std::string_view direction) {
+Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent_, const Tensor& order_,
+                 const Tensor& subtree_size, std::string_view direction) {
   check_scan(x, decay, parent_, order_, subtree_size);
   const auto [parent, order] = checked_tree(parent_, order_);
   const auto type = accumulation_type(x);
-  at::Tensor h = at::empty(x.sizes(), x.options().dtype(type)).copy_(x);
-  scan_in_place(h, decay.to(type).contiguous(), parent, order, parse_direction(direction));
-  return h.to(x.scalar_type());
+  const Tensor h = copy_as(x, type);
+  scan_in_place(h, contiguous(to(decay, type)), parent, order, parse_direction(direction));
+  return to(h, x.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                      const at::Tensor& decay, const at::Tensor& parent_,
-                                                      const at::Tensor& order_, const at::Tensor& subtree_size,
-                                                      std::string_view direction_name) {
+std::tuple<Tensor, Tensor> tree_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& decay,
+                                              const Tensor& parent_, const Tensor& order_, const Tensor& subtree_size,
+                                              std::string_view direction_name) {
   check_scan(x, decay, parent_, order_, subtree_size);
   check_like("grad", grad, "x", x, x.sizes());
   const Direction direction = parse_direction(direction_name);
   const auto [parent, order] = checked_tree(parent_, order_);
   const auto type = accumulation_type(x);
-  const auto options = x.options().dtype(type);
-  const at::Tensor a = decay.to(type).contiguous();
+  const Tensor a = contiguous(to(decay, type));
   // h: what becomes of x; g: what becomes of the gradient.
-  at::Tensor h = at::empty(x.sizes(), options).copy_(x), g = at::empty(x.sizes(), options).copy_(grad);
-  at::Tensor da = at::empty(x.sizes(), options);
-  AT_DISPATCH_FLOATING_TYPES(type, "tree_scan_backward", [&] {
+  const Tensor h = copy_as(x, type), g = copy_as(grad, type), da = empty_like(h);
+  for_accumulation_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
     const auto* a_data = a.const_data_ptr<scalar_t>();
     auto* h_data = h.mutable_data_ptr<scalar_t>();
     auto* g_data = g.mutable_data_ptr<scalar_t>();
@@ -236,13 +232,13 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad, co
       }
     });
   });
-  return {g.to(x.scalar_type()), da.to(decay.scalar_type())};
+  return {to(g, x.scalar_type()), to(da, decay.scalar_type())};
 }
 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
-  m.impl("tree_scan", &grootvl::tree_scan);
-  m.impl("tree_scan_backward", &grootvl::tree_scan_backward);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
+  m.impl("tree_scan", TORCH_BOX(&grootvl::tree_scan));
+  m.impl("tree_scan_backward", TORCH_BOX(&grootvl::tree_scan_backward));
 }

@@ -2,9 +2,7 @@
 // dependent launch).
 #pragma once
 
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-
+#include "device.cuh"
 #include "ptx.cuh"
 
 namespace grootvl {
@@ -20,9 +18,9 @@ __device__ __forceinline__ void await_kernels_before() {
 inline bool can_await_kernels() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  const int compute_capability = current_limits().compute_capability;
   for (const int architecture : architectures) {
-    if (architecture >= 900 && architecture <= 100 * properties->major + 10 * properties->minor) return true;
+    if (architecture >= 900 && architecture <= compute_capability) return true;
   }
 #endif
   return false;
@@ -42,7 +40,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, si
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = can_await_kernels() ? 1 : 0;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 }  // namespace grootvl

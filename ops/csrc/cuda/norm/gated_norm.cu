@@ -1,12 +1,5 @@
 // out = LN(C LN(h) + D_skip x) SiLU(z) over the channels of each pixel, and its gradients: each in one pass over the
 // maps (pixel_team.cuh). C is a projection of the pixel, one value for all of its channels.
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
@@ -183,17 +176,15 @@ __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<
 }
 
 struct NormInputs {
-  // Autocast must not cast anything here again.
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  at::Tensor h, x, z, C, parameters[kNumParameters];
+  Tensor h, x, z, C, parameters[kNumParameters];
   bool aligned;
 
-  NormInputs(const at::Tensor& h_, const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& C_,
-             std::initializer_list<at::Tensor> parameters_)
-      : h(h_.contiguous()), x(x_.contiguous()), z(rows_of(z_)), C(rows_of(C_)) {
+  NormInputs(const Tensor& h_, const Tensor& x_, const Tensor& z_, const Tensor& C_,
+             std::initializer_list<Tensor> parameters_)
+      : h(contiguous(h_)), x(contiguous(x_)), z(rows_of(z_)), C(rows_of(C_)) {
     int p = 0;
-    for (const at::Tensor& parameter : parameters_) {
-      parameters[p++] = parameter.to(at::toOpMathType(h.scalar_type())).contiguous();
+    for (const Tensor& parameter : parameters_) {
+      parameters[p++] = contiguous(to(parameter, accumulation_type(h)));
     }
     const int64_t vec = kVectorBytes / h.element_size();
     const auto all_aligned = [&] {
@@ -201,20 +192,20 @@ struct NormInputs {
     };
     if (h.size(2) > kMaxBlockThreads &&
         !all_aligned()) {  // threads with one channel each would not hold all of a pixel
-      h = h.clone(), x = x.clone(), z = z.clone(at::MemoryFormat::Contiguous);
+      h = clone(h), x = clone(x), z = clone(z);
     }
     aligned = all_aligned();
   }
 
   // Whether the row of each pixel begins at a multiple of `vec` values.
-  static bool rows_aligned(const at::Tensor& map, int64_t vec) {
+  static bool rows_aligned(const Tensor& map, int64_t vec) {
     return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
   }
 
   // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
-  static at::Tensor rows_of(const at::Tensor& map) {
+  static Tensor rows_of(const Tensor& map) {
     const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
-    return rows ? map : map.contiguous();
+    return rows ? map : contiguous(map);
   }
 
   template <typename T, typename acc_t>
@@ -233,20 +224,18 @@ struct NormInputs {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h, const at::Tensor& x, const at::Tensor& z,
-                                              const at::Tensor& C, const at::Tensor& D_skip, const at::Tensor& h_weight,
-                                              const at::Tensor& h_bias, const at::Tensor& out_weight,
-                                              const at::Tensor& out_bias, double eps) {
+std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, const Tensor& C,
+                                      const Tensor& D_skip, const Tensor& h_weight, const Tensor& h_bias,
+                                      const Tensor& out_weight, const Tensor& out_bias, double eps) {
   check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
-  const c10::cuda::CUDAGuard guard(h.device());
+  const DeviceGuard guard(h);
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
-  const at::Tensor out = at::empty(h.sizes(), h.options());
-  const at::Tensor statistics =
-      at::empty({h.size(0), h.size(1), 4}, h.options().dtype(at::toOpMathType(h.scalar_type())));
+  const Tensor out = empty_like(h), statistics = empty(h, {h.size(0), h.size(1), 4}, accumulation_type(h));
   if (h.numel() == 0) return {out, statistics};
-  const auto stream = at::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "gated_norm", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
+  const cudaStream_t stream = current_stream();
+  for_floating_type(h.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
+    using acc_t = Accumulation<scalar_t>;
     auto data = inputs.data<scalar_t, acc_t>();
     data.eps = static_cast<acc_t>(eps);
     data.out = out.mutable_data_ptr<scalar_t>();
@@ -256,61 +245,58 @@ std::tuple<at::Tensor, at::Tensor> gated_norm(const at::Tensor& h, const at::Ten
     launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
       gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {out, statistics};
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients gated_norm_backward(const at::Tensor& grad_, const at::Tensor& h, const at::Tensor& x, const at::Tensor& z,
-                              const at::Tensor& C, const at::Tensor& D_skip, const at::Tensor& h_weight,
-                              const at::Tensor& h_bias, const at::Tensor& out_weight, const at::Tensor& out_bias,
-                              const at::Tensor& statistics_) {
+Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor& x, const Tensor& z, const Tensor& C,
+                              const Tensor& D_skip, const Tensor& h_weight, const Tensor& h_bias,
+                              const Tensor& out_weight, const Tensor& out_bias, const Tensor& statistics_) {
   check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
   check_like("grad", grad_, "h", h, h.sizes());
-  const c10::cuda::CUDAGuard guard(h.device());
+  const DeviceGuard guard(h);
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
-  at::Tensor grad = grad_.contiguous();
-  if (!is_aligned(grad.const_data_ptr())) grad = grad.clone();
-  const auto accumulation = h.options().dtype(at::toOpMathType(h.scalar_type()));
-  TORCH_CHECK_VALUE(statistics_.sizes() == at::IntArrayRef({h.size(0), h.size(1), 4}) &&
-                        statistics_.scalar_type() == at::typeMetaToScalarType(accumulation.dtype()) &&
-                        statistics_.device() == h.device(),
-                    "statistics must be those of the forward pass");
-  const at::Tensor statistics = statistics_.contiguous();
-  const at::Tensor dh = at::empty(h.sizes(), h.options()), dx = at::empty(h.sizes(), h.options()),
-                   dz = at::empty(h.sizes(), h.options()), dC = at::empty(C.sizes(), C.options());
-  at::Tensor totals = at::zeros({kNumParameters, h.size(2)}, accumulation);
-  if (h.numel() > 0) {
-    const auto stream = at::cuda::getCurrentCUDAStream();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "gated_norm_backward", [&] {
-      using acc_t = at::opmath_type<scalar_t>;
-      auto data = inputs.data<scalar_t, acc_t>();
-      data.grad = grad.const_data_ptr<scalar_t>();
-      data.statistics = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());
-      data.dh = dh.mutable_data_ptr<scalar_t>();
-      data.dx = dx.mutable_data_ptr<scalar_t>();
-      data.dz = dz.mutable_data_ptr<scalar_t>();
-      data.dC = dC.mutable_data_ptr<scalar_t>();
-      constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-      const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
-      const at::Tensor dparameters = at::empty({launch.teams(), kNumParameters, h.size(2)}, accumulation);
-      data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-      launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
-        gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
-      });
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-      totals = dparameters.sum(0);
+  Tensor grad = contiguous(grad_);
+  if (!is_aligned(grad.const_data_ptr())) grad = clone(grad);
+  const ScalarType accumulation = accumulation_type(h);
+  GROOTVL_CHECK(statistics_.sizes().equals(Sizes({h.size(0), h.size(1), 4})) &&
+                    statistics_.scalar_type() == accumulation && statistics_.device() == h.device(),
+                "statistics must be those of the forward pass");
+  const Tensor statistics = contiguous(statistics_);
+  const Tensor dh = empty_like(h), dx = empty_like(h), dz = empty_like(h), dC = empty_like(C);
+  if (h.numel() == 0) return {dh, dx, dz, dC, zeros(h, {kNumParameters, h.size(2)}, accumulation)};
+  Tensor totals;
+  const cudaStream_t stream = current_stream();
+  for_floating_type(h.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
+    using acc_t = Accumulation<scalar_t>;
+    auto data = inputs.data<scalar_t, acc_t>();
+    data.grad = grad.const_data_ptr<scalar_t>();
+    data.statistics = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());
+    data.dh = dh.mutable_data_ptr<scalar_t>();
+    data.dx = dx.mutable_data_ptr<scalar_t>();
+    data.dz = dz.mutable_data_ptr<scalar_t>();
+    data.dC = dC.mutable_data_ptr<scalar_t>();
+    constexpr int kVec = kVectorBytes / sizeof(scalar_t);
+    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
+    const Tensor dparameters = empty(h, {launch.teams(), kNumParameters, h.size(2)}, accumulation);
+    data.dparameters = dparameters.mutable_data_ptr<acc_t>();
+    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+      gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
-  }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    totals = sum(dparameters, 0, accumulation);
+  });
   return {dh, dx, dz, dC, totals};
 }
 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
-  m.impl("gated_norm", &grootvl::gated_norm);
-  m.impl("gated_norm_backward", &grootvl::gated_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("gated_norm", TORCH_BOX(&grootvl::gated_norm));
+  m.impl("gated_norm_backward", TORCH_BOX(&grootvl::gated_norm_backward));
 }

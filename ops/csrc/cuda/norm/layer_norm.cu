@@ -1,9 +1,4 @@
 // LayerNorm over the channels of each pixel, from one precision to another, and its gradients (pixel_team.cuh).
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
@@ -97,34 +92,35 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
 
 // Calls `launch(T, out_t, acc_t)` with values of the types of the map, of the normalised map and of the sums.
 template <typename Launch>
-void dispatch(at::ScalarType type, at::ScalarType out_type, Launch launch) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "layer_norm", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
+void dispatch(ScalarType type, ScalarType out_type, Launch launch) {
+  for_floating_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
+    using acc_t = Accumulation<scalar_t>;
     if (type == out_type) return launch(scalar_t(), scalar_t(), acc_t());
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (out_type == at::kHalf) return launch(scalar_t(), at::Half(), acc_t());
-      if (out_type == at::kBFloat16) return launch(scalar_t(), at::BFloat16(), acc_t());
+      if (out_type == ScalarType::Half) return launch(scalar_t(), torch::headeronly::Half(), acc_t());
+      if (out_type == ScalarType::BFloat16) return launch(scalar_t(), torch::headeronly::BFloat16(), acc_t());
     } else if constexpr (!std::is_same_v<scalar_t, double>) {
-      if (out_type == at::kFloat) return launch(scalar_t(), float(), acc_t());
+      if (out_type == ScalarType::Float) return launch(scalar_t(), float(), acc_t());
     }
-    TORCH_CHECK_TYPE(false, "layer_norm on CUDA goes from ", type, " to ", type,
-                     ", or between float32 and a half precision, got ", out_type);
+    GROOTVL_CHECK(false, "layer_norm on CUDA goes from ", type, " to ", type,
+                  ", or between float32 and a half precision, got ", out_type);
   });
 }
 
 struct LayerNormInputs {
-  at::Tensor x, weight, bias;
+  Tensor x, weight, bias;
 
-  LayerNormInputs(const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_)
-      : x(x_.contiguous()),
-        weight(weight_.to(at::toOpMathType(x_.scalar_type())).contiguous()),
-        bias(bias_.to(at::toOpMathType(x_.scalar_type())).contiguous()) {
+  LayerNormInputs(const Tensor& x_, const Tensor& weight_, const Tensor& bias_)
+      : x(contiguous(x_)),
+        weight(contiguous(to(weight_, accumulation_type(x_)))),
+        bias(contiguous(to(bias_, accumulation_type(x_)))) {
     x = aligned_if_wide(x);
   }
 
   // Threads with one channel each would not hold all channels of a wide map.
-  static at::Tensor aligned_if_wide(const at::Tensor& map) {
-    return map.size(-1) <= kMaxBlockThreads || is_aligned(map.const_data_ptr()) ? map : map.clone();
+  static Tensor aligned_if_wide(const Tensor& map) {
+    return map.size(-1) <= kMaxBlockThreads || is_aligned(map.const_data_ptr()) ? map : clone(map);
   }
 
   template <typename T, typename out_t, typename acc_t>
@@ -138,21 +134,21 @@ struct LayerNormInputs {
     return data;
   }
 
-  bool aligned(const at::Tensor& other, int64_t vec) const {
+  bool aligned(const Tensor& other, int64_t vec) const {
     return x.size(-1) % vec == 0 && is_aligned(x.const_data_ptr(), vec * x.element_size()) &&
            is_aligned(other.const_data_ptr(), vec * other.element_size());
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                                              double eps, std::optional<at::ScalarType> dtype) {
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                                      std::optional<ScalarType> dtype) {
   check_layer_norm(x, weight, bias);
-  const c10::cuda::CUDAGuard guard(x.device());
+  const DeviceGuard guard(x);
   const LayerNormInputs inputs(x, weight, bias);
-  const at::Tensor out = at::empty(x.sizes(), x.options().dtype(dtype.value_or(x.scalar_type())));
+  const Tensor out = empty(x, x.sizes(), dtype.value_or(x.scalar_type()));
   auto sizes = x.sizes().vec();
   sizes.back() = 2;
-  const at::Tensor statistics = at::empty(sizes, x.options().dtype(at::toOpMathType(x.scalar_type())));
+  const Tensor statistics = empty(x, sizes, accumulation_type(x));
   dispatch(x.scalar_type(), out.scalar_type(), [&](auto in, auto normed, auto acc) {
     using T = decltype(in);
     using out_t = decltype(normed);
@@ -166,27 +162,27 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
     const bool aligned = inputs.aligned(out, kVec);
     const TeamLaunch launch("layer_norm", data.rows, data.channels, aligned ? kVec : 1, 16);
     launch.with_sizes<kVec>(aligned, [&](auto threads, auto vec) {
-      layer_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, at::cuda::getCurrentCUDAStream()>>>(data);
+      layer_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
     });
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {out, statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad_, const at::Tensor& x,
-                                                       const at::Tensor& weight, const at::Tensor& statistics_) {
+std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor& x, const Tensor& weight,
+                                               const Tensor& statistics_) {
   check_layer_norm(x, weight, weight);
-  TORCH_CHECK_VALUE(grad_.sizes() == x.sizes() && grad_.device() == x.device(), "grad must be as x, ", x.sizes(),
-                    " on ", x.device(), ", got ", grad_.sizes(), " on ", grad_.device());
-  const auto accumulation = x.options().dtype(at::toOpMathType(x.scalar_type()));
-  TORCH_CHECK_VALUE(statistics_.numel() * x.size(-1) == 2 * x.numel() && statistics_.device() == x.device() &&
-                        statistics_.scalar_type() == at::toOpMathType(x.scalar_type()),
-                    "statistics must be those of the forward pass");
-  const c10::cuda::CUDAGuard guard(x.device());
+  GROOTVL_CHECK(grad_.sizes().equals(x.sizes()) && grad_.device() == x.device(), "grad must be as x, ", x.sizes(),
+                " on ", x.device(), ", got ", grad_.sizes(), " on ", grad_.device());
+  const ScalarType accumulation = accumulation_type(x);
+  GROOTVL_CHECK(statistics_.numel() * x.size(-1) == 2 * x.numel() && statistics_.device() == x.device() &&
+                    statistics_.scalar_type() == accumulation,
+                "statistics must be those of the forward pass");
+  const DeviceGuard guard(x);
   const LayerNormInputs inputs(x, weight, weight);
-  const at::Tensor grad = LayerNormInputs::aligned_if_wide(grad_.contiguous()), statistics = statistics_.contiguous();
-  const at::Tensor dx = at::empty(x.sizes(), x.options());
-  at::Tensor totals = at::zeros({2, x.size(-1)}, accumulation);
+  const Tensor grad = LayerNormInputs::aligned_if_wide(contiguous(grad_)), statistics = contiguous(statistics_);
+  const Tensor dx = empty_like(x);
+  Tensor totals = x.numel() == 0 ? zeros(x, {2, x.size(-1)}, accumulation) : Tensor();
   dispatch(x.scalar_type(), grad.scalar_type(), [&](auto in, auto normed, auto acc) {
     using T = decltype(in);
     using out_t = decltype(normed);
@@ -199,14 +195,13 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad_, 
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const bool aligned = inputs.aligned(grad, kVec);
     const TeamLaunch launch("layer_norm", data.rows, data.channels, aligned ? kVec : 1, 8);
-    const at::Tensor dparameters = at::empty({launch.teams(), 2, x.size(-1)}, accumulation);
+    const Tensor dparameters = empty(x, {launch.teams(), 2, x.size(-1)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
     launch.with_sizes<kVec>(aligned, [&](auto threads, auto vec) {
-      layer_norm_backward_kernel<threads(), vec()>
-          <<<launch.blocks, launch.block, 0, at::cuda::getCurrentCUDAStream()>>>(data);
+      layer_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
     });
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    totals = dparameters.sum(0);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    totals = sum(dparameters, 0, accumulation);
   });
   return {dx, totals};
 }
@@ -214,7 +209,7 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad_, 
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
-  m.impl("layer_norm", &grootvl::layer_norm);
-  m.impl("layer_norm_backward", &grootvl::layer_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("layer_norm", TORCH_BOX(&grootvl::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&grootvl::layer_norm_backward));
 }

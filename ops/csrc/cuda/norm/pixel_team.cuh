@@ -6,13 +6,11 @@
 // order.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
 
+#include "../common/device.cuh"
 #include "../common/vector.cuh"
 #include "../common/warp.cuh"
 
@@ -74,10 +72,10 @@ struct TeamLaunch {
 
   TeamLaunch(const char* name, int64_t rows, int64_t channels, int vec, int blocks_per_processor) {
     const int64_t team = (channels / vec + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
-    TORCH_CHECK_VALUE(team <= kMaxBlockThreads, name, " takes up to ", kMaxBlockThreads * vec,
-                      " channels of this alignment, got ", channels);
+    GROOTVL_CHECK(team <= kMaxBlockThreads, name, " takes up to ", kMaxBlockThreads * vec,
+                  " channels of this alignment, got ", channels);
     block = dim3(team, std::max<int64_t>(1, kBlockThreads / team));
-    const int64_t most = int64_t{blocks_per_processor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+    const int64_t most = int64_t{blocks_per_processor} * current_limits().multiprocessors;
     blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
   }
 

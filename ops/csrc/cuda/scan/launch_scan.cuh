@@ -1,17 +1,12 @@
 // Plans a scan and launches its kernels.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "../../checks.h"
+#include "../common/device.cuh"
 #include "../common/vector.cuh"
 #include "finish.cuh"
 #include "join.cuh"
@@ -22,7 +17,7 @@ namespace grootvl {
 
 // Whether each tree is one run: a scan with so many warps on each multiprocessor keeps the memory busy.
 inline bool in_one_run(int64_t warps, int64_t length) {
-  return length <= 256 || warps >= 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  return length <= 256 || warps >= 4 * current_limits().multiprocessors;
 }
 
 // log2 of the run length aimed at: short runs make many warps, long ones less to join.
@@ -41,12 +36,12 @@ inline int choose_log2_section(int64_t length, int log2_run) {
 // multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
 // the multiprocessors that the kernel before leaves first.
 inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  const DeviceLimits& limits = current_limits();
   const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t available = properties->sharedMemPerMultiprocessor, reserved = properties->reservedSharedMemPerBlock;
+  const int64_t available = limits.shared_of_multiprocessor, reserved = limits.reserved_shared_of_block;
   const int64_t fitting = std::clamp<int64_t>(available / (bytes + reserved), 1, at_most);
-  const int64_t all = divide(blocks, properties->multiProcessorCount), at_a_time = divide(all, divide(all, fitting));
-  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, properties->sharedMemPerBlockOptin);
+  const int64_t all = divide(blocks, limits.multiprocessors), at_a_time = divide(all, divide(all, fitting));
+  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, limits.shared_of_block);
   return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
@@ -72,46 +67,49 @@ auto with_pass(Direction direction, Run run) {
 
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
-  at::Tensor input_weight;  // (batch, L)
-  at::Tensor of_channels;   // (2, D): of delta_bias and A_log
+  Tensor input_weight;  // (batch, L)
+  Tensor of_channels;   // (2, D): of delta_bias and A_log
 };
 
 template <Pass pass, bool kSelective, typename T, typename acc_t>
-ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& options) {
+ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
   constexpr int kOperands = num_operands(pass);
   const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
-  const auto accumulation = options.dtype(c10::CppTypeToScalarType<acc_t>::value);
+  const ScalarType accumulation = accumulation_type(x);
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
   if (batch * length * channels == 0) {
     if (!kParameterGradients) return {};
-    return {at::zeros({batch, length}, options), at::zeros({2, channels}, accumulation)};
+    return {zeros(x, {batch, length}, x.scalar_type()), zeros(x, {2, channels}, accumulation)};
   }
-  TORCH_CHECK_VALUE(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
-  const auto stream = at::cuda::getCurrentCUDAStream();
+  GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
+  const cudaStream_t stream = current_stream();
   const auto blocks = [](int64_t threads, int threads_of_block) {
     const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
-    TORCH_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
+    GROOTVL_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
     return static_cast<unsigned>(count);
   };
-  const auto ints = options.dtype(at::kInt);
-
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
   const bool several_runs = !in_one_run(batch * groups, length);
   Plan plan{};
   plan.runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
   plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : kUncut;
   const bool several_sections = plan.sections.log2_size < kUncut;
-  std::vector<at::Tensor> storage;
+  std::vector<Tensor> storage;
+  Tensor run_cuts, section_cuts;
+  const auto cuts_of = [&](const Pieces& pieces) -> Tensor& { return &pieces == &plan.runs ? run_cuts : section_cuts; };
   const auto indices = [&](int64_t count) {
-    storage.push_back(at::empty({batch, count}, ints));
+    storage.push_back(empty(x, {batch * count}, ScalarType::Int));
     return storage.back().mutable_data_ptr<int32_t>();
   };
   const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) {
     pieces.elements = static_cast<int>(elements);
     pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
     if (!several) return;
-    pieces.cuts = indices(elements);
-    if (&pieces == &plan.sections) storage.back().zero_();  // there are fewer runs than room for them
+    // Zeros where there are fewer runs than room for them.
+    storage.push_back(&pieces == &plan.sections ? zeros(x, {batch * elements}, ScalarType::Int)
+                                                : empty(x, {batch * elements}, ScalarType::Int));
+    cuts_of(pieces) = storage.back();
+    pieces.cuts = storage.back().mutable_data_ptr<int32_t>();
     pieces.end = indices(pieces.capacity);
     pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
     if (&pieces == &plan.runs && several_sections) pieces.first = indices(pieces.capacity);
@@ -122,28 +120,28 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
   // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
   const bool on_chip = pass == Pass::kBoth && !several_runs && length <= (kSelective ? 64 : 256);
-  at::Tensor sums;
+  Tensor sums;
   if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
     data.sums[1] = data.out;
   } else if (num_kept(pass) > 0 && !on_chip) {
-    sums = at::empty({kOperands, batch, length, channels}, accumulation);
+    sums = empty(x, {kOperands, batch, length, channels}, accumulation);
     for (int operand = 0; operand < kOperands; ++operand) {
       data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * batch * length * channels;
     }
   }
   data.aligned = aligned(data);
 
-  at::Tensor dinput_weight, dparameters;
+  Tensor dinput_weight, dparameters;
   if constexpr (kParameterGradients) {
-    dinput_weight = at::empty({groups, batch, length}, accumulation);
+    dinput_weight = empty(x, {groups, batch, length}, accumulation);
     // There may be fewer runs than room for them.
-    dparameters = several_runs ? at::zeros({2, batch * plan.runs.capacity, channels}, accumulation)
-                               : at::empty({2, batch * plan.runs.capacity, channels}, accumulation);
+    dparameters = several_runs ? zeros(x, {2, batch * plan.runs.capacity, channels}, accumulation)
+                               : empty(x, {2, batch * plan.runs.capacity, channels}, accumulation);
     data.dinput_weight = dinput_weight.mutable_data_ptr<acc_t>();
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
-  const at::Tensor nodes = at::empty({batch, length}, ints);
+  const Tensor nodes = empty(x, {batch, length}, ScalarType::Int);
   plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
   launch(mark_nodes<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
 
@@ -156,11 +154,11 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   if (several_runs) {
     const auto number = [&](Pieces& pieces) {
       // Over all images at once, since cumsum would sum each row of a matrix by one block.
-      storage.push_back(at::cumsum(at::from_blob(pieces.cuts, {batch * pieces.elements}, ints), 0, at::kInt));
+      storage.push_back(cumsum(cuts_of(pieces), 0, ScalarType::Int));
       pieces.id = storage.back().const_data_ptr<int32_t>();
     };
     const auto data_of = [&](const Pieces& pieces) {
-      storage.push_back(at::empty({2 + 3 * kOperands, batch, pieces.capacity, channels}, accumulation));
+      storage.push_back(empty(x, {2 + 3 * kOperands, batch, pieces.capacity, channels}, accumulation));
       RunData<acc_t> result{};
       result.stride = batch * pieces.capacity * channels;
       result.beta = storage.back().template mutable_data_ptr<acc_t>();
@@ -202,17 +200,17 @@ ParameterGradients scan(ScanData<T, acc_t> data, const at::TensorOptions& option
   constexpr int kMaxBlocks = 32;  // on one multiprocessor
   size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
   if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
-  C10_CUDA_CHECK(
+  STD_CUDA_CHECK(
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
   launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
   if (!kParameterGradients) return {};
-  return {dinput_weight.sum(0).to(options.dtype()), dparameters.sum(1)};
+  return {to(sum(dinput_weight, 0, accumulation), x.scalar_type()), sum(dparameters, 1, accumulation)};
 }
 
 template <typename T, typename acc_t>
-ScanData<T, acc_t> scan_data(const at::Tensor& x, const at::Tensor& decay, const at::Tensor& parent,
-                             const at::Tensor& order, const at::Tensor& subtree_size) {
-  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
+ScanData<T, acc_t> scan_data(const Tensor& x, const Tensor& decay, const Tensor& parent, const Tensor& order,
+                             const Tensor& subtree_size) {
+  GROOTVL_CHECK(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
   ScanData<T, acc_t> data{};
   data.x = x.const_data_ptr<T>();
   data.decay_or_raw_delta = decay.const_data_ptr<T>();

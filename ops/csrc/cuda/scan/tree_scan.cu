@@ -4,18 +4,19 @@
 namespace grootvl {
 namespace {
 
-at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::Tensor& parent_,
-                     const at::Tensor& order_, const at::Tensor& subtree_size_, std::string_view direction) {
+Tensor tree_scan(const Tensor& x_, const Tensor& decay_, const Tensor& parent_, const Tensor& order_,
+                 const Tensor& subtree_size_, std::string_view direction) {
   check_scan(x_, decay_, parent_, order_, subtree_size_);
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const at::Tensor x = x_.contiguous(), decay = decay_.contiguous(), parent = parent_.contiguous(),
-                   order = order_.contiguous(), subtree_size = subtree_size_.contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
+  const DeviceGuard guard(x_);
+  const Tensor x = contiguous(x_), decay = contiguous(decay_), parent = contiguous(parent_), order = contiguous(order_),
+               subtree_size = contiguous(subtree_size_);
+  const Tensor out = empty_like(x);
+  for_floating_type(x.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
+    using acc_t = Accumulation<scalar_t>;
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.out = out.mutable_data_ptr<scalar_t>();
-    with_pass<false>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x.options()); });
+    with_pass<false>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x); });
   });
   return out;
 }
@@ -23,4 +24,4 @@ at::Tensor tree_scan(const at::Tensor& x_, const at::Tensor& decay_, const at::T
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("tree_scan", &grootvl::tree_scan); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("tree_scan", TORCH_BOX(&grootvl::tree_scan)); }

@@ -4,24 +4,23 @@
 namespace grootvl {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, const at::Tensor& x_,
-                                                      const at::Tensor& decay_, const at::Tensor& parent_,
-                                                      const at::Tensor& order_, const at::Tensor& subtree_size_,
-                                                      std::string_view direction) {
+std::tuple<Tensor, Tensor> tree_scan_backward(const Tensor& grad_, const Tensor& x_, const Tensor& decay_,
+                                              const Tensor& parent_, const Tensor& order_, const Tensor& subtree_size_,
+                                              std::string_view direction) {
   check_scan(x_, decay_, parent_, order_, subtree_size_);
   check_like("grad", grad_, "x", x_, x_.sizes());
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const at::Tensor grad = grad_.contiguous(), x = x_.contiguous(), decay = decay_.contiguous(),
-                   parent = parent_.contiguous(), order = order_.contiguous(),
-                   subtree_size = subtree_size_.contiguous();
-  at::Tensor dx = at::empty(x.sizes(), x.options()), ddecay = at::empty(x.sizes(), x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "tree_scan_backward", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
+  const DeviceGuard guard(x_);
+  const Tensor grad = contiguous(grad_), x = contiguous(x_), decay = contiguous(decay_), parent = contiguous(parent_),
+               order = contiguous(order_), subtree_size = contiguous(subtree_size_);
+  const Tensor dx = empty_like(x), ddecay = empty_like(x);
+  for_floating_type(x.scalar_type(), [&](auto value) {
+    using scalar_t = decltype(value);
+    using acc_t = Accumulation<scalar_t>;
     auto data = scan_data<scalar_t, acc_t>(x, decay, parent, order, subtree_size);
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
     data.ddecay_or_raw_delta = ddecay.mutable_data_ptr<scalar_t>();
-    with_pass<true>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x.options()); });
+    with_pass<true>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x); });
   });
   return {dx, ddecay};
 }
@@ -29,4 +28,6 @@ std::tuple<at::Tensor, at::Tensor> tree_scan_backward(const at::Tensor& grad_, c
 }  // namespace
 }  // namespace grootvl
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("tree_scan_backward", &grootvl::tree_scan_backward); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("tree_scan_backward", TORCH_BOX(&grootvl::tree_scan_backward));
+}

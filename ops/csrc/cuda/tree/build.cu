@@ -5,17 +5,12 @@
 // the blocks wait for each other. The host does not wait for the GPU, and the launches depend on sizes only, so that
 // CUDA graphs can capture them.
 
-#include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
 
 #include "../../checks.h"
+#include "../common/device.cuh"
 #include "../common/vector.cuh"
 #include "rooting.cuh"
 #include "spanning.cuh"
@@ -24,7 +19,7 @@
 namespace grootvl {
 namespace {
 
-using TreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using TreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // Arrays in one allocation, each aligned to 16 bytes. If it starts from nullptr, it only counts the bytes.
 class Arena {
@@ -300,33 +295,43 @@ __global__ void scatter_ranks_kernel(const int64_t* sorted, int64_t count, int64
   ranks[i / edges * edges + sorted[i]] = static_cast<int>(i % edges);
 }
 
+// Edges in 32 bits, of which no number out of range becomes a vertex.
+__global__ void narrow_ends_kernel(const int64_t* ends, int64_t count, int64_t num_vertices, int* narrow) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i < count) narrow[i] = ends[i] < 0 || ends[i] >= num_vertices ? -1 : static_cast<int>(ends[i]);
+}
+
 constexpr int kElementThreads = 256;
 
 unsigned element_blocks(int64_t count) {
   const int64_t blocks = (count + kElementThreads - 1) / kElementThreads;
-  TORCH_CHECK(blocks < (int64_t{1} << 31), "a batch of ", count, " vertices or edges is too large");
+  GROOTVL_CHECK(blocks < (int64_t{1} << 31), "a batch of ", count, " vertices or edges is too large");
   return static_cast<unsigned>(blocks);
 }
 
+// The sorted rows of a matrix, and where each value was. Equal values keep their order.
+std::array<Tensor, 2> sort_rows(const Tensor& matrix) {
+  return call<2>("aten::sort", "stable", matrix, std::optional(true), int64_t{1}, false);
+}
+
 // The weights as the kernels take them: float32, of which only the order counts. float64 weights become their ranks.
-at::Tensor comparable(const at::Tensor& weights) {
-  if (weights.scalar_type() == at::kFloat) return weights.contiguous();
-  const at::Tensor values = weights.contiguous();
-  const at::Tensor keys = at::empty_like(values, values.options().dtype(at::kLong));
-  const at::Tensor ranks = at::empty_like(values, values.options().dtype(at::kInt));
+Tensor comparable(const Tensor& weights) {
+  const Tensor values = contiguous(weights);
+  if (weights.scalar_type() == ScalarType::Float) return values;
+  const Tensor keys = empty(values, values.sizes(), ScalarType::Long);
+  const Tensor ranks = empty(values, values.sizes(), ScalarType::Int);
   const int64_t count = values.numel();
   if (count > 0) {
-    const auto stream = at::cuda::getCurrentCUDAStream();
+    const cudaStream_t stream = current_stream();
     sort_keys_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(values.const_data_ptr<double>(), count,
                                                                             keys.mutable_data_ptr<int64_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    const at::Tensor sorted =
-        std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/1, /*descending=*/false)).contiguous();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const Tensor sorted = contiguous(sort_rows(keys)[1]);
     scatter_ranks_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
         sorted.const_data_ptr<int64_t>(), count, values.size(1), ranks.mutable_data_ptr<int>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return ranks.view(at::kFloat);  // non-negative integers are in the order of the floats with their bits
+  return ranks;  // non-negative integers are in the order of the floats with their bits
 }
 
 // How the blocks of a cooperative launch are divided among teams.
@@ -339,11 +344,10 @@ struct Teams {
 template <typename Kernel>
 Teams plan_teams(Kernel kernel, int64_t batch, int64_t members) {
   int blocks_per_multiprocessor = 0;
-  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, kMaxBlockThreads,
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, kMaxBlockThreads,
                                                                sizeof(BlockScratch)));
-  const int64_t resident =
-      int64_t{blocks_per_multiprocessor} * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-  TORCH_CHECK(resident > 0, "the GPU cannot run blocks of ", kMaxBlockThreads, " threads of this kernel");
+  const int64_t resident = int64_t{blocks_per_multiprocessor} * current_limits().multiprocessors;
+  GROOTVL_CHECK(resident > 0, "the GPU cannot run blocks of ", kMaxBlockThreads, " threads of this kernel");
   const int64_t useful = (members + kMaxBlockThreads - 1) / kMaxBlockThreads;
   const int64_t blocks = std::clamp<int64_t>(resident / batch, 1, std::min<int64_t>(useful, kMaxTeamBlocks));
   return {static_cast<int>(std::min(batch, resident / blocks)), static_cast<int>(blocks)};
@@ -351,36 +355,30 @@ Teams plan_teams(Kernel kernel, int64_t batch, int64_t members) {
 
 template <typename Kernel>
 void launch_teams(Kernel kernel, const Teams& teams, void** arguments) {
-  C10_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(teams.count * teams.blocks),
+  STD_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(teams.count * teams.blocks),
                                              dim3(kMaxBlockThreads), arguments, sizeof(BlockScratch),
-                                             at::cuda::getCurrentCUDAStream()));
+                                             current_stream()));
 }
 
-at::Tensor team_scratch(const Teams& teams, const at::TensorOptions& options) {
-  return at::zeros({static_cast<int64_t>(teams.count * sizeof(GridScratch))}, options.dtype(at::kByte));
+Tensor team_scratch(const Teams& teams, const Tensor& like) {
+  return zeros(like, {static_cast<int64_t>(teams.count * sizeof(GridScratch))}, ScalarType::Byte);
 }
 
-at::Tensor workspace(int64_t bytes, const at::TensorOptions& options) {
-  return at::empty({bytes}, options.dtype(at::kByte));
-}
+Tensor workspace(int64_t bytes, const Tensor& like) { return empty(like, {bytes}, ScalarType::Byte); }
 
-TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, int64_t root) {
+TreeTensors grid_tree(const Tensor& weights, int64_t height, int64_t width, int64_t root) {
   check_grid(weights, height, width, root);
-  const c10::cuda::CUDAGuard guard(weights.device());
+  const DeviceGuard guard(weights);
   const int64_t batch = weights.size(0);
   const int64_t vertices = height * width;
-  TORCH_CHECK_VALUE(batch < (int64_t{1} << 31), "a batch may have up to 2^31 maps, got ", batch);
-  const auto options = weights.options().dtype(at::kInt);
-  if (vertices == 1) {
-    return {at::zeros({batch, 1}, options), at::zeros({batch, 1}, options), at::ones({batch, 1}, options)};
-  }
-  at::Tensor parent = at::empty({batch, vertices}, options);
-  at::Tensor order = at::empty({batch, vertices}, options);
-  at::Tensor subtree_size = at::empty({batch, vertices}, options);
-  if (batch == 0) return {parent, order, subtree_size};
+  GROOTVL_CHECK(batch < (int64_t{1} << 31), "a batch may have up to 2^31 maps, got ", batch);
+  const Tensor parent = empty(weights, {batch, vertices}, ScalarType::Int);
+  const Tensor order = empty_like(parent), subtree_size = empty_like(parent);
+  if (vertices == 1) fill(parent, 0), fill(order, 0), fill(subtree_size, 1);
+  if (batch == 0 || vertices == 1) return {parent, order, subtree_size};
 
-  const at::Tensor keys = comparable(weights);
-  const float* key_data = keys.const_data_ptr<float>();
+  const Tensor keys = comparable(weights);
+  const float* key_data = static_cast<const float*>(keys.const_data_ptr());
   int* parent_data = parent.mutable_data_ptr<int>();
   int* order_data = order.mutable_data_ptr<int>();
   int* size_data = subtree_size.mutable_data_ptr<int>();
@@ -394,66 +392,69 @@ TreeTensors grid_tree(const at::Tensor& weights, int64_t height, int64_t width, 
   shared.take<BlockScratch>(1);
   const int64_t shared_bytes = shared.used() + GridMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
   constexpr int64_t kLargest16Bit = 16384;  // darts are counted in the lower half of a 32-bit word
-  if (vertices <= kLargest16Bit &&
-      shared_bytes <= static_cast<int64_t>(at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin)) {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(small_grid_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  if (vertices <= kLargest16Bit && shared_bytes <= current_limits().shared_of_block) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(small_grid_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
-    small_grid_tree_kernel<<<batch, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
-        key_data, shape, parent_data, order_data, size_data);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    small_grid_tree_kernel<<<batch, threads, shared_bytes, current_stream()>>>(key_data, shape, parent_data, order_data,
+                                                                               size_data);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
     return {parent, order, subtree_size};
   }
 
   const Teams teams = plan_teams(large_grid_tree_kernel, batch, vertices);
   shape.shift = bin_shift(vertices, teams.threads());
   const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape).bytes;
-  const at::Tensor scratch = team_scratch(teams, options);
-  const at::Tensor memory = workspace(teams.count * bytes, options);
+  const Tensor scratch = team_scratch(teams, weights);
+  const Tensor memory = workspace(teams.count * bytes, weights);
   int batch_argument = static_cast<int>(batch);
   int team_blocks = teams.blocks;
-  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.data_ptr());
-  auto* memory_data = reinterpret_cast<unsigned char*>(memory.data_ptr());
+  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.mutable_data_ptr());
+  auto* memory_data = reinterpret_cast<unsigned char*>(memory.mutable_data_ptr());
   void* arguments[] = {&key_data,    &shape,       &batch_argument, &team_blocks, &scratch_data,
                        &memory_data, &parent_data, &order_data,     &size_data};
   launch_teams(large_grid_tree_kernel, teams, arguments);
   return {parent, order, subtree_size};
 }
 
-TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64_t num_vertices, int64_t root) {
+TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_vertices, int64_t root) {
   check_graph(edges, weights, num_vertices, root);
-  const c10::cuda::CUDAGuard guard(weights.device());
+  const DeviceGuard guard(weights);
   const int64_t batch = weights.size(0);
-  TORCH_CHECK_VALUE(batch < (int64_t{1} << 31), "a batch may have up to 2^31 graphs, got ", batch);
-  const auto options = weights.options().dtype(at::kInt);
-  const auto long_options = weights.options().dtype(at::kLong);
-  at::Tensor parent = at::empty({batch, num_vertices}, options);
-  at::Tensor order = at::empty({batch, num_vertices}, options);
-  at::Tensor subtree_size = at::empty({batch, num_vertices}, options);
+  GROOTVL_CHECK(batch < (int64_t{1} << 31), "a batch may have up to 2^31 graphs, got ", batch);
+  const Tensor parent = empty(weights, {batch, num_vertices}, ScalarType::Int);
+  const Tensor order = empty_like(parent), subtree_size = empty_like(parent);
   if (batch == 0) return {parent, order, subtree_size};
 
-  const at::Tensor keys = comparable(weights);
-  // Clamped so that no 64-bit number out of range becomes a vertex in 32 bits.
-  at::Tensor ends =
-      (edges.scalar_type() == at::kLong ? edges.clamp(-1, num_vertices).to(at::kInt) : edges).contiguous();
+  const Tensor keys = comparable(weights);
+  Tensor ends = contiguous(edges);
+  if (edges.scalar_type() == ScalarType::Long) {
+    const Tensor narrow = empty(ends, ends.sizes(), ScalarType::Int);
+    if (ends.numel() > 0) {
+      narrow_ends_kernel<<<element_blocks(ends.numel()), kElementThreads, 0, current_stream()>>>(
+          ends.const_data_ptr<int64_t>(), ends.numel(), num_vertices, narrow.mutable_data_ptr<int>());
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    ends = narrow;
+  }
   // The kernel loads both ends of an edge at once.
-  if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = ends.clone();
-  const at::Tensor down_ranks = at::empty({batch, num_vertices}, options);
-  const at::Tensor sibling_keys = at::empty({batch, num_vertices}, long_options);
+  if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = clone(ends);
+  const Tensor down_ranks = empty_like(parent);
+  const Tensor sibling_keys = empty(parent, parent.sizes(), ScalarType::Long);
 
   const Teams teams = plan_teams(graph_tree_kernel, batch, std::max(num_vertices, weights.size(1)));
   int shift = bin_shift(2 * num_vertices, teams.threads());
   const int64_t bytes = GraphMemory(nullptr, num_vertices, shift).bytes;
-  const at::Tensor scratch = team_scratch(teams, options);
-  const at::Tensor memory = workspace(teams.count * bytes, options);
+  const Tensor scratch = team_scratch(teams, weights);
+  const Tensor memory = workspace(teams.count * bytes, weights);
   const auto* edge_data = reinterpret_cast<const int2*>(ends.const_data_ptr<int>());
-  const float* key_data = keys.const_data_ptr<float>();
+  const float* key_data = static_cast<const float*>(keys.const_data_ptr());
   int batch_argument = static_cast<int>(batch);
   int num_edges = static_cast<int>(weights.size(1));
   int vertices = static_cast<int>(num_vertices);
   int root_argument = static_cast<int>(root);
   int team_blocks = teams.blocks;
-  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.data_ptr());
-  auto* memory_data = reinterpret_cast<unsigned char*>(memory.data_ptr());
+  auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.mutable_data_ptr());
+  auto* memory_data = reinterpret_cast<unsigned char*>(memory.mutable_data_ptr());
   int* parent_data = parent.mutable_data_ptr<int>();
   int* size_data = subtree_size.mutable_data_ptr<int>();
   int* rank_data = down_ranks.mutable_data_ptr<int>();
@@ -463,33 +464,34 @@ TreeTensors graph_tree(const at::Tensor& edges, const at::Tensor& weights, int64
                        &parent_data,   &size_data, &rank_data,      &sibling_data};
   launch_teams(graph_tree_kernel, teams, arguments);
 
-  const auto [sorted_keys, children] = at::sort(sibling_keys, /*stable=*/true, /*dim=*/1, /*descending=*/false);
-  const at::Tensor cumulative_sizes = subtree_size.gather(1, children).cumsum(1, at::kLong);
-  const at::Tensor starts = at::empty({batch, num_vertices + 1}, long_options);
-  const at::Tensor steps = at::empty({batch, 2 * num_vertices}, options);
+  const auto [sorted_keys, children] = sort_rows(sibling_keys);
+  const Tensor sizes = call("aten::gather", "", subtree_size, int64_t{1}, children, false);
+  const Tensor cumulative_sizes = cumsum(sizes, 1, ScalarType::Long);
+  const Tensor starts = empty(parent, {batch, num_vertices + 1}, ScalarType::Long);
+  const Tensor steps = empty(parent, {batch, 2 * num_vertices}, ScalarType::Int);
   const int64_t count = batch * num_vertices;
-  const auto stream = at::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = current_stream();
   sibling_starts_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
       sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
       cumulative_sizes.const_data_ptr<int64_t>(), size_data, batch, num_vertices, starts.mutable_data_ptr<int64_t>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   sibling_steps_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(
       sorted_keys.const_data_ptr<int64_t>(), children.const_data_ptr<int64_t>(),
       cumulative_sizes.const_data_ptr<int64_t>(), size_data, rank_data, starts.const_data_ptr<int64_t>(), batch,
       num_vertices, steps.mutable_data_ptr<int>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const at::Tensor places = steps.cumsum(1, at::kInt);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const Tensor places = cumsum(steps, 1, ScalarType::Int);
   order_kernel<<<element_blocks(count), kElementThreads, 0, stream>>>(places.const_data_ptr<int>(), rank_data, batch,
                                                                       num_vertices, order.mutable_data_ptr<int>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {parent, order, subtree_size};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
-  m.impl("grid_tree", &grid_tree);
-  m.impl("graph_tree", &graph_tree);
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("grid_tree", TORCH_BOX(&grid_tree));
+  m.impl("graph_tree", TORCH_BOX(&graph_tree));
 }
 
 }  // namespace grootvl

@@ -4,16 +4,11 @@
 // once, and keeps the sums of all edges of the tile (and the norms of the pixels they touch) in registers, so that a
 // row is loaded once for several edges. The rows that neighbouring tiles share come from the caches.
 
-#include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
 #include <string>
 #include <type_traits>
 
 #include "../../checks.h"
+#include "../common/device.cuh"
 #include "../common/vector.cuh"
 #include "../common/warp.cuh"
 
@@ -148,14 +143,14 @@ void launch(const Scalar* features, Accumulator* weights, const Map& map) {
       map.batch * ((map.height + kTileHeight - 1) / kTileHeight) * ((map.width + kTileWidth - 1) / kTileWidth);
   const int64_t vectors = map.channels / kVector;
   // Few lanes a tile need the fewest additions across lanes; many share the work of long rows, or of few tiles.
-  const int64_t lanes_to_fill_device = int64_t(at::cuda::getCurrentDeviceProperties()->multiProcessorCount) * 512;
+  const int64_t lanes_to_fill_device = int64_t{current_limits().multiprocessors} * 512;
   int group = kVector == 1 ? 32 : 4;
   while (group < 32 && (vectors >= 8 * group || (vectors > group && tiles * group < lanes_to_fill_device))) group *= 2;
 
   const int64_t blocks = (tiles * group + kThreads - 1) / kThreads;
-  TORCH_CHECK(blocks < (int64_t(1) << 31), "features with ", map.batch, " maps of ", map.height, " x ", map.width,
-              " pixels are too large");
-  const auto stream = at::cuda::getCurrentCUDAStream();
+  GROOTVL_CHECK(blocks < (int64_t(1) << 31), "features with ", map.batch, " maps of ", map.height, " x ", map.width,
+                " pixels are too large");
+  const cudaStream_t stream = current_stream();
   if constexpr (kVector > 1) {
     if (group == 4) {
       edge_weights_kernel<kMetric, 4, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
@@ -168,11 +163,11 @@ void launch(const Scalar* features, Accumulator* weights, const Map& map) {
   if (group == 32) {
     edge_weights_kernel<kMetric, 32, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename Scalar, typename Accumulator>
-void launch(const at::Tensor& features, at::Tensor& weights, const Map& map, Metric metric) {
+void launch(const Tensor& features, const Tensor& weights, const Map& map, Metric metric) {
   constexpr int kVector = kVectorBytes / sizeof(Scalar);
   const auto* data = features.const_data_ptr<Scalar>();
   auto* output = weights.mutable_data_ptr<Accumulator>();
@@ -191,38 +186,24 @@ void launch(const at::Tensor& features, at::Tensor& weights, const Map& map, Met
   }
 }
 
-at::Tensor edge_weights(const at::Tensor& features, const std::string& metric_name) {
+Tensor edge_weights(const Tensor& features, const std::string& metric_name) {
   check_features(features);
   const Metric metric = parse_metric(metric_name);
-  const c10::cuda::CUDAGuard guard(features.device());
-  const at::Tensor input = features.stride(3) == 1 || features.size(3) == 1 ? features : features.contiguous();
+  const DeviceGuard guard(features);
+  const Tensor input = features.stride(3) == 1 || features.size(3) == 1 ? features : contiguous(features);
   const Map map{input.size(0),   input.size(1),   input.size(2),  input.size(3),
                 input.stride(0), input.stride(1), input.stride(2)};
-  const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor weights = at::empty({map.batch, num_grid_edges(map.height, map.width)}, input.options().dtype(dtype));
+  const Tensor weights = empty(input, {map.batch, num_grid_edges(map.height, map.width)}, accumulation_type(input));
   if (weights.numel() == 0) return weights;
 
-  switch (input.scalar_type()) {
-    case at::kFloat:
-      launch<float, float>(input, weights, map, metric);
-      break;
-    case at::kDouble:
-      launch<double, double>(input, weights, map, metric);
-      break;
-    case at::kHalf:
-      launch<at::Half, float>(input, weights, map, metric);
-      break;
-    case at::kBFloat16:
-      launch<at::BFloat16, float>(input, weights, map, metric);
-      break;
-    default:
-      TORCH_CHECK_TYPE(false, "features must be float16, bfloat16, float32 or float64, got ", input.scalar_type());
-  }
+  for_floating_type(input.scalar_type(), [&](auto value) {
+    launch<decltype(value), Accumulation<decltype(value)>>(input, weights, map, metric);
+  });
   return weights;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("edge_weights", &edge_weights); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("edge_weights", TORCH_BOX(&edge_weights)); }
 
 }  // namespace grootvl

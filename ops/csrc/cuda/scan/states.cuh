@@ -1,0 +1,35 @@
+// Sums over the states of a selective scan, which are scanned one after the other.
+#pragma once
+
+#include "../common/device.cuh"
+
+namespace grootvl {
+
+// The weights (B, L) or (B, L, N) of one state, as a (B, L, 1) view.
+inline Tensor state_of(const Tensor& weights, int64_t state) {
+  const Tensor column = weights.dim() == 2 ? weights : select(weights, 2, state);
+  return strided(column, {column.size(0), column.size(1), 1}, {column.stride(0), column.stride(1), 1});
+}
+
+inline Tensor multiply(const Tensor& map, const Tensor& weights) { return call("aten::mul", "Tensor", map, weights); }
+
+template <typename T, typename acc_t>
+__global__ void add_kernel(acc_t* sum, const T* terms, int64_t count) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i < count) sum[i] += static_cast<acc_t>(terms[i]);
+}
+
+// sum += terms, of one shape and contiguous; `sum` of the accumulation type of the terms.
+inline void add(const Tensor& sum, const Tensor& terms) {
+  constexpr int kThreads = 256;
+  const int64_t count = sum.numel();
+  if (count == 0) return;
+  for_floating_type(terms.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    add_kernel<<<(count + kThreads - 1) / kThreads, kThreads, 0, current_stream()>>>(
+        sum.mutable_data_ptr<Accumulation<T>>(), terms.const_data_ptr<T>(), count);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace grootvl
