@@ -501,3 +501,12 @@ def test_cuda_training_under_autocast(kwargs, dtype):
     for (name, p), q in zip(model.named_parameters(), recomputing.parameters(), strict=True):
         assert torch.isfinite(p.grad).all(), name
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_card_of_each_family():
+    for name, paper in (("GrootV", "2406.02395"), ("VMamba", "2401.10166")):
+        card = grootv.model_card("name/model", name)
+        assert name in card["description"] and paper in card["description"] and "hf-hub:name/model" in card["usage"]
+        assert card["tags"][-1] == name.lower() and name in card["citation"]
+    with pytest.raises(ValueError, match="family must be one of .*'VMamba'.*, got 'Swin'"):
+        grootv.model_card("name/model", "Swin")
