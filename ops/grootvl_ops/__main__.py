@@ -20,7 +20,7 @@ def report() -> str:
             ("built against", f"torch {built.get('torch', 'unknown')}"),
             ("compiler", built.get("compiler", "unknown")),
             ("assertions", "yes (slow)" if built.get("checked") else "no"),
-            ("CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
+            ("CUDA kernels", f"CUDA {built['cuda']}, for {built.get('architectures', 'unknown')}" if built.get("cuda") else "none"),
         ]
     for part, problem in _loading.problems.items():
         state = "in use" if problem is None else f"not in use: {problem}"
