@@ -189,6 +189,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
             if asked("FORCE_CUDA") or asked("GROOTVL_REQUIRE_COMPILED"):
                 raise
             self.errors.setdefault("cpu", first_error("", error))
+        cuda = cuda and "cuda" not in self.errors
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs it was built on") if cuda else None
         record = {
             "torch": torch.__version__,
@@ -208,7 +209,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
 
 if torch is None:
     if asked("GROOTVL_REQUIRE_COMPILED") or asked("FORCE_CUDA"):
-        raise SystemExit("GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found: its headers are needed")
+        raise SystemExit("GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found: headers are missing")
     setup()
 else:
     setup(
