@@ -2,7 +2,7 @@
 # make demo-language      train a small language model on Python's documentation, fine-tune it in three ways
 # make test               the whole test suite
 # make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
-# make test-integrations  GrootV in other packages, of which it installs some thirty, into .venv-integrations
+# make test-integrations  GrootV in other packages, in .venv-integrations
 # make test-versions      a part of the suite with the oldest and the newest versions: .venv-oldest, .venv-newest
 # make wheels             wheels of both packages in dist/, for every Python and PyTorch that docs/installation.md lists
 # They set up .venv first, from pinned versions; later calls reuse it.
@@ -130,11 +130,15 @@ $(VENV)/test: $(VENV)/openmmlab $(VENV)/language
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@
 
+# mmpretrain is apart: mmsegmentation imports it where it finds it, and it does not import beside transformers 5.
 $(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pyproject.toml $(OPS_SOURCES)
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS_PIP) torch torchvision setuptools wheel ninja
 	$(INTEGRATIONS_PIP) --no-deps --force-reinstall ./ops
 	$(INTEGRATIONS_PIP) --editable ".[integrations]"
+	rm -rf $(INTEGRATIONS)/share/mmpretrain
+	$(INTEGRATIONS_PIP) --no-deps --target $(INTEGRATIONS)/share/mmpretrain \
+	  onedl-mmpretrain mat4py modelindex model-index ordered-set
 	touch $@
 
 .venv-%/installed: pyproject.toml $(OPS_SOURCES)

@@ -49,18 +49,37 @@ def shown_arguments() -> list[str]:
     return arguments
 
 
-def publish(title: str, name: str, sections: Sequence[str], command: str, commit_name: str | None = None) -> Path:
-    """Print a report and write it to benchmarks/results/NAME-MACHINE.md, with hardware, versions, commit and date."""
-    facts = (
-        f"Measured on {hardware()}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"CUDA {torch.version.cuda or 'none'}; commit {commit_name or commit()}; {datetime.date.today()}.\n\n"
-        f"    {command}"
-    )
+def circumstances(commit_name: str | None = None) -> dict[str, str]:
+    """Hardware, versions, commit and date of a measurement; `machine` is the hardware in a file's name."""
+    machine = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-") if torch.cuda.is_available() else "cpu"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    return {
+        "hardware": hardware(),
+        "machine": machine,
+        "versions": versions,
+        "commit": commit_name or commit(),
+        "date": str(datetime.date.today()),
+    }
+
+
+def publish(
+    title: str,
+    name: str,
+    sections: Sequence[str],
+    command: str,
+    commit_name: str | None = None,
+    measured: dict[str, str] | None = None,
+) -> Path:
+    """Print a report and write it to benchmarks/results/NAME-MACHINE.md, with hardware, versions, commit and date.
+
+    They are those of now, or the `circumstances` of an earlier measurement.
+    """
+    at = measured or circumstances(commit_name)
+    facts = f"Measured on {at['hardware']}; {at['versions']}; commit {at['commit']}; {at['date']}.\n\n    {command}"
     text = "\n\n".join([f"# {title}", facts, *sections]) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    machine = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-") if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{name}-{machine}.md"
+    path = RESULTS / f"{name}-{at['machine']}.md"
     path.write_text(text)
     return path
 

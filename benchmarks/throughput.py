@@ -1,6 +1,6 @@
-"""Images a second of GrootV and a peer of timm's on one GPU, in one run.
+"""Images a second of GrootV, VMamba and a peer of timm's on one GPU, in one run.
 
-    python benchmarks/throughput.py                                  # all sizes against swin_tiny, batch 128, 224 x 224
+    python benchmarks/throughput.py                 # GrootV and VMamba-Tiny against swin_tiny, batch 128, 224 x 224
     python benchmarks/throughput.py --models grootv_tiny --batch 2 --size 800 1344
     python benchmarks/throughput.py --models grootv_tiny --compile reduce-overhead --precisions float16
 
@@ -71,7 +71,9 @@ def add_compile_option(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["grootv_tiny", "grootv_small", "grootv_base"])
+    parser.add_argument(
+        "--models", nargs="+", default=["grootv_tiny", "grootv_small", "grootv_base", "vmamba_tiny_s1l8"]
+    )
     parser.add_argument("--peer", default=PEER)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, nargs="+", default=[224], help="side of square images, or height and width")

@@ -1,6 +1,7 @@
-"""GrootV, the vision backbone of GrootVL / MambaTree (arXiv 2406.02395), for timm and plain PyTorch.
+"""Vision backbones for timm and plain PyTorch: GrootV of GrootVL / MambaTree (arXiv 2406.02395), and VMamba
+(arXiv 2401.10166).
 
-Importing this package registers `grootv_nano`, `grootv_tiny`, `grootv_small` and `grootv_base` in timm:
+Importing this package registers their sizes, `grootv_*` and `vmamba_*`, in timm:
 
     import grootv, timm
     model = timm.create_model("grootv_tiny", num_classes=10)
@@ -17,9 +18,9 @@ if find_spec("grootvl_ops") is None:
     )
 
 from . import flops
-from .models import GrootV, TreeSSM, model_card
+from .models import GrootV, TreeSSM, VMamba, model_card
 
-__all__ = ["GrootV", "TreeSSM", "flops", "model_card"]
+__all__ = ["GrootV", "TreeSSM", "VMamba", "flops", "model_card"]
 
 try:
     __version__ = version("grootv")

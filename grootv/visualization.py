@@ -15,10 +15,12 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
+from grootv.layers import SelectiveSSM
 from grootvl_ops import Tree, build_tree, path_tree, tree_scan
 
-SCANS = ("tree", "raster")
+SCANS = ("tree", "bidirectional")
 # Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
 LINE_COLOURS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.88, 256)), name="plasma_without_yellow")
 MAP_COLOURS = "magma"
@@ -75,8 +77,8 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
         features: (1, H, W, C), floating point.
         pixel: row and column of the impulse.
         temperature: the feature distance over which a response falls to 1/e, positive.
-        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "raster", along the rows,
-            one after another, in both directions.
+        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "bidirectional", along the
+            rows, one after another, in both directions.
 
     Returns:
         (H, W) on the CPU, of the dtype of `features`, values in [0, 1], without gradient.
@@ -102,6 +104,44 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
     impulse[row * width + column] = 1
     response = tree_scan(impulse[None, :, None], torch.exp(-distances / temperature)[None, :, None], tree)
     return response.view(height, width)
+
+
+@torch.no_grad()
+def mixer_affinity(mixer: SelectiveSSM, x: Tensor, pixel: tuple[int, int]) -> Tensor:
+    """How much of a contribution of the chosen pixel reaches each pixel in the scans of a mixer, which may be trained.
+
+    The affinity maps of the paper (arXiv 2406.02395): as `scan_affinity`, but along the trees and directions that the
+    mixer chooses for its input, and with its decays. The mean over channels and states.
+
+    Args:
+        mixer: `TreeSSM`, `PathSSM` or another `SelectiveSSM`.
+        x: (1, H, W, dim), an input of the mixer.
+        pixel: row and column of the impulse.
+
+    Returns:
+        (H, W) on the CPU: at most 1, times the number of scans.
+
+    Raises:
+        ValueError: another shape, or a pixel outside the map.
+    """
+    if x.dim() != 4 or x.shape[0] != 1:
+        raise ValueError(f"x must be (1, H, W, {mixer.dim}), got {list(x.shape)}")
+    _, height, width, _ = x.shape
+    row, column = pixel
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"pixel must lie on the {height} x {width} map, got {tuple(pixel)}")
+    features, _ = mixer.expand_input(x)
+    flat = features.flatten(1, 2)
+    delta = functional.softplus(mixer.dt_proj(mixer.x_proj(flat)[..., : mixer.dt_rank]))
+    impulse = torch.zeros_like(delta)
+    impulse[:, row * width + column] = 1
+    rates = mixer.A_log.exp().view(-1, mixer.d_state)
+    responses = [
+        tree_scan(impulse, torch.exp(-rates[:, n] * delta), tree, direction)
+        for tree, direction in mixer.scans(features)
+        for n in range(mixer.d_state)
+    ]
+    return (sum(responses) / mixer.d_state).mean(-1).view(height, width).cpu()
 
 
 def draw_tree(
@@ -163,7 +203,7 @@ def plot_tree_and_affinity(
     temperature: float = 30.0,
     credit: str = "",
 ) -> Figure:
-    """A photograph, its minimum spanning tree, and the affinities of tree scan and raster scan from one pixel.
+    """A photograph, its minimum spanning tree, and the affinities of a tree scan and a bidirectional scan of the rows.
 
     The tree (arXiv 2406.02395, section 3.2) is that of the colours of the photograph, see :func:`lab_features`;
     GrootV builds its trees in the same way from the features of each block. For the affinities see

@@ -209,7 +209,9 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
 
 if torch is None:
     if asked("GROOTVL_REQUIRE_COMPILED") or asked("FORCE_CUDA"):
-        raise SystemExit("GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found: headers are missing")
+        raise SystemExit(
+            "GROOTVL_REQUIRE_COMPILED or FORCE_CUDA is set, but torch was not found: its headers are needed"
+        )
     setup()
 else:
     setup(

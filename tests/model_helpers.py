@@ -1,4 +1,4 @@
-"""Official parameter names, checkpoints made up from them, and the operations' definitions under a model."""
+"""Official parameter names, checkpoints made up from them, and other ways through the same model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from golden import fill
-from torch import Tensor
+from torch import Tensor, nn
 
 import grootvl_ops
-from grootv.layers import scans
+from grootv.layers import SelectiveSSM, scans
+from grootv.models.released import RELEASES
 from grootvl_ops import reference
 
-OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads(
-    (Path(__file__).parent / "golden" / "official_names.json").read_text()
-)
+GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official_names.json").read_text())
+VMAMBA_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "vmamba_names.json").read_text())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def official_state(names: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -45,6 +51,49 @@ def shrink(names: dict[str, list[int]], dims: tuple[int, ...], depths: tuple[int
     return smaller
 
 
+def official_names(size: str) -> dict[str, list[int]]:
+    """Official names and shapes of a released model of timm's registry."""
+    return OFFICIAL_NAMES.get(size) or VMAMBA_NAMES[RELEASES[size].file.split("_ckpt")[0]]
+
+
+def vmamba_names(
+    channels: int, depths: tuple[int, ...], expand: int, num_classes: int = 1000, d_state: int = 1
+) -> dict[str, list[int]]:
+    """Official names and shapes of a VMamba with `channels` in its first stage."""
+    stem = [("0", [channels // 2, 3, 3, 3]), ("2", [channels // 2]), ("5", [channels, channels // 2, 3, 3])]
+    names = {f"patch_embed.{number}.weight": shape for number, shape in (*stem, ("7", [channels]))}
+    for i, depth in enumerate(depths):
+        c, last = channels * 2**i, i == len(depths) - 1
+        inner, rank = expand * c, -(-c // 16)
+        for j in range(depth):
+            block = {
+                "norm.weight": [c],
+                "op.x_proj_weight": [4, rank + 2 * d_state, inner],
+                "op.A_logs": [4 * inner, d_state],
+                "op.Ds": [4 * inner],
+                "op.dt_projs_weight": [4, inner, rank],
+                "op.dt_projs_bias": [4, inner],
+                "op.out_norm.weight": [inner],
+                "op.in_proj.weight": [inner, c],
+                "op.conv2d.weight": [inner, 1, 3, 3],
+                "op.out_proj.weight": [c, inner],
+                "norm2.weight": [c],
+                "mlp.fc1.weight": [4 * c, c],
+                "mlp.fc2.weight": [c, 4 * c],
+            }
+            names |= {f"layers.{i}.blocks.{j}.{name}": shape for name, shape in block.items()}
+        if not last:
+            names |= {f"layers.{i}.downsample.1.weight": [2 * c, c, 3, 3], f"layers.{i}.downsample.3.weight": [2 * c]}
+    names |= {"classifier.norm.weight": [c], "classifier.head.weight": [num_classes, c]}
+    bare = ("in_proj.weight", "conv2d.weight", "out_proj.weight")  # without a bias
+    with_biases = {}
+    for name, shape in names.items():
+        with_biases[name] = shape
+        if name.endswith(".weight") and not name.endswith(bare):
+            with_biases[name.replace(".weight", ".bias")] = shape[:1]
+    return with_biases
+
+
 class ReferenceScan(torch.autograd.Function):
     """The reference's scan and its gradient, in place of the registered operation."""
 
@@ -59,15 +108,16 @@ class ReferenceScan(torch.autograd.Function):
         return *reference.tree_scan_backward(grad, *ctx.saved_tensors, ctx.direction), None, None, None, None
 
 
-def reference_tree(features: Tensor, metric: str) -> grootvl_ops.Tree:
-    weights = reference.edge_weights(features.detach(), metric)
-    return grootvl_ops.Tree(*reference.grid_tree(weights, features.shape[1], features.shape[2], 0))
+def reference_tree(features: Tensor, metric: str, root: str) -> grootvl_ops.Tree:
+    _, height, width, _ = features.shape
+    weights, number = reference.edge_weights(features.detach(), metric), {"first": 0, "last": height * width - 1}[root]
+    return grootvl_ops.Tree(*reference.grid_tree(weights, height, width, number))
 
 
 @contextmanager
 def plain_operations(
     scan: Callable[..., Tensor] = ReferenceScan.apply,
-    build_tree: Callable[[Tensor, str], grootvl_ops.Tree] = reference_tree,
+    build_tree: Callable[[Tensor, str, str], grootvl_ops.Tree] = reference_tree,
 ) -> Iterator[None]:
     """Models run on the definitions of the operations in plain PyTorch, with the gradients of autograd."""
 
@@ -80,3 +130,11 @@ def plain_operations(
         patch.setattr(grootvl_ops, "gated_norm", lambda *args: reference.gated_norm(*args)[0])
         patch.setattr(grootvl_ops, "layer_norm", lambda *args: reference.layer_norm(*args)[0])
         yield
+
+
+def call_submodules(model: nn.Module) -> None:
+    """Hooks that change nothing, for which mixers call the modules whose weights they would take."""
+    for mixer in (module for module in model.modules() if isinstance(module, SelectiveSSM)):
+        for module in (mixer.dt_proj, mixer.h_norm, mixer.out_norm):
+            module.register_forward_hook(lambda _, __, output: output)
+        assert not mixer.fuses_step and not mixer.fuses_norms

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,19 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
 from training_helpers import environment
 
+from grootv.layers import PathSSM, TreeSSM
 from grootv.visualization import (
     RIGHT,
     WRONG,
     draw_tree,
     lab_features,
+    mixer_affinity,
     plot_predictions,
     plot_tree_and_affinity,
     scan_affinity,
     tree_depths,
 )
-from grootvl_ops import build_tree, path_tree
+from grootvl_ops import build_tree, path_tree, selective_scan
 
 GRID = (7, 9)
 PATHS = {length: path_tree(torch.arange(length)) for length in (1, 4)}
@@ -82,10 +85,10 @@ def test_affinity_of_the_tree_scan_is_the_product_of_decays_along_the_path(featu
     np.testing.assert_allclose(affinity, np.exp(-distances / temperature).reshape(GRID), rtol=1e-6)
 
 
-def test_affinity_of_the_raster_scan_follows_the_rows(features: torch.Tensor) -> None:
+def test_affinity_of_the_bidirectional_scan_follows_the_rows(features: torch.Tensor) -> None:
     flat = features.reshape(-1, 3).numpy()
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(flat, axis=0), axis=1))])
-    affinity = scan_affinity(features, (2, 4), 0.7, "raster")
+    affinity = scan_affinity(features, (2, 4), 0.7, "bidirectional")
     np.testing.assert_allclose(affinity.ravel(), np.exp(-np.abs(along - along[2 * GRID[1] + 4]) / 0.7), rtol=1e-9)
 
 
@@ -123,11 +126,35 @@ def test_a_tree_of_one_pixel_can_be_drawn(photo: np.ndarray) -> None:
     assert not draw_tree(Figure().subplots(), photo, PATHS[1], 1, 1).get_segments()
 
 
+@pytest.mark.parametrize("make", [TreeSSM, partial(PathSSM, scan="cross")], ids=["tree", "cross"])
+@pytest.mark.parametrize("d_state", [1, 2])
+def test_the_affinity_of_a_mixer_is_its_answer_to_an_impulse(make: Callable, d_state: int) -> None:
+    """Measured on the mixer itself: how its states change with the input weight B of one pixel."""
+    torch.manual_seed(0)
+    mixer, (row, column) = make(8, d_state=d_state, dtype=torch.float64), (2, 3)
+    x = torch.randn(1, *GRID, 8, dtype=torch.float64)
+    features, _ = mixer.expand_input(x)
+    flat, pixel = features.flatten(1, 2), row * GRID[1] + column
+    dt, b, _ = mixer.x_proj(flat).split([mixer.dt_rank, d_state, d_state], dim=-1)
+    weights = (mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log)
+
+    def states(b: torch.Tensor) -> torch.Tensor:
+        b = b.squeeze(-1) if d_state == 1 else b
+        return sum(selective_scan(flat, dt, *weights, b, tree, way) for tree, way in mixer.scans(features))
+
+    b = b.clone()
+    b[:, pixel] += 1
+    change = (states(b) - states(b - torch.nn.functional.one_hot(torch.tensor(pixel), b.shape[1])[None, :, None]))[0]
+    delta = torch.nn.functional.softplus(mixer.dt_proj(dt))[0, pixel]
+    expected = (change.view(len(change), -1, d_state) / (delta * flat[0, pixel])[:, None]).mean((1, 2)).view(GRID)
+    torch.testing.assert_close(mixer_affinity(mixer, x, (row, column)), expected.detach())
+
+
 def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tmp_path: Path) -> None:
     figure = plot_tree_and_affinity(photo, (2, 3), *GRID, temperature=40.0, credit="Photograph: its author.")
     features = lab_features(photo, *GRID)
     shown = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
-    for scan in ("tree", "raster"):
+    for scan in ("tree", "bidirectional"):
         np.testing.assert_array_equal(
             shown[f"Affinity to the chosen pixel: {scan} scan"], scan_affinity(features, (2, 3), 40.0, scan)
         )
@@ -170,7 +197,13 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
-        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', got 'cross'"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'bidirectional', got"),
+        (
+            lambda: mixer_affinity(TreeSSM(4), torch.zeros(4, 4, 4), (0, 0)),
+            ValueError,
+            r"x must be \(1, H, W, 4\), got",
+        ),
+        (lambda: mixer_affinity(TreeSSM(3), FEATURES, (4, 0)), ValueError, r"on the 4 x 4 map, got \(4, 0\)"),
         (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 3), ValueError, r"2 x 3 = 6 .* \[1, 4\]"),
         (lambda: draw_tree(Figure().subplots(), IMAGE, PATHS[4], 2, 2, "age"), ValueError, "got 'age'"),
         (lambda: plot_predictions(IMAGE[0], SCORES, [0, 1], "abc"), ValueError, r"images must be .*, got \[8, 3\]"),

@@ -126,7 +126,7 @@ def draw_digits(predictions: list[dict], data: Path, accuracy: float, path: Path
 
 
 def draw_photograph(path: Path) -> None:
-    """Draw the tree of a photograph, and the affinities of tree scan and raster scan from a pixel of its sky."""
+    """Draw the tree of a photograph, and the affinities of two scans from a pixel of its sky."""
     plot_tree_and_affinity(load_sample_image(PHOTO), SKY, credit=CREDIT).savefig(path, dpi=100)
 
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import grootvl_ops
+from grootv.layers import SS2D, PathSSM, TreeSSM
+from grootv.layers.path_ssm import PATH_SCANS
 from grootvl_ops import Tree
 
 DEVICE = "cuda"
@@ -93,7 +96,9 @@ def sanitize_scans() -> None:
     for batch, height, width, channels, dtype in SCANS:
         scan(grootvl_ops.build_tree(randn(batch, height, width, 8)), channels, dtype)
     for length in LENGTHS:
-        scan(grootvl_ops.path_tree(torch.randperm(length).to(DEVICE)), 40, torch.float32, with_C=True)
+        path = grootvl_ops.path_tree(torch.randperm(length).to(DEVICE))
+        scan(path, 40, torch.float32, with_C=True)
+        scan(path, 40, torch.float16)
         scan(forest(length), 40, torch.float32)
     tree = grootvl_ops.build_tree(randn(1, 20, 21, 8))
     for with_C in (False, True):
@@ -138,7 +143,18 @@ def sanitize_norms() -> None:
             backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
 
 
-PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_norms}
+def sanitize_mixers() -> None:
+    """One path for a batch, several directions, and operands that are slices of one projection."""
+    for make in (TreeSSM, *(partial(PathSSM, scan=scan) for scan in PATH_SCANS), partial(SS2D, expand=2)):
+        for states in (1, 2):
+            mixer = make(40, d_state=states).to(DEVICE)
+            for height, width in ((5, 7), (20, 21), (96, 97)):
+                for half in (False, True):
+                    with torch.autocast(DEVICE, torch.float16, enabled=half):
+                        backward(mixer(randn(2, height, width, 40)))
+
+
+PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_norms, "mixers": sanitize_mixers}
 
 
 def main() -> None:

@@ -1,11 +1,23 @@
-"""Layers of GrootV for use in any network: the tree state space mixer, its base class, scans and norms.
+"""Layers of GrootV for use in any network: state space mixers along trees and paths, their base class, scans and norms.
 
 All work on channels-last maps (B, H, W, C).
 """
 
 from .norms import LayerNorm
-from .scans import spanning_tree
+from .path_ssm import PathSSM
+from .scans import bidirectional, cross, raster, spanning_tree
 from .selective_ssm import SelectiveSSM
+from .ss2d import SS2D
 from .tree_ssm import TreeSSM
 
-__all__ = ["LayerNorm", "SelectiveSSM", "TreeSSM", "spanning_tree"]
+__all__ = [
+    "SS2D",
+    "LayerNorm",
+    "PathSSM",
+    "SelectiveSSM",
+    "TreeSSM",
+    "bidirectional",
+    "cross",
+    "raster",
+    "spanning_tree",
+]

@@ -24,13 +24,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> 
         kind: The class that it must be an instance of, itself and no subclass.
         device: Where its weight must be.
     """
-    if type(module) is not kind or "forward" in module.__dict__:
+    attributes = module.__dict__  # the weight, too, is read from here: nn.Module finds it by a search that takes longer
+    if type(module) is not kind or "forward" in attributes:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
     if any(_GLOBAL_HOOKS):
         return False
-    weight = module.weight
+    weight = attributes["_parameters"].get("weight")
     if type(weight) is not nn.Parameter and (weight is None or hasattr(weight, "__tensor_flatten__")):
         return False
     return weight.device == device

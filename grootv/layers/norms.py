@@ -31,7 +31,10 @@ class LayerNorm(TraceLeaf, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # TorchScript cannot ask for autocast's dtype; PyTorch's operation knows it
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            weight, bias = self.weight, self.bias
+            if x.dtype == torch.float32:  # also of a model in half precision, see `SS2D`
+                weight, bias = weight.float(), bias.float()
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         return grootvl_ops.layer_norm(x, self.weight, self.bias, self.eps, self._result_dtype(x))
 
     @torch.jit.unused
@@ -49,9 +52,9 @@ class PromotedLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def norm_for_product(norm_layer: Callable[..., nn.Module], dim: int, device=None, dtype=None) -> nn.Module:
-    """`norm_layer(dim)` where only matrix products and convolutions read the result (see `LayerNorm`)."""
-    norm = norm_layer(dim, device=device, dtype=dtype)
+def norm_for_product(norm_layer: Callable[..., nn.Module], dim: int, **kwargs) -> nn.Module:
+    """`norm_layer(dim, **kwargs)` where only matrix products and convolutions read the result (see `LayerNorm`)."""
+    norm = norm_layer(dim, **kwargs)
     if isinstance(norm, LayerNorm):
         norm.autocast_output = True
     return norm

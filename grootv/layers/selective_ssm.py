@@ -14,7 +14,22 @@ from .bypass import is_plain
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
-__all__ = ["SelectiveSSM"]
+__all__ = ["SelectiveSSM", "check_sizes", "init_step_bias"]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError, with its name, for a size less than 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@torch.no_grad()
+def init_step_bias(bias: Tensor) -> None:
+    """Fill the bias of the step size before softplus, so that step sizes start log-uniform in [1e-3, 1e-1]."""
+    dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
+    dt = dt.exp_().clamp_(min=1e-4)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class SelectiveSSM(TraceLeaf):
@@ -52,9 +67,7 @@ class SelectiveSSM(TraceLeaf):
 
     def __init__(self, dim: int, expand: int = 2, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__()
-        for name, value in {"dim": dim, "expand": expand, "d_state": d_state, "dilation": dilation}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(dim=dim, expand=expand, d_state=d_state, dilation=dilation)
         dd = {"device": device, "dtype": dtype}
         inner_dim = expand * dim
         self.dim = dim
@@ -84,10 +97,7 @@ class SelectiveSSM(TraceLeaf):
         self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D_skip)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        # Step sizes start log-uniform in [1e-3, 1e-1]; dt + log(1 - exp(-dt)) is the inverse of softplus.
-        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
-        dt = dt.exp_().clamp_(min=1e-4)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        init_step_bias(self.dt_proj.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

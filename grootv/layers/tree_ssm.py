@@ -13,9 +13,9 @@ from .selective_ssm import SelectiveSSM
 
 __all__ = ["ROOTS", "TreeSSM"]
 
-# Which pixels are roots, and the direction of the scan that makes them so.
-_DIRECTIONS = {"all": "both", "first": "up"}
-ROOTS = tuple(_DIRECTIONS)
+# Which pixels are roots: the direction of the scan and the tree's root that make them so.
+_ROOTS = {"all": ("both", "first"), "first": ("up", "first"), "last": ("up", "last")}
+ROOTS = tuple(_ROOTS)
 
 
 class TreeSSM(SelectiveSSM):
@@ -35,8 +35,8 @@ class TreeSSM(SelectiveSSM):
         d_state: States of each inner channel; published: 1.
         dilation: Of the depthwise convolution, for maps that are finer than those that the weights were trained on.
         metric: Dissimilarity of neighbouring pixels: "cosine", "euclidean" or "manhattan".
-        root: "all": every pixel aggregates the whole map, as if it were the root; "first": the only root is the first
-            pixel, so that every pixel aggregates the subtree below it.
+        root: "all": every pixel aggregates the whole map, as if it were the root; "first" or "last": the only root is
+            the first or the last pixel, so that every pixel aggregates the subtree below it.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
@@ -61,11 +61,11 @@ class TreeSSM(SelectiveSSM):
         super().__init__(dim, expand, d_state, dilation, device=device, dtype=dtype)
         self.metric = metric
         self.root = root
-        self.direction = _DIRECTIONS[root]
+        self.direction, self.tree_root = _ROOTS[root]
 
     def scans(self, guide: Tensor) -> list[tuple[Tree, str]]:
         """One scan along the minimum spanning tree of `guide`."""
-        return spanning_tree(guide, self.metric, self.direction)
+        return spanning_tree(guide, self.metric, self.direction, self.tree_root)
 
     def forward(
         self, x: Tensor, tree: Tree | None = None, guide: Tensor | None = None, built: list[Tree] | None = None

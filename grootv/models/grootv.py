@@ -3,270 +3,32 @@
 Paper: GrootVL: Tree Topology is All You Need in State Space Model (MambaTree, NeurIPS 2024),
 https://arxiv.org/abs/2406.02395
 
-Every map that leaves a stem, block, downsampling or stage is (B, C, H, W) with the memory of `torch.channels_last`, as
-ConvNeXt's are. Mixers, MLPs and norms see the same memory as (B, H, W, C): between the two are views, and no copy.
-
 The project hosts no weights: released checkpoints load with
 `timm.create_model("grootv_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
 """
 
-import inspect
-import math
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    SelectAdaptivePool2d,
-    get_act_layer,
-    get_norm_layer,
-    trunc_normal_,
-)
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from grootv.layers import LayerNorm, TreeSSM
-from grootv.layers.norms import norm_for_product
-from grootvl_ops import Tree
+from grootv.layers import LayerNorm, PathSSM, TreeSSM
+from grootv.layers.path_ssm import PATH_SCANS
 
-from .checkpoint import checkpoint_filter_fn, official_to_own
-from .released import require_weights
+from .backbone import HierarchicalBackbone, Layer, MapHead, Stage, create_backbone, find_act_layer, imagenet_cfg
+from .checkpoint import checkpoint_filter_fn
 
 __all__ = ["GrootV", "checkpoint_filter_fn"]
 
 TREE_PER = ("block", "stage")
-
-Layer = Callable[..., nn.Module]
-"""What makes a layer: a class, or a function with the same arguments."""
+SCANS = ("tree", *PATH_SCANS)
 
 
-def to_nhwc(x: Tensor) -> Tensor:
-    """(B, C, H, W) as a (B, H, W, C) view."""
-    return x.permute(0, 2, 3, 1)
-
-
-def to_nchw(x: Tensor) -> Tensor:
-    """(B, H, W, C) as a (B, C, H, W) view."""
-    return x.permute(0, 3, 1, 2)
-
-
-@torch.fx.wrap
-def check_images(x: Tensor) -> None:
-    """Raise an error that says what to do if `x` are not images (B, C, H, W) of floating point."""
-    if x.dim() != 4:
-        advice = "; add the batch dimension by unsqueeze(0)" if x.dim() == 3 else ""
-        raise ValueError(f"images must be (B, C, H, W), got {list(x.shape)}{advice}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"images must be floating point, got {x.dtype}: scale them to [0, 1], subtract the mean and divide by the "
-            "standard deviation of timm.data.resolve_model_data_config(model), as timm.data.create_transform does"
-        )
-
-
-class Stem(nn.Module):
-    """Two 3x3 convolutions of stride two, each with a norm: (B, C_in, H, W) to (B, C, H / 4, W / 4)."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        norm_layer: Layer = LayerNorm,
-        act_layer: Layer = nn.GELU,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = norm_for_product(norm_layer, dim // 2, **dd)
-        self.act = act_layer()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = norm_layer(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x)
-        # Convolutions keep the memory format of their input: no map is transposed after this one.
-        x = to_nchw(to_nhwc(x).contiguous())
-        x = self.act(self.norm1(to_nhwc(self.conv1(x))))
-        return to_nchw(self.norm2(to_nhwc(self.conv2(to_nchw(x)))))
-
-
-class Downsample(nn.Module):
-    """3x3 convolution and a norm: (B, C_in, H, W) to (B, C, H / 2, W / 2), or with a stride of one to (B, C, H, W)."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        norm_layer: Layer = LayerNorm,
-        stride: int = 2,
-        dilation: int = 1,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=dilation, dilation=dilation, bias=False, **dd)
-        self.norm = norm_layer(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return to_nchw(self.norm(to_nhwc(self.conv(x))))
-
-
-class Mlp(nn.Module):
-    """Two linear layers around an activation, on (..., C)."""
-
-    def __init__(self, dim: int, hidden_dim: int, act_layer: Layer = nn.GELU, device=None, dtype=None) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class GrootVBlock(nn.Module):
-    """Pre-norm residual block: a mixer, then an MLP.
-
-    Args:
-        dim: Channels.
-        mlp_ratio: Hidden channels of the MLP per channel.
-        drop_path: Probability with which an image skips the mixer, and the MLP, in training.
-        mixer: Makes the mixer of (B, H, W, dim) maps from `dim`, `device` and `dtype`: a `TreeSSM`, or any other.
-        norm_layer: Makes the norms over the last dimension of channels-last maps.
-        act_layer: Makes the activation of the MLP.
-        device, dtype: Where and as what the parameters are made.
-    """
-
-    takes_tree: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        mixer: Layer = TreeSSM,
-        norm_layer: Layer = LayerNorm,
-        act_layer: Layer = nn.GELU,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm_for_product(norm_layer, dim, **dd)
-        self.mixer = mixer(dim, **dd)
-        self.takes_tree = {"tree", "built"} <= inspect.signature(self.mixer.forward).parameters.keys()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = norm_for_product(norm_layer, dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor, tree: Tree | None = None, built: list[Tree] | None = None) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W), along `tree` or a tree that is appended to `built` (see `TreeSSM`)."""
-        x = to_nhwc(x)
-        mixed = self.norm1(x)
-        mixed = self.mixer(mixed, tree=tree, built=built) if self.takes_tree else self.mixer(mixed)
-        x = x + self.drop_path1(mixed)
-        return to_nchw(x + self.drop_path2(self.mlp(self.norm2(x))))
-
-
-@torch.fx.wrap
-def tree_list(x: Tensor) -> list[Tree]:
-    """An empty list. A symbolic trace keeps calls with a tensor, and so a list that one returns as one object."""
-    return []
-
-
-def _call_and_keep_tree(block: GrootVBlock, x: Tensor) -> tuple[Tensor, Tree]:
-    """What `block` returns, and the tree that it built: a checkpoint may not change a list outside of it."""
-    built = tree_list(x)
-    x = block(x, None, built)
-    return x, built[0]
-
-
-class GrootVStage(nn.Module):
-    """Downsampling (but in the first stage), blocks, and the norm whose output is the stage's feature, (B, C, H, W).
-
-    Args:
-        in_dim, dim: Channels of the input and output.
-        depth: Blocks.
-        downsample: Whether the stage begins with a convolution, to `dim` channels.
-        stride: Of that convolution.
-        dilation: Of that convolution, and of the mixers, which get theirs as `dilation` if it is not one.
-        mlp_ratio, mixer, norm_layer, act_layer: As of `GrootVBlock`.
-        drop_path: For each block.
-        tree_per: One tree for each "block", or one for the "stage", built by its first block.
-        device, dtype: Where and as what the parameters are made.
-
-    Raises:
-        ValueError: one tree for the stage, but a mixer that takes no tree.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        depth: int,
-        downsample: bool,
-        mlp_ratio: float,
-        drop_path: list[float],
-        mixer: Layer = TreeSSM,
-        tree_per: str = "block",
-        norm_layer: Layer = LayerNorm,
-        act_layer: Layer = nn.GELU,
-        stride: int = 2,
-        dilation: tuple[int, int] = (1, 1),
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        if dilation[1] != 1:
-            mixer = partial(mixer, dilation=dilation[1])
-        self.grad_checkpointing = False
-        self.share_tree = tree_per == "stage"
-        self.downsample = (
-            Downsample(in_dim, dim, norm_layer, stride, dilation[0], **dd) if downsample else nn.Identity()
-        )
-        self.blocks = nn.ModuleList(
-            GrootVBlock(dim, mlp_ratio, drop_path[i], mixer, norm_layer, act_layer, **dd) for i in range(depth)
-        )
-        self.norm = norm_layer(dim, **dd)
-        for block in self.blocks:
-            if self.share_tree and not block.takes_tree:
-                name = type(block.mixer).__name__
-                raise ValueError(f"tree_per='stage' needs a mixer that takes `tree` and `built`; {name} does not")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        tree: Tree | None = None
-        for block in self.blocks:
-            keeps_tree = self.share_tree and tree is None
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                if keeps_tree:
-                    x, tree = checkpoint(_call_and_keep_tree, block, x, use_reentrant=False)
-                else:
-                    x = checkpoint(block, x, tree, use_reentrant=False)
-            elif keeps_tree:
-                built = tree_list(x)
-                x = block(x, tree, built)
-                tree = built[0]
-            else:
-                x = block(x, tree)
-        return to_nchw(self.norm(to_nhwc(x)))
-
-
-class GrootVHead(nn.Module):
+class GrootVHead(MapHead):
     """1x1 convolution to 1.5 times the channels, norm and activation before pooling and classifier, on (B, C, H, W)."""
+
+    map_layers = ("conv", "norm", "act")
 
     def __init__(
         self,
@@ -279,51 +41,18 @@ class GrootVHead(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.in_features = in_dim * 3 // 2
-        self.reset(num_classes, pool_type, **dd)
-        self.drop = nn.Dropout(drop_rate)
-        self.conv = nn.Conv2d(in_dim, self.in_features, 1, bias=False, **dd)
-        self.norm = norm_layer(self.in_features, **dd)
+        hidden_dim = in_dim * 3 // 2
+        super().__init__(hidden_dim, num_classes, pool_type, drop_rate, **dd)
+        self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
+        self.norm = norm_layer(hidden_dim, **dd)
         self.act = act_layer()
 
-    def reset(
-        self,
-        num_classes: int,
-        pool_type: str | None = None,
-        reset_other: bool = False,
-        in_features: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        """New classifier; `reset_other` also removes the layers before the pooling, which then sees `in_features`."""
-        if reset_other:
-            self.conv = nn.Identity()
-            self.norm = nn.Identity()
-            self.act = nn.Identity()
-            self.in_features = in_features or self.in_features
-        if pool_type is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-        self.num_features = self.in_features * self.global_pool.feat_mult()
-        self.fc = (
-            nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
-        )
-        self.train(self.training)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.global_pool(self.act(self.norm(self.conv(x)))))
-        return x if pre_logits else self.fc(x)
+    def forward_map(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
 
 
-def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
-    try:
-        return find(layer)
-    except (KeyError, AssertionError, AttributeError) as error:
-        raise ValueError(f"timm knows no {argument} {layer!r}") from error
-
-
-class GrootV(nn.Module):
+class GrootV(HierarchicalBackbone):
     """GrootV backbone and classifier.
 
     Args:
@@ -336,10 +65,13 @@ class GrootV(nn.Module):
         dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratio: Hidden channels of a block's MLP per channel.
-        metric, root, d_state: Of the mixer, a `TreeSSM`.
-        mixer: Another mixer in place of `TreeSSM`: what makes it from `dim`, `device` and `dtype`, such as
-            `partial(TreeSSM, expand=1)` or a class of modules from (B, H, W, dim) to (B, H, W, dim). It brings its own
-            initialisation, in `reset_parameters`.
+        scan: What mixers scan along: a minimum spanning tree ("tree", a `TreeSSM`) or paths of pixels ("raster",
+            "bidirectional", "cross", a `PathSSM`), with the same parameters.
+        metric, root: Of the tree.
+        d_state: States of each inner channel of a mixer.
+        mixer: Another mixer: what makes it from `dim`, `device` and `dtype`, such as `partial(TreeSSM, expand=1)` or a
+            class of modules from (B, H, W, dim) to (B, H, W, dim). It brings its own initialisation, in
+            `reset_parameters`.
         tree_per: One tree for each "block", or one for each "stage", built by its first block.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth; grows linearly from 0 in the first block to this in the last.
@@ -350,8 +82,9 @@ class GrootV(nn.Module):
 
     Raises:
         ValueError: dims and depths of different length; numbers out of range; a pooling, norm or activation that timm
-            does not know; an unknown metric, root, tree_per or output_stride; metric, root or d_state beside a mixer,
-            which would not see them; one tree for each stage, but a mixer that takes no tree.
+            does not know; an unknown scan, metric, root, tree_per or output_stride; scan, metric, root or d_state
+            beside a mixer, or metric or root beside paths, which would not see them; one tree for each stage, but a
+            mixer that takes no tree.
     """
 
     def __init__(
@@ -363,6 +96,7 @@ class GrootV(nn.Module):
         dims: tuple[int, ...] = (80, 160, 320, 640),
         depths: tuple[int, ...] = (2, 2, 9, 2),
         mlp_ratio: float = 4.0,
+        scan: str = "tree",
         metric: str = "cosine",
         root: str = "all",
         tree_per: str = "block",
@@ -375,230 +109,47 @@ class GrootV(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        if len(dims) != len(depths):
-            raise ValueError(f"dims and depths must name as many stages, got {tuple(dims)} and {tuple(depths)}")
-        if min(dims, default=0) < 1 or min(depths) < 0:
-            raise ValueError(f"dims must be at least 1 and depths at least 0, got {tuple(dims)} and {tuple(depths)}")
-        for name, value, lowest in (("in_chans", in_chans, 1), ("num_classes", num_classes, 0)):
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        if not 0 < mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
-        for name, value in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
-        if output_stride not in (4, 8, 16, 32):
-            raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
         if tree_per not in TREE_PER:
             raise ValueError(f"tree_per must be one of {TREE_PER}, got {tree_per!r}")
-        if mixer is None:
-            mixer = partial(TreeSSM, metric=metric, root=root, d_state=d_state)
-        elif (metric, root, d_state) != ("cosine", "all", 1):
-            raise ValueError(
-                f"metric, root and d_state are TreeSSM's and have no effect on mixer={mixer}: "
-                "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
-            )
-        norm_layer = _find_layer("norm_layer", get_norm_layer, norm_layer)
-        act_layer = _find_layer("act_layer", get_act_layer, act_layer)
-        _find_layer("global_pool", lambda name: SelectAdaptivePool2d(pool_type=name), global_pool)
-        dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.feature_info = []
-
-        self.stem = Stem(in_chans, dims[0], norm_layer, act_layer, **dd)
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        stages = []
-        reduction, dilation = 4, 1
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            stride = 2 if i > 0 and reduction < output_stride else 1
-            reduction *= stride
-            first_dilation = dilation
-            if i > 0 and stride == 1:
-                dilation *= 2
-            stages.append(
-                GrootVStage(
-                    dims[max(i - 1, 0)],
-                    dim,
-                    depth,
-                    downsample=i > 0,
-                    mlp_ratio=mlp_ratio,
-                    drop_path=drop_path[i].tolist(),
-                    mixer=mixer,
-                    tree_per=tree_per,
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    stride=stride,
-                    dilation=(first_dilation, dilation),
-                    **dd,
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        if mixer is not None:
+            if (scan, metric, root, d_state) != ("tree", "cosine", "all", 1):
+                raise ValueError(
+                    f"scan, metric, root and d_state have no effect on mixer={mixer}: "
+                    "give them to the mixer, as in partial(TreeSSM, metric='euclidean')"
                 )
-            )
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
-        self.num_features = dims[-1]
-        self.head = GrootVHead(self.num_features, num_classes, global_pool, drop_rate, act_layer=act_layer, **dd)
-        self.head_hidden_size = self.head.num_features
-        self._init_linear_layers()
-
-    def _init_linear_layers(self) -> None:
-        # Convolutions and norms keep PyTorch's initialisation, mixers their own.
-        mlps = [block.mlp for stage in self.stages for block in stage.blocks]
-        for layer in (layer for parent in (*mlps, self.head) for layer in parent.children()):
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise all parameters and buffers anew, such as after `to_empty` on a model made on the meta device."""
-        for module in reversed(list(self.modules())):  # parents after their children, whose defaults they replace
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        self._init_linear_layers()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay, besides norms and biases: those that mixers name."""
-        return {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if module is not self and hasattr(module, "no_weight_decay")
-            for name in module.no_weight_decay()
-        }
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-            ],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new one; 0 for none.
-            global_pool: New pooling; None keeps the present one.
-            reset_other: Also remove the head's convolution and norm.
-        """
-        like = next(self.parameters())
-        self.num_classes = num_classes
-        self.head.reset(
-            num_classes, global_pool, reset_other, in_features=self.num_features, device=like.device, dtype=like.dtype
-        )
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward features, and the features of the stages.
-
-        Args:
-            x: (B, C_in, H, W) images.
-            indices: Stages to take: the last n for an int, all for None.
-            norm: No effect: the features of all stages are normed, as published.
-            stop_early: Leave out the stages after the last one taken.
-            output_fmt: Layout of the intermediates: "NCHW" for (B, C, H, W), or "NHWC" for (B, H, W, C). Both are the
-                same memory, that of the latter.
-            intermediates_only: Return the intermediates alone.
-
-        Returns:
-            The (B, C, H, W) output of the last stage that ran, and the list of intermediates.
-        """
-        assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice modules)
-            stages = self.stages
+        elif scan == "tree":
+            mixer = partial(TreeSSM, metric=metric, root=root, d_state=d_state)
+        elif (metric, root) != ("cosine", "all"):
+            raise ValueError(f"metric and root choose a tree and have no effect on scan={scan!r}")
         else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x if output_fmt == "NCHW" else to_nhwc(x))
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove the layers that the stages taken by `indices` (see `forward_intermediates`) do not need."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_end:
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "", reset_other=True)
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) images to the last stage's (B, C, H / output_stride, W / output_stride) map."""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage's map to (B, num_classes) logits, or with `pre_logits` to what the classifier reads."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of `nn.Module`; the parameters may also have their official names, as in released files."""
-        if any(official_to_own(name) != name for name in state_dict):
-            state_dict = checkpoint_filter_fn(dict(state_dict), self)
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+            mixer = partial(PathSSM, scan=scan, d_state=d_state)
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            output_stride,
+            dims,
+            depths,
+            mlp_ratio,
+            drop_rate,
+            drop_path_rate,
+            mixer,
+            stage=partial(Stage, tree_per=tree_per),
+            head=partial(GrootVHead, act_layer=find_act_layer(act_layer)),
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            device=device,
+            dtype=dtype,
+        )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2406.02395",
-        "paper_name": "GrootVL: Tree Topology is All You Need in State Space Model",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    paper_ids="arXiv:2406.02395",
+    paper_name="GrootVL: Tree Topology is All You Need in State Space Model",
+)
 
 # No weights are hosted for these models. The configurations are those of the released ImageNet-1K checkpoints, which
 # load from a file.
@@ -607,48 +158,29 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_grootv(variant: str, pretrained: bool = False, **kwargs: Any) -> GrootV:
-    source = None
-    if pretrained:
-        source = require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    try:
-        return build_model_with_cfg(
-            GrootV,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-            **kwargs,
-        )
-    except RuntimeError as error:
-        if source is None or source in str(error):
-            raise
-        raise RuntimeError(f"{source}: {error}") from error
-
-
 @register_model
 def grootv_nano(pretrained: bool = False, **kwargs: Any) -> GrootV:
     """GrootV-Nano, a size of this project for tests, demonstrations and small devices: 3 M parameters."""
     model_args = {"dims": (32, 64, 128, 256), "depths": (1, 1, 4, 1)}
-    return _create_grootv("grootv_nano", pretrained, **{**model_args, **kwargs})
+    return create_backbone(GrootV, "grootv_nano", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def grootv_tiny(pretrained: bool = False, **kwargs: Any) -> GrootV:
     """GrootV-Tiny: 30 M parameters, 4.8 GFLOPs at 224 x 224."""
     model_args = {"dims": (80, 160, 320, 640), "depths": (2, 2, 9, 2)}
-    return _create_grootv("grootv_tiny", pretrained, **{**model_args, **kwargs})
+    return create_backbone(GrootV, "grootv_tiny", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def grootv_small(pretrained: bool = False, **kwargs: Any) -> GrootV:
     """GrootV-Small: 51 M parameters, 8.5 GFLOPs at 224 x 224."""
     model_args = {"dims": (96, 192, 384, 768), "depths": (2, 2, 13, 2)}
-    return _create_grootv("grootv_small", pretrained, **{**model_args, **kwargs})
+    return create_backbone(GrootV, "grootv_small", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def grootv_base(pretrained: bool = False, **kwargs: Any) -> GrootV:
     """GrootV-Base: 91 M parameters, 15.1 GFLOPs at 224 x 224."""
     model_args = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 13, 2)}
-    return _create_grootv("grootv_base", pretrained, **{**model_args, **kwargs})
+    return create_backbone(GrootV, "grootv_base", pretrained, **{**model_args, **kwargs})

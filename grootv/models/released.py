@@ -34,11 +34,21 @@ def _on_drive(family: str, file: str, drive_id: str) -> Release:
     return Release(family, file, f"https://drive.google.com/file/d/{drive_id}/view")
 
 
+def _on_github(family: str, file: str) -> Release:
+    return Release(family, file, f"https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/{file}")
+
+
 # By the names of timm's models.
 RELEASES = {
     "grootv_tiny": _on_drive("GrootV", "grootv_tiny.pth", "1OIiMBxk92WhPssRg0pv0U5y8ZBtHq2eQ"),
     "grootv_small": _on_drive("GrootV", "grootv_small.pth", "1G6DdEI3JDSltfbmZmcqz79rxM1t01K_8"),
     "grootv_base": _on_drive("GrootV", "grootv_base.pth", "1-8rwMVinj_fV9YMlzx6fGwdjxyLcjd3w"),
+    "vmamba_tiny_s1l8": _on_github("VMamba", "vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+    "vmamba_small_s1l20": _on_github("VMamba", "vssm1_small_0229s_ckpt_epoch_240.pth"),
+    "vmamba_base_s1l20": _on_github("VMamba", "vssm1_base_0229s_ckpt_epoch_225.pth"),
+    "vmamba_tiny_s2l5": _on_github("VMamba", "vssm_tiny_0230_ckpt_epoch_262.pth"),
+    "vmamba_small_s2l15": _on_github("VMamba", "vssm_small_0229_ckpt_epoch_222.pth"),
+    "vmamba_base_s2l15": _on_github("VMamba", "vssm_base_0229_ckpt_epoch_237.pth"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Small data sets made from images that the dependencies contain: nothing is downloaded."""
+"""Small data sets made from images that packages contain: the dependencies, and for emoji (`emoji.py`) those of npm."""
 
 from .digits import export_digits
 

@@ -138,9 +138,7 @@ def _(grad: Tensor, h: Tensor, x: Tensor, z: Tensor, C: Tensor, D_skip: Tensor, 
 
 
 @torch.library.register_fake("grootvl_ops::layer_norm")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     statistics = x.new_empty((*x.shape[:-1], 2), dtype=reference.accumulation_dtype(x.dtype))
     return x.new_empty(x.shape, dtype=dtype), statistics
 

@@ -67,9 +67,7 @@ def gated_norm(
     return out
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the last dimension, with a result of another precision if wanted.
 
     On CUDA one kernel computes it in one pass over the map, several times as fast as PyTorch's for a few hundred

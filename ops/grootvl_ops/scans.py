@@ -136,21 +136,26 @@ def _check_direction(direction: str) -> None:
 def _tree_for(x: Tensor, tree: Tree) -> Tree:
     """The tree for each image of x, after a check that it fits."""
     shape = list(x.shape[:2])
+    device = x.device
+    fits = True
     for field in (tree.parent, tree.order, tree.subtree_size):
-        if field.dim() != 2 or field.size(1) != shape[1] or (field.size(0) != shape[0] and field.size(0) != 1):
-            raise ValueError(
-                f"the tree's fields must be (1, L) or (B, L) = {shape} for x {list(x.shape)}, got {list(field.shape)}"
-            )
+        if list(field.shape) != shape:
+            fits = False
+            if field.dim() != 2 or field.size(1) != shape[1] or field.size(0) != 1:
+                raise ValueError(
+                    f"the tree's fields must be (1, L) or (B, L) = {shape} for x {list(x.shape)}, "
+                    f"got {list(field.shape)}"
+                )
         if field.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
-        if field.device != x.device:
-            raise ValueError(f"x and the tree must be on one device, got {x.device} and {field.device}")
+        if field.device != device:
+            raise ValueError(f"x and the tree must be on one device, got {device} and {field.device}")
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
         if not torch.compiler.is_compiling():
             if _CHECK_TREES:
                 check_tree(tree)
             if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
                 tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
-    if list(tree.parent.shape) == shape and list(tree.order.shape) == shape and list(tree.subtree_size.shape) == shape:
+    if fits:
         return tree
     return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))

@@ -112,9 +112,7 @@ def test_both_registrations_give_the_same_gradients(twin, device, call):
             continue
         found = []
         for namespace in (library, twin):
-            leaves = [
-                o if o is None else o.clone().requires_grad_(wanted in (None, i)) for i, o in enumerate(operands)
-            ]
+            leaves = [o if o is None else o.clone().requires_grad_(wanted in (None, i)) for i, o in enumerate(operands)]
             out = getattr(namespace, name)(*leaves, *others)
             out = out[0] if isinstance(out, tuple) else out
             asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -178,6 +176,16 @@ def test_compile_each_operation(operation, fresh_compiler, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for result, expected in zip(run(compiled, *operands), run(function, *operands), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+def test_gradients_have_the_memory_that_compilers_expect(operation):
+    """Contiguous, also from a gradient that is not: compiled code after them takes views without looking."""
+    function, operands = operation
+    operands = [operand.detach().requires_grad_() for operand in operands]
+    result = function(*operands)
+    transposed = torch.randn(result.mT.shape, dtype=result.dtype, device=result.device).mT
+    for gradient in torch.autograd.grad(result, operands, transposed):
+        assert gradient.is_contiguous()
 
 
 def test_compiled_autograd(operation, fresh_compiler):

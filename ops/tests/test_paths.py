@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import oracles
 import pytest
 import torch
@@ -103,3 +105,32 @@ def test_paths_in_graphs(device):
 def test_reference_is_what_runs(device):
     order = torch.randperm(11, device=device).expand(2, -1)
     assert all(torch.equal(a, b) for a, b in zip(reference.path_tree(order), grootvl_ops.path_tree(order), strict=True))
+
+
+@pytest.mark.parametrize("case", ["scan_2_4_5_7", "scan_1_6_14_14", "scan_2_3_6_4_state3"])
+def test_published_cross_scan(device, case):
+    """The selective scan of VMamba's published code along its four paths, with all gradients; see golden/README.md."""
+    golden = torch.load(Path(__file__).parent / "golden" / "cross_scan.pt", weights_only=True)[case]
+    x = golden["x"].flatten(2).mT.to(device).requires_grad_()  # (B, L, D)
+    height, width = golden["x"].shape[2:]
+    rows = torch.arange(height * width)
+    columns = rows.view(height, width).t().flatten()
+    inputs = {
+        name: golden[name].to(device).requires_grad_() for name in ("delta", "delta_bias", "A_logs", "Bs", "Cs", "Ds")
+    }
+    out = torch.zeros_like(x)
+    for k, order in enumerate((rows, columns, rows.flip(0), columns.flip(0))):
+        assert torch.equal(golden["x"].flatten(2)[..., order], golden["xs"][:, k])
+        by_pixel = order.argsort().to(device)
+        dt, B, C = (inputs[name][:, k].mT[:, by_pixel] for name in ("delta", "Bs", "Cs"))
+        path = grootvl_ops.path_tree(order.to(device))
+        A_log, bias = inputs["A_logs"][k], inputs["delta_bias"][k]
+        y = grootvl_ops.selective_scan(x, dt, None, bias, A_log, B, path, "down", C) + inputs["Ds"][k] * x
+        torch.testing.assert_close(y.mT[..., order.to(device)].cpu(), golden["ys"][:, k], rtol=1e-5, atol=1e-5)
+        out = out + y
+    torch.testing.assert_close(out.mT.unflatten(-1, (height, width)).cpu(), golden["out"], rtol=1e-5, atol=1e-5)
+    out.backward(golden["go"].flatten(2).mT.to(device))
+    gradients = {name: value.grad for name, value in inputs.items()} | {"x": x.grad.mT.unflatten(-1, (height, width))}
+    for name, gradient in gradients.items():
+        expected = golden[f"g_{name}"]
+        assert (gradient.cpu() - expected).abs().max() < 1e-5 * expected.abs().max(), name

@@ -375,9 +375,7 @@ def defined_states(x, dt, dt_weight, dt_bias, A_log, B, C, tree: Tree, direction
 def test_several_states(device, states, direction, dtype):
     tree = make_tree("scattered", 2, 19)
     operands, grad = state_operands(2, 19, 5, 2, states, dtype), torch.randn(2, 19, 5).to(dtype)
-    expected = with_gradients(
-        defined_states, [o.double() for o in operands], grad.double(), tree, direction
-    )
+    expected = with_gradients(defined_states, [o.double() for o in operands], grad.double(), tree, direction)
     on_device = Tree(*(field.to(device) for field in tree))
 
     def summed(*operands: Tensor) -> Tensor:

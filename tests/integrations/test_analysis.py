@@ -69,14 +69,14 @@ def test_grad_cam(method: str) -> None:
 # Counters
 
 
-@pytest.fixture(scope="module")
-def counted() -> tuple[nn.Module, torch.Tensor, float]:
+@pytest.fixture(scope="module", params=["grootv_nano", "grootv_tiny"])
+def counted(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.Tensor, float]:
     """A model, an image, and the FLOPs by tools/get_flops.py."""
     pytest.importorskip("mmengine")
     spec = importlib.util.spec_from_file_location("get_flops", Path(__file__).parents[2] / "tools" / "get_flops.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    model, image = timm.create_model("grootv_tiny").eval(), torch.zeros(1, 3, 224, 224)
+    model, image = timm.create_model(request.param).eval(), torch.zeros(1, 3, 224, 224)
     return model, image, sum(tool.count_flops(lambda: model(image)).values())
 
 
@@ -96,7 +96,7 @@ def test_fvcore(counted: tuple, handles: bool) -> None:
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     if handles:
         counter.set_op_handle(**grootv.flops.fvcore_handles())
-    assert counter.total() == pytest.approx(expected, rel=0.005 if handles else 0.02)
+    assert counter.total() == pytest.approx(expected, rel=0.005 if handles else 0.025)
     # It does not see calls of modules that do nothing.
     uncalled = [name for name in counter.uncalled_modules() if type(model.get_submodule(name)) is not nn.Identity]
     assert uncalled == []
@@ -107,10 +107,10 @@ def test_fvcore(counted: tuple, handles: bool) -> None:
 def test_ptflops(counted: tuple, backend: str) -> None:
     ptflops = pytest.importorskip("ptflops")
     model, _, expected = counted
-    hooks = grootv.flops.ptflops_hooks() if backend == "aten" else {}
-    options = {"backend": backend, "as_strings": False, "print_per_layer_stat": False, "verbose": False}
-    total, _ = ptflops.get_model_complexity_info(model, (3, 224, 224), custom_modules_hooks=hooks, **options)
-    assert total == pytest.approx(expected, rel=0.02)
+    options = {"custom_modules_hooks": grootv.flops.ptflops_hooks(), "backend": backend, "as_strings": False}
+    options |= {"print_per_layer_stat": False, "verbose": False}
+    total, _ = ptflops.get_model_complexity_info(model, (3, 224, 224), **options)
+    assert total == pytest.approx(expected, rel=0.01)
 
 
 def test_torchinfo(counted: tuple) -> None:

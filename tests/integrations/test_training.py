@@ -10,8 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from everyday_models import images, make
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
-from timm.utils import CheckpointSaver, ModelEmaV3
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, NativeScaler, accuracy, freeze, reparameterize_model
 from torch import Tensor
 
 TARGETS = torch.tensor([0, 3])
@@ -83,6 +87,52 @@ def test_timms_parts(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(images()), source.eval()(images()))
 
 
+def write_images(folder: Path) -> None:
+    """Two splits of two classes, red and blue."""
+    Image = pytest.importorskip("PIL.Image")
+    for split in ("train", "validation"):
+        for name, colour in (("a", "red"), ("b", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (72, 72), colour).save(folder / split / name / f"{i}.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_timms_data_task_and_metrics(tmp_path: Path) -> None:
+    """What its train.py and validate.py do with a model: data as the model's configuration says, then accuracy."""
+    write_images(tmp_path)
+    model = make("grootv_nano").train()
+    config = resolve_data_config({"input_size": (3, 64, 64)}, model=model)
+    loaders = {
+        split: create_loader(
+            create_dataset("", tmp_path, split=split), batch_size=4, is_training=split == "train", num_workers=0,
+            device=torch.device("cpu"), use_prefetcher=False,
+            **{name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+        )
+        for split in ("train", "validation")
+    }  # fmt: skip
+    freeze(model, ["stem", "stages.0"])
+    task = ClassificationTask(model, criterion_kwargs={"smoothing": 0.1}, verbose=False)
+    optimizer = create_optimizer_v2(model, "adamw", lr=3e-3)
+    scheduler, epochs = create_scheduler_v2(optimizer, num_epochs=6, warmup_epochs=1)
+    scaler = NativeScaler(device="cpu")
+    fixed = model.stages[0].blocks[0].mixer.dt_proj.weight.clone()
+    for epoch in range(epochs):
+        for inputs, targets in loaders["train"]:
+            optimizer.zero_grad()
+            loss = task(inputs, targets)["loss"]
+            scaler(loss, optimizer, clip_grad=1.0, clip_mode="agc", parameters=model_parameters(model, True))
+        scheduler.step(epoch + 1)
+    assert torch.equal(model.stages[0].blocks[0].mixer.dt_proj.weight, fixed)
+
+    model = reparameterize_model(model).eval()
+    right = AverageMeter()
+    for inputs, targets in loaders["validation"]:
+        with torch.inference_mode():
+            right.update(accuracy(model(inputs), targets)[0], len(targets))
+    assert right.avg == 100
+
+
 def test_running_a_script_that_takes_models_by_name(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     lines = ["import sys, timm, helper", "print(helper.WORD, len(timm.list_models(sys.argv[1])), sys.argv[1:])"]
@@ -112,13 +162,7 @@ SCRIPTS = {
 @pytest.mark.skipif(TIMM is None, reason="TIMM_REPOSITORY, the folder of timm's repository, is not set")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_timms_scripts(script: str, tmp_path: Path) -> None:
-    Image = pytest.importorskip("PIL.Image")
-    for split in ("train", "validation"):
-        for name, colour in (("a", "red"), ("b", "blue")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (72, 72), colour).save(folder / f"{i}.png")
+    write_images(tmp_path / "data")
     (tmp_path / "out").mkdir()
     options = SCRIPTS[script].format(data=tmp_path / "data", out=tmp_path / "out", model="grootv_nano")
     command = [sys.executable, "-m", "grootv", str(Path(TIMM) / script), *options.split()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import grootvl_ops
-from grootv.layers import LayerNorm, SelectiveSSM, TreeSSM
+from grootv.layers import LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tree
 from grootv.layers.bypass import is_plain
 from grootv.layers.norms import PromotedLayerNorm
 from grootv.models import GrootV
@@ -145,7 +145,10 @@ def test_initial_rates_of_several_states() -> None:
         (lambda: TreeSSM(8, d_state=0), ValueError, "d_state must be at least 1, got 0"),
         (lambda: TreeSSM(8, dilation=0), ValueError, "dilation must be at least 1, got 0"),
         (lambda: TreeSSM(8, metric="dot"), ValueError, "metric must be one of .*'dot'"),
-        (lambda: TreeSSM(8, root="last"), ValueError, "root must be one of .*'last'"),
+        (lambda: TreeSSM(8, root="middle"), ValueError, "root must be one of .*'middle'"),
+        (lambda: spanning_tree(double(1, 2, 2, 3), root="all"), ValueError, "root must be .*, got 'all'"),
+        (lambda: PathSSM(8, scan="tree"), ValueError, "scan must be one of .*'cross'.*, got 'tree'"),
+        (lambda: PathSSM(0), ValueError, "dim must be at least 1, got 0"),
         (lambda: make()(double(2, 12, DIM)), ValueError, r"x must be \(B, H, W, 20\), got \[2, 12, 20\]"),
         (lambda: make()(double(2, *SIZE, 8)), ValueError, r"x must be \(B, H, W, 20\), got \[2, 3, 4, 8\]"),
         (
@@ -270,14 +273,14 @@ CHANGED_STEPS = {
 
 @pytest.mark.parametrize("d_state", [1, 2])
 @pytest.mark.parametrize("name", CHANGED_STEPS)
-def test_a_step_projection_with_more_than_weights_is_called(name: str, d_state: int) -> None:
+def test_a_step_projection_with_more_than_weights_is_called(name: str, d_state: int, device: str) -> None:
     change, same = CHANGED_STEPS[name]
     mixer, equal = make(d_state=d_state), make(d_state=d_state)
     assert mixer.fuses_step
     change(mixer)
     same(equal.dt_proj)
+    mixer, equal, x = (operand.to(device) for operand in (mixer, equal, double(2, *SIZE, DIM)))
     assert not mixer.fuses_step and equal.fuses_step
-    x = double(2, *SIZE, DIM)
     output = mixer(x)
     torch.testing.assert_close(output, equal(x), rtol=1e-9, atol=1e-10)
     output.sum().backward()
@@ -309,13 +312,13 @@ CHANGED_NORMS = {
 @pytest.mark.parametrize("d_state", [1, 2])
 @pytest.mark.parametrize("which", ["h_norm", "out_norm"])
 @pytest.mark.parametrize("name", CHANGED_NORMS)
-def test_norms_with_more_than_weights_are_called(name: str, which: str, d_state: int) -> None:
+def test_norms_with_more_than_weights_are_called(name: str, which: str, d_state: int, device: str) -> None:
     change, same = CHANGED_NORMS[name]
     mixer, equal = make(d_state=d_state), make(d_state=d_state)
     change(getattr(mixer, which))
     same(getattr(equal, which))
+    mixer, equal, x = (operand.to(device) for operand in (mixer, equal, double(2, *SIZE, DIM)))
     assert not mixer.fuses_norms and equal.fuses_norms
-    x = double(2, *SIZE, DIM)
     output = mixer(x)
     torch.testing.assert_close(output, equal(x), rtol=1e-9, atol=1e-10)
     output.sum().backward()
@@ -352,8 +355,8 @@ def test_norms_of_different_eps() -> None:
 
 @pytest.mark.parametrize("name", ["in_proj", "conv", "act", "x_proj", "dt_proj", "h_norm", "out_norm", "out_proj"])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_hooks_fire_once_for_each_submodule(name: str, everywhere: bool) -> None:
-    mixer, x = make(), double(1, *SIZE, DIM).requires_grad_()
+def test_hooks_fire_once_for_each_submodule(name: str, everywhere: bool, device: str) -> None:
+    mixer, x = make().to(device), double(1, *SIZE, DIM).to(device).requires_grad_()
     expected = mixer(x)
     module, seen = getattr(mixer, name), []
     if everywhere:
@@ -518,9 +521,9 @@ def test_trees_are_shared_only_by_mixers_that_take_them() -> None:
         GrootV(dims=(16,), depths=(2,), tree_per="stage", mixer=Pool)
 
 
-@pytest.mark.parametrize("option", [{"metric": "euclidean"}, {"root": "first"}, {"d_state": 2}])
+@pytest.mark.parametrize("option", [{"scan": "cross"}, {"metric": "euclidean"}, {"root": "first"}, {"d_state": 2}])
 def test_options_of_the_tree_beside_another_mixer_are_refused(option: dict) -> None:
-    with pytest.raises(ValueError, match="metric, root and d_state are TreeSSM's"):
+    with pytest.raises(ValueError, match="scan, metric, root and d_state have no effect"):
         GrootV(dims=(16,), depths=(1,), mixer=Pool, **option)
 
 

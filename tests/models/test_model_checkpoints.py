@@ -2,16 +2,18 @@
 
 import argparse
 import logging
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from model_helpers import OFFICIAL_NAMES, official_state, shrink
+from model_helpers import OFFICIAL_NAMES, official_names, official_state, shrink, vmamba_names
 from packaging.version import Version
 from timm.models._hub import save_for_hf
 
 from grootv.models import GrootV, checkpoint_filter_fn
+from grootv.models.released import RELEASES
 
 # GrootV-Tiny in small.
 SMALL = {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1)}
@@ -56,10 +58,10 @@ def spot_check(model: GrootV, official: dict[str, torch.Tensor], head: bool = Tr
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("size", OFFICIAL_NAMES)
+@pytest.mark.parametrize("size", RELEASES)
 def test_every_official_name_is_converted(size):
     model = timm.create_model(size, device="meta")
-    official = {name: torch.empty(shape, device="meta") for name, shape in OFFICIAL_NAMES[size].items()}
+    official = {name: torch.empty(shape, device="meta") for name, shape in official_names(size).items()}
     converted = checkpoint_filter_fn(official, model)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in converted.items()} == expected
@@ -96,6 +98,80 @@ def test_wrapped_checkpoints(wrapping, official, tmp_path):
     model = load(tmp_path / "checkpoint.pth")
     spot_check(model, official)
     assert torch.equal(model.head.fc.weight, official["head.weight"])
+
+
+VMAMBA = {"dims": (16, 32), "depths": (1, 2), "expand": 1}
+
+
+@pytest.fixture(scope="module")
+def official_vmamba() -> dict[str, torch.Tensor]:
+    return official_state(vmamba_names(16, (1, 2), 1))
+
+
+def assert_vmamba(model: torch.nn.Module, official: dict[str, torch.Tensor]) -> None:
+    """Some parameters of each kind, by hand, with the axes that the published code gives them."""
+    mixer, source = model.stages[1].blocks[1].mixer, "layers.1.blocks.1.op"
+    assert torch.equal(model.stem.conv1.weight, official["patch_embed.0.weight"])
+    assert torch.equal(model.stem.norm2.bias, official["patch_embed.7.bias"])
+    assert torch.equal(model.stages[1].downsample.conv.bias, official["layers.0.downsample.1.bias"])
+    assert torch.equal(model.stages[1].blocks[1].norm1.weight, official["layers.1.blocks.1.norm.weight"])
+    assert torch.equal(model.head.norm.weight, official["classifier.norm.weight"])
+    for k in range(4):
+        channels, projected = slice(32 * k, 32 * (k + 1)), slice(4 * k, 4 * (k + 1))
+        assert torch.equal(mixer.x_proj.weight[projected], official[f"{source}.x_proj_weight"][k])
+        assert torch.equal(mixer.dt_weight[k], official[f"{source}.dt_projs_weight"][k])
+        assert torch.equal(mixer.dt_bias[k], official[f"{source}.dt_projs_bias"][k])
+        assert torch.equal(mixer.A_log[k], official[f"{source}.A_logs"][channels, 0])
+        assert torch.equal(mixer.D_skip[k], official[f"{source}.Ds"][channels])
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_checkpoints_of_vmamba(wrapping, official_vmamba):
+    model = timm.create_model("vmamba_nano", **VMAMBA)
+    model.load_state_dict(checkpoint_filter_fn(WRAPPINGS[wrapping](official_vmamba), model))
+    assert_vmamba(model, official_vmamba)
+
+
+def test_vmamba_as_convolutions_and_in_another_order(official_vmamba):
+    linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+    state = {name: v[..., None, None] if name.endswith(linear) else v for name, v in official_vmamba.items()}
+    model = timm.create_model("vmamba_nano", **VMAMBA)
+    model.load_state_dict(dict(sorted(state.items(), reverse=True)))
+    assert_vmamba(model, official_vmamba)
+    assert torch.equal(model.stages[0].blocks[0].mlp.fc1.weight, official_vmamba["layers.0.blocks.0.mlp.fc1.weight"])
+
+
+def test_pretrained_vmamba_comes_from_its_authors(official_vmamba, tmp_path, monkeypatch):
+    """With the name of the released file, and as the published training script writes it."""
+    fetched = []
+
+    def download(url: str, path: str, *args: object, **kwargs: object) -> None:
+        fetched.append(url)
+        config = OrderedDict(MODEL=OrderedDict(TYPE="vssm"))
+        torch.save({"model": official_vmamba, "model_ema": official_vmamba, "config": config, "epoch": 264}, path)
+
+    monkeypatch.setattr("timm.models._hub.download_url_to_file", download)
+    for _ in range(2):  # the second time it is in the cache
+        model = timm.create_model("vmamba_tiny_s1l8", pretrained=True, cache_dir=tmp_path, **VMAMBA)
+        assert_vmamba(model, official_vmamba)
+    file = "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    assert fetched == [f"https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/{file}"]
+    assert (tmp_path / file).is_file()
+
+
+@pytest.mark.parametrize("damage", ["x_proj_weight", "A_logs", "Ds", "dt_projs_weight"])
+def test_vmamba_of_another_shape(damage, official_vmamba):
+    name = f"layers.0.blocks.0.op.{damage}"
+    model = timm.create_model("vmamba_nano", device="meta", **VMAMBA)
+    with pytest.raises(RuntimeError, match="1 of another shape: stages.0.blocks.0.mixer"):
+        checkpoint_filter_fn({**official_vmamba, name: official_vmamba[name][:3]}, model)
+
+
+def test_a_file_of_the_other_family(official, official_vmamba):
+    with pytest.raises(RuntimeError, match=r"missing.*unexpected"):
+        checkpoint_filter_fn(official, timm.create_model("vmamba_nano", device="meta"))
+    with pytest.raises(RuntimeError, match=r"missing.*unexpected"):
+        checkpoint_filter_fn(official_vmamba, timm.create_model("grootv_nano", device="meta"))
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +241,8 @@ def test_a_file_of_another_size():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"conv1.weight": torch.zeros(1)}, "no GrootV weights.*it begins with conv1.weight"),
-        ({"epoch": 3}, "no GrootV weights.*it begins with nothing"),
+        ({"conv1.weight": torch.zeros(1)}, "no GrootV or VMamba weights.*it begins with conv1.weight"),
+        ({"epoch": 3}, "no GrootV or VMamba weights.*it begins with nothing"),
         (
             {f"{prefix}.stem.conv1.weight": torch.zeros(1) for prefix in ("teacher", "student")},
             r"several backbones.*\['teacher.', 'student.'\]",

@@ -1,6 +1,7 @@
-"""GrootV as a timm model: what timm's own test suite asks of every model, and what it leaves open."""
+"""GrootV and VMamba as timm models: what timm's own test suite asks of every model, and what it leaves open."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -15,15 +16,33 @@ from torch import nn
 import grootv
 import grootvl_ops
 from grootv.layers import scans
-from grootv.models import GrootV
+from grootv.models import GrootV, VMamba
+from grootv.models.backbone import HierarchicalBackbone
 
-SIZES = {"grootv_tiny": 29_958_600, "grootv_small": 51_331_624, "grootv_base": 90_597_096}
+SIZES = {
+    "grootv_tiny": 29_958_600,
+    "grootv_small": 51_331_624,
+    "grootv_base": 90_597_096,
+    "vmamba_tiny_s1l8": 30_249_064,
+    "vmamba_small_s1l20": 49_012_840,
+    "vmamba_base_s1l20": 86_614_504,
+    "vmamba_tiny_s2l5": 30_705_832,
+    "vmamba_small_s2l15": 50_147_752,
+    "vmamba_base_s2l15": 88_557_800,
+}
 DIMS, DEPTHS = (16, 32, 48, 64), (1, 2, 2, 1)
 
 
-def small(**kwargs) -> GrootV:
+@pytest.fixture(params=["grootv", "vmamba"])
+def family(request):
+    """A family of models, for what timm asks of each."""
+    return request.param
+
+
+def small(family: str = "grootv", **kwargs) -> HierarchicalBackbone:
     torch.manual_seed(0)
-    return GrootV(**{"dims": DIMS, "depths": DEPTHS, "num_classes": 10, **kwargs})
+    model_cls = {"grootv": GrootV, "vmamba": VMamba}[family]
+    return model_cls(**{"dims": DIMS, "depths": DEPTHS, "num_classes": 10, **kwargs})
 
 
 def image(*shape: int) -> torch.Tensor:
@@ -36,18 +55,17 @@ def test_published_sizes(name):
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
 
 
-def test_nano_has_about_three_million_parameters():
-    model = timm.create_model("grootv_nano", device="meta")
-    assert 2.5e6 < sum(p.numel() for p in model.parameters()) < 3.5e6
+def test_nano_has_about_three_million_parameters(family):
+    model = timm.create_model(f"{family}_nano", device="meta")
+    assert 2.4e6 < sum(p.numel() for p in model.parameters()) < 3.5e6
 
 
 def test_registered_by_import_and_nothing_heavy_is_imported():
     heavy = ("mmengine", "mmcv", "mmdet", "mmseg", "matplotlib", "sklearn", "skimage")
-    code = (
-        f"import sys, grootv, timm; print(timm.list_models('grootv*'));print([m for m in {heavy} if m in sys.modules])"
-    )
+    code = "import sys, grootv, timm; print(timm.list_models(['grootv*', 'vmamba*']));"
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["['grootv_base', 'grootv_nano', 'grootv_small', 'grootv_tiny']", "[]"]
+    assert lines == [str(sorted([*SIZES, "grootv_nano", "vmamba_nano"])), "[]"]
     assert grootv.__version__
 
 
@@ -71,15 +89,15 @@ def test_initial_values():
     assert conv.std().item() == pytest.approx((3 * conv[0].numel()) ** -0.5, rel=0.1)  # PyTorch's default
 
 
-def test_weights_after_the_meta_device():
-    model = small(device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
+def test_weights_after_the_meta_device(family):
+    model = small(family, device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     model.init_weights()
     assert all(torch.isfinite(tensor).all() for tensor in (*model.parameters(), *model.buffers()))
-    expected = small(dtype=torch.float64)
+    expected = small(family, dtype=torch.float64)
     for (name, actual), value in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert actual.shape == value.shape
         assert actual.std().nan_to_num().item() == pytest.approx(value.std().nan_to_num().item(), rel=0.5), name
@@ -90,7 +108,7 @@ def test_weights_after_the_meta_device():
     "kwargs, message",
     [
         ({"metric": "dot"}, "metric must be one of .*'dot'"),
-        ({"root": "last"}, "root must be one of .*'last'"),
+        ({"root": "middle"}, "root must be one of .*'middle'"),
         ({"tree_per": "model"}, "tree_per must be one of .*'model'"),
         ({"dims": (16, 32)}, r"dims and depths .*\(16, 32\)"),
         ({"output_stride": 24}, "output_stride must be 4, 8, 16 or 32, got 24"),
@@ -107,8 +125,8 @@ def test_unknown_arguments_are_refused():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 300), (64, 64), (75, 33), (224, 32)])
-def test_any_input_size(size):
-    model = small().eval()
+def test_any_input_size(family, size):
+    model = small(family).eval()
     with torch.no_grad():
         features, stages = model.forward_intermediates(image(2, 3, *size))
         logits = model(image(2, 3, *size))
@@ -119,20 +137,20 @@ def test_any_input_size(size):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_input_channels(channels):
-    model = small(in_chans=channels).eval()
+def test_input_channels(family, channels):
+    model = small(family, in_chans=channels).eval()
     assert model(image(1, channels, 32, 48)).shape == (1, 10)
 
 
-def test_batch_entries_do_not_mix():
-    model = small().eval()
+def test_batch_entries_do_not_mix(family):
+    model = small(family).eval()
     images = image(3, 3, 40, 56)
     with torch.no_grad():
         torch.testing.assert_close(model(images), torch.cat([model(x[None]) for x in images]), rtol=1e-5, atol=1e-6)
 
 
-def test_memory_format_does_not_matter():
-    model = small().eval()
+def test_memory_format_does_not_matter(family):
+    model = small(family).eval()
     images = image(2, 3, 40, 56)
     with torch.no_grad():
         expected = model(images)
@@ -142,12 +160,12 @@ def test_memory_format_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)])
-def test_other_dtypes(dtype, bound):
-    model = small().eval()
+def test_other_dtypes(family, dtype, bound):
+    model = small(family).eval()
     images = image(2, 3, 64, 64)
     expected = model(images)
     cast = copy.deepcopy(model).to(dtype)
-    made = small(dtype=dtype).eval()
+    made = small(family, dtype=dtype).eval()
     made.load_state_dict(cast.state_dict())
     for other in (cast, made):
         logits = other(images.to(dtype))
@@ -159,8 +177,8 @@ def test_other_dtypes(dtype, bound):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_autocast_is_near_float32():
-    model = small().eval()
+def test_autocast_is_near_float32(family):
+    model = small(family).eval()
     images = image(2, 3, 64, 64)
     expected = model(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -190,7 +208,7 @@ def test_scan_under_autocast_is_computed_in_float32():
 def test_tree_per_stage_builds_one_tree_a_stage(monkeypatch):
     built = []
     build = scans._build_tree
-    monkeypatch.setattr(scans, "_build_tree", lambda x, metric: built.append(x.shape) or build(x, metric))
+    monkeypatch.setattr(scans, "_build_tree", lambda x, *args: built.append(x.shape) or build(x, *args))
     images = image(2, 3, 64, 64)
     shared, own = small(tree_per="stage").eval(), small().eval()
     own.load_state_dict(shared.state_dict())
@@ -207,7 +225,10 @@ def test_tree_per_stage_builds_one_tree_a_stage(monkeypatch):
     assert torch.equal(shared(images), own(images))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"tree_per": "stage"}, {"drop_path_rate": 0.5, "drop_rate": 0.2}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"tree_per": "stage"}, {"drop_path_rate": 0.5, "drop_rate": 0.2}, {"family": "vmamba", "drop_path_rate": 0.5}],
+)
 def test_grad_checkpointing_changes_nothing(kwargs):
     model = small(**kwargs).train()
     recomputing = copy.deepcopy(model)
@@ -223,15 +244,15 @@ def test_grad_checkpointing_changes_nothing(kwargs):
         assert torch.equal(p.grad, q.grad), name
 
 
-def test_drop_path_grows_from_first_to_last_block():
-    model = small(drop_path_rate=0.5)
+def test_drop_path_grows_from_first_to_last_block(family):
+    model = small(family, drop_path_rate=0.5)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx(torch.linspace(0, 0.5, sum(DEPTHS)).tolist())
 
 
 @pytest.mark.parametrize("output_fmt", ["NCHW", "NHWC"])
-def test_forward_intermediates(output_fmt):
-    model = small().eval()
+def test_forward_intermediates(family, output_fmt):
+    model = small(family).eval()
     images = image(2, 3, 64, 96)
     with torch.no_grad():
         expected = model.forward_features(images)
@@ -258,12 +279,12 @@ def test_forward_intermediates(output_fmt):
         model.forward_intermediates(images, output_fmt="NLC")
 
 
-def test_modules_pass_on_nchw_maps_of_channels_last_memory():
+def test_modules_pass_on_nchw_maps_of_channels_last_memory(family, device):
     """As ConvNeXt's modules do, and a map that leaves a module is the result of its last layer: nothing is copied."""
-    model = small().eval()
+    model, images = small(family).eval().to(device), image(2, 3, 64, 96).to(device)
     layers = {"stem": model.stem.norm2, "stages.1.downsample": model.stages[1].downsample.norm}
     for i, stage in enumerate(model.stages):
-        layers[f"stages.{i}"] = stage.norm
+        layers[f"stages.{i}"] = stage.norm if family == "grootv" else None
         layers |= {f"stages.{i}.blocks.{j}": None for j in range(len(stage.blocks))}
     outputs: dict[str, torch.Tensor] = {}
     memory: dict[nn.Module, int] = {}
@@ -273,15 +294,16 @@ def test_modules_pass_on_nchw_maps_of_channels_last_memory():
         if last is not None:
             last.register_forward_hook(lambda layer, inputs, output: memory.update({layer: output.data_ptr()}))
     with torch.no_grad():
-        features, stages = model.forward_intermediates(image(2, 3, 64, 96))
-        nhwc = model.forward_intermediates(image(2, 3, 64, 96), output_fmt="NHWC", intermediates_only=True)
+        features, stages = model.forward_intermediates(images)
+        nhwc = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
     for name, output in outputs.items():
         assert output.shape[0] == 2 and output.is_contiguous(memory_format=torch.channels_last), name
         if layers[name] is not None:
             assert output.data_ptr() == memory[layers[name]], name
     for i, (stage, twin) in enumerate(zip(stages, nhwc, strict=True)):
         assert stage.shape == outputs[f"stages.{i}"].shape == (2, DIMS[i], 16 // 2**i, 24 // 2**i)
-        assert torch.equal(stage.permute(0, 2, 3, 1), twin) and twin.is_contiguous()
+        torch.testing.assert_close(stage.permute(0, 2, 3, 1), twin)
+        assert twin.is_contiguous()
     assert features is stages[-1]
 
 
@@ -310,23 +332,24 @@ def test_output_stride(output_stride, reductions):
         assert actual.shape[2:] == (64 // reductions[i], 96 // reductions[i])
         torch.testing.assert_close(actual[:, :, ::step, ::step], e)
 
-    trees = small(output_stride=output_stride).eval()
-    trees.load_state_dict(small().state_dict())
-    assert trees(images.float()).shape == (2, 10)
-    dilations = {module.dilation[0] for module in trees.modules() if isinstance(module, nn.Conv2d)}
-    assert max(dilations) == 32 // output_stride
+    for family in ("grootv", "vmamba"):
+        finer = small(family, output_stride=output_stride).eval()
+        finer.load_state_dict(small(family).state_dict())
+        assert finer(images.float()).shape == (2, 10)
+        dilations = {module.dilation[0] for module in finer.modules() if isinstance(module, nn.Conv2d)}
+        assert max(dilations) == 32 // output_stride
 
 
-def test_blocks_take_maps_of_any_memory():
+def test_blocks_take_maps_of_any_memory(family):
     """A block called by itself, on a map that is not channels-last in memory."""
-    block = small().stages[1].blocks[0].eval()
+    block = small(family).stages[1].blocks[0].eval()
     x = image(2, DIMS[1], 6, 8)
     torch.testing.assert_close(block(x), block(x.contiguous(memory_format=torch.channels_last)))
 
 
 @pytest.mark.parametrize("indices", [[0], [1, 2], 1, [-1]])
-def test_pruning_leaves_no_unused_parameter(indices):
-    model = small()
+def test_pruning_leaves_no_unused_parameter(family, indices):
+    model = small(family)
     images = image(2, 3, 64, 64)
     expected = model.eval().forward_intermediates(images, indices=indices, intermediates_only=True)
     taken = model.prune_intermediate_layers(indices)
@@ -341,8 +364,8 @@ def test_pruning_leaves_no_unused_parameter(indices):
     assert model.eval()(images).shape == (2, 3)
 
 
-def test_pruning_may_keep_the_head():
-    model = small().eval()
+def test_pruning_may_keep_the_head(family):
+    model = small(family).eval()
     images = image(1, 3, 64, 64)
     expected = model(images)
     model.prune_intermediate_layers(1, prune_head=False)
@@ -350,10 +373,10 @@ def test_pruning_may_keep_the_head():
 
 
 @pytest.mark.parametrize("feature_cls", [None, "list", "dict", "hook", "getter", "fx"])
-def test_features_only(feature_cls):
+def test_features_only(family, feature_cls):
     kwargs = {"feature_cls": feature_cls} if feature_cls else {}
-    whole = timm.create_model("grootv_nano").eval()
-    model = timm.create_model("grootv_nano", features_only=True, out_indices=(1, 3), **kwargs).eval()
+    whole = timm.create_model(f"{family}_nano").eval()
+    model = timm.create_model(f"{family}_nano", features_only=True, out_indices=(1, 3), **kwargs).eval()
     state = whole.state_dict()
     renamed = {}
     for name in model.state_dict():
@@ -373,20 +396,21 @@ def test_features_only(feature_cls):
         assert torch.equal(output, e)
 
 
-def test_features_only_trains_with_checkpointing():
-    model = timm.create_model("grootv_nano", features_only=True, feature_cls="getter")
+def test_features_only_trains_with_checkpointing(family):
+    model = timm.create_model(f"{family}_nano", features_only=True, feature_cls="getter")
     model.model.set_grad_checkpointing()
     sum(m.mean() for m in model(image(2, 3, 64, 64))).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_classifier():
-    model = small(drop_rate=0.3).eval()
+def test_classifier(family):
+    model = small(family, drop_rate=0.3).eval()
     images = image(2, 3, 64, 64)
     assert model.get_classifier() is model.head.fc
     features = model.forward_features(images)
     hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape == (2, model.head_hidden_size) == (2, DIMS[-1] * 3 // 2)
+    width = DIMS[-1] * 3 // 2 if family == "grootv" else DIMS[-1]
+    assert hidden.shape == (2, model.head_hidden_size) == (2, width)
     assert torch.equal(model.get_classifier()(hidden), model(images))
     model.reset_classifier(4)
     assert model.num_classes == 4 and model(images).shape == (2, 4)
@@ -394,17 +418,17 @@ def test_classifier():
     model.reset_classifier(0)
     assert torch.equal(model(images), hidden)
     model.reset_classifier(0, "")
-    assert model(images).shape == (2, DIMS[-1] * 3 // 2, 2, 2)
+    assert model(images).shape == (2, width, 2, 2)
     model.reset_classifier(5, "catavgmax")
     assert model(images).shape == (2, 5)
-    assert model.head_hidden_size == 2 * (DIMS[-1] * 3 // 2)
+    assert model.head_hidden_size == 2 * width
     for pool in ("max", "avgmax"):
-        assert small(global_pool=pool).eval()(images).shape == (2, 10)
+        assert small(family, global_pool=pool).eval()(images).shape == (2, 10)
     assert not any(module.training for module in model.modules())
 
 
-def test_parameter_groups_by_depth():
-    model = small()
+def test_parameter_groups_by_depth(family):
+    model = small(family)
     fine = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(fine) == {name for name, _ in model.named_parameters()}
     order = [fine["stem.conv1.weight"]]
@@ -414,7 +438,8 @@ def test_parameter_groups_by_depth():
         if i:
             assert fine[f"stages.{i - 1}.blocks.0.norm1.weight"] < fine[f"stages.{i}.downsample.conv.weight"]
             assert fine[f"stages.{i}.downsample.conv.weight"] <= fine[f"stages.{i}.blocks.0.norm1.weight"]
-        assert fine[f"stages.{i}.norm.weight"] >= fine[f"stages.{i}.blocks.{depth - 1}.norm1.weight"]
+        if family == "grootv":
+            assert fine[f"stages.{i}.norm.weight"] >= fine[f"stages.{i}.blocks.{depth - 1}.norm1.weight"]
     order.append(fine["head.fc.weight"])
     assert order == sorted(set(order))
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
@@ -426,24 +451,28 @@ def test_parameter_groups_by_depth():
     assert scale[id(model.stem.conv1.weight)] == min(scale.values())
 
 
-def test_no_weight_decay():
-    model = small()
+def test_no_weight_decay(family):
+    model = small(family)
     names = model.no_weight_decay()
     assert names == {name for name, _ in model.named_parameters() if name.endswith(".D_skip")}
     decayed, undecayed = set(), set()
-    for group in param_groups_weight_decay(model, 0.05, names):
+    for group in param_groups_weight_decay(model, 0.05, no_weight_decay_list=names):
         (decayed if group["weight_decay"] else undecayed).update(map(id, group["params"]))
     for name, p in model.named_parameters():
-        plain = "norm" in name or name.endswith(("bias", "A_log")) or name in names
+        # What has one dimension; VMamba's parameters of the scan have one for the directions, too.
+        plain = "norm" in name or name.endswith(("bias", "A_log") if family == "grootv" else ".bias") or name in names
         assert id(p) in (undecayed if plain else decayed), name
 
 
 def test_configuration():
-    for name in (*SIZES, "grootv_nano"):
+    for name in (*SIZES, "grootv_nano", "vmamba_nano"):
         cfg = timm.get_pretrained_cfg(name)
         assert (cfg.input_size, cfg.num_classes, cfg.interpolation) == ((3, 224, 224), 1000, "bicubic")
         assert cfg.crop_pct == pytest.approx(224 / 256)
-        assert not cfg.has_weights  # none are hosted
+        released = name.startswith("vmamba") and name != "vmamba_nano"
+        assert bool(cfg.has_weights) == released  # none are hosted here
+        file = r"https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1?_(tiny|small|base)_0\w+\.pth"
+        assert not released or re.fullmatch(file, cfg.url)[1] == name.split("_")[1]
 
 
 def test_pretrained_without_a_file_names_the_command() -> None:

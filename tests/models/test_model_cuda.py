@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -9,18 +10,32 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from model_helpers import plain_operations
+from model_helpers import call_submodules, plain_operations
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
 
 import grootv  # noqa: F401  registers the models
 import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM, scans
+from grootv.layers.path_ssm import PATH_SCANS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or grootvl_ops.backend("cuda") != "compiled", reason="needs a GPU and its kernels"
 )
-VARIANTS = pytest.mark.parametrize("kwargs", [{}, {"root": "first"}, {"tree_per": "stage", "metric": "euclidean"}])
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "called"])
+VARIANTS = pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"root": "first"},
+        {"root": "last"},
+        {"tree_per": "stage", "metric": "euclidean"},
+        *({"scan": scan} for scan in PATH_SCANS),
+        {"scan": "cross", "d_state": 2},
+    ],
+    ids=str,
+)
 
 
 def small(**kwargs: object) -> nn.Module:
@@ -66,17 +81,30 @@ def test_fused_equals_plain(kwargs, dtype, tolerance):
     assert_near(loss_and_gradients(model, x), expected, tolerance)
 
 
+@FUSED
 @VARIANTS
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.02), (torch.bfloat16, 0.05)], ids=str)
-def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance):
+def test_fused_equals_plain_under_autocast(kwargs, dtype, tolerance, fused):
     """As near to float32 as the format allows; trees of rounded features may differ in edges of near weights."""
     model = small(**kwargs)
     x = images(2, 3, 96, 160)
     with plain():
         exact = loss_and_gradients(model, x)
+    if not fused:
+        call_submodules(model)
     loss, *gradients = loss_and_gradients(model, x, dtype)
     assert {g.dtype for g in gradients} == {torch.float32}
     assert_near([loss, flat(gradients)], [exact[0], flat(exact[1:])], tolerance)
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
+def test_gradients_are_those_of_float64_on_a_cpu(kwargs, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, x = small(**kwargs).double(), images(2, 3, 96, 160).double()
+    expected = loss_and_gradients(copy.deepcopy(model).cpu(), x.cpu())
+    actual = loss_and_gradients(model.to(dtype), x.to(dtype))
+    assert_near([a.double().cpu() for a in actual], expected, tolerance)
 
 
 def test_what_autocast_gives():
@@ -105,10 +133,11 @@ def test_any_number_of_channels(dim):
     torch.testing.assert_close(mixer(x), expected)
 
 
+@pytest.mark.parametrize("scan", ["tree", "cross"])
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
-def test_cuda_graph(dtype):
+def test_cuda_graph(dtype, scan):
     """Inference and a training step are captured, and a replay on other images gives what the eager model gives."""
-    model = small()
+    model = small(scan=scan)
     static, other = images(2, 3, 64, 96), images(4, 3, 64, 96)[2:]
 
     def step() -> list[Tensor]:
@@ -131,6 +160,21 @@ def test_cuda_graph(dtype):
     results = [result.clone() for result in captured]
     for result, expected in zip(results, step(), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_paths_that_a_graph_makes_are_its_own(monkeypatch):
+    """Without a call before the capture: the graph makes them, and nobody else gets memory of the graph."""
+    monkeypatch.setattr(scans, "_KEPT", {})
+    maps = images(1, 5, 7, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scans.cross(maps)
+    assert not scans._KEPT
+    graph.replay()
+    kept = scans.cross(maps)
+    for (path, _), (expected, _) in zip(captured, kept, strict=True):
+        assert all(map(torch.equal, path, expected))
+    assert scans.cross(maps)[0][0] is kept[0][0]
 
 
 @pytest.mark.slow
@@ -162,3 +206,36 @@ def test_mixed_precision_follows_float32(dtype):
     mixed = curve(small(), dtype)
     assert exact[0] > 1 and exact[-1] < 0.1, exact
     assert np.all(np.abs(mixed - exact) < 0.15 * exact + 0.1), (mixed, exact)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@FUSED
+def test_everything_on_the_second_gpu(fused):
+    """While the first one is current: all results equal those of a CPU, and the first one allocates nothing."""
+    model, x = small().cpu().double().eval(), images(2, 3, 64, 96).cpu().double()
+    if not fused:
+        call_submodules(model)
+
+    def results(device: str) -> list[Tensor]:
+        moved, inputs = copy.deepcopy(model).to(device), x.to(device)
+        parameters = {name: parameter.detach() for name, parameter in moved.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+            return functional_call(moved, parameters, (image[None],)).square().sum()
+
+        output = moved(inputs)
+        tangent = jvp(moved, (inputs,), (inputs.flip(0),))[1]
+        of_samples = vmap(grad(loss), (None, 0))(parameters, inputs)
+        gradients = torch.autograd.grad(output.square().sum(), list(moved.parameters()))
+        return [output, tangent, *of_samples.values(), *gradients]
+
+    expected = results("cpu")
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_allocated(0)
+    with torch.cuda.device(0):
+        actual = results("cuda:1")
+        assert torch.cuda.current_device() == 0
+    assert torch.cuda.max_memory_allocated(0) == before
+    for a, e in zip(actual, expected, strict=True):
+        assert a.device == torch.device("cuda:1")
+        torch.testing.assert_close(a.cpu(), e, rtol=1e-6, atol=1e-8)

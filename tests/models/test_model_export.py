@@ -1,4 +1,4 @@
-"""GrootV scripted, traced, symbolically traced, compiled and exported: the same results as in eager mode."""
+"""GrootV and VMamba scripted, traced, symbolically traced, compiled and exported: the same results as in eager mode."""
 
 import copy
 import io
@@ -10,24 +10,24 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torchvision.models.feature_extraction import NodePathTracer
 
-from grootv.models import GrootV
+from grootv.models import GrootV, VMamba
 
-OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "metric": "manhattan"}]
+OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "metric": "manhattan"}, {"scan": "cross"}, {"family": VMamba}]
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
 
 
-def small(**kwargs) -> GrootV:
+def small(family: type[nn.Module] = GrootV, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return GrootV(dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), num_classes=10, **kwargs).eval()
+    return family(dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), num_classes=10, **kwargs).eval()
 
 
-def smaller(**kwargs) -> GrootV:
+def smaller(family: type[nn.Module] = GrootV, **kwargs) -> nn.Module:
     """Two stages: what has to be compiled or exported grows with the number of blocks."""
     torch.manual_seed(0)
-    return GrootV(dims=(16, 32), depths=(2, 1), num_classes=10, **kwargs).eval()
+    return family(dims=(16, 32), depths=(2, 1), num_classes=10, **kwargs).eval()
 
 
 def image(*shape: int) -> torch.Tensor:

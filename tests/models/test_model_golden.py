@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
-from model_helpers import OFFICIAL_NAMES, official_state, plain_operations, shrink
+from model_helpers import OFFICIAL_NAMES, official_state, plain_operations, relative_error, shrink
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
@@ -38,11 +38,6 @@ def operations(request):
     """What the model runs on: the operations as they are, or their definitions."""
     with plain_operations() if request.param == "reference" else nullcontext():
         yield request.param
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +104,7 @@ def dense_scan(x: Tensor, decay: Tensor, features: Tensor, metric: str = "cosine
     for i, j in pairs:
         graph[i, j] = weight(vectors[i], vectors[j])
     tree = minimum_spanning_tree(graph)
-    _, parent = breadth_first_order(tree, 0, directed=False)
+    _, parent = breadth_first_order(tree, size - 1 if root == "last" else 0, directed=False)
     rows = []
     for start in range(size):
         visited, before = breadth_first_order(tree, start, directed=False)
@@ -118,7 +113,7 @@ def dense_scan(x: Tensor, decay: Tensor, features: Tensor, metric: str = "cosine
             u = before[v]
             child = v if parent[v] == u else u  # every edge carries the decay of its lower end
             downwards = parent[v] == u
-            blocked = root == "first" and not downwards
+            blocked = root != "all" and not downwards
             product[v] = product[u] * (torch.zeros_like(x[0]) if blocked else decay[child])
         rows.append(sum(product[v] * x[v] for v in range(size)))
     return torch.stack(rows)

@@ -12,14 +12,16 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
-from model_helpers import OFFICIAL_NAMES
+from model_helpers import official_names
 from torch import nn
 
 import grootv.openmmlab  # noqa: F401  registers the constructor and the scheduler
 from grootv.models.checkpoint import official_to_own
+from grootv.models.released import RELEASES
 
 CONFIGS = Path(grootv.__file__).parents[1] / "configs/classification"
 CONFIG = Config.fromfile(CONFIGS / "grootv-tiny_8xb128_in1k.py")
+VMAMBA_CONFIG = Config.fromfile(CONFIGS / "vmamba-tiny-s1l8_8xb128_in1k.py")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -27,31 +29,33 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return build_optim_wrapper(model, {**CONFIG.optim_wrapper, "type": "OptimWrapper"}).optimizer
 
 
-def published_rate(epoch: float, batch: int) -> float:
-    """The published schedule: 20 epochs of warm-up; the cosine counts all 300 epochs and is entered at epoch 20."""
+def published_rate(epoch: float, batch: int, begin: int) -> float:
+    """The published schedules: 20 epochs of warm-up; the cosine of GrootV counts all 300 epochs and is entered at epoch
+    20, that of VMamba begins there."""
     peak, start, floor = (rate * batch / 512 for rate in (5e-4, 5e-7, 5e-6))
     if epoch < 20:
         return start + (peak - start) * epoch / 20
-    return floor + (peak - floor) / 2 * (1 + math.cos(math.pi * epoch / 300))
+    return floor + (peak - floor) / 2 * (1 + math.cos(math.pi * (epoch - begin) / (300 - begin)))
 
 
+@pytest.mark.parametrize("published, begin, at_20", [(CONFIG, 0, 0.989), (VMAMBA_CONFIG, 20, 1)], ids=("0", "20"))
 @pytest.mark.parametrize("batch", [1024, 512, 4096])
-def test_learning_rate_is_the_published_one(batch: int) -> None:
+def test_learning_rate_is_the_published_one(batch: int, published: Config, begin: int, at_20: float) -> None:
     optimizer = build_optimizer(nn.ModuleDict({"fc": nn.Linear(2, 2)}))
     for group in optimizer.param_groups:
-        group["lr"] *= batch / CONFIG.auto_scale_lr.base_batch_size  # the rule of auto_scale_lr
+        group["lr"] *= batch / published.auto_scale_lr.base_batch_size  # the rule of auto_scale_lr
     length = 8
-    (config,) = CONFIG.param_scheduler
+    (config,) = published.param_scheduler
     scheduler = PARAM_SCHEDULERS.build(config, default_args={"optimizer": optimizer, "epoch_length": length})
     rates = []
-    for _ in range(CONFIG.train_cfg.max_epochs * length):
+    for _ in range(published.train_cfg.max_epochs * length):
         (rate,) = {group["lr"] for group in optimizer.param_groups}
         rates.append(rate)
         optimizer.step()
         scheduler.step()
     for epoch in (0, 0.5, 7, 19, 19.875, 20, 21, 60, 150, 299.875):
-        assert rates[int(epoch * length)] == pytest.approx(published_rate(epoch, batch), rel=1e-9), epoch
-    assert rates[20 * length] / (1e-3 * batch / 1024) == pytest.approx(0.989, abs=2e-4)
+        assert rates[int(epoch * length)] == pytest.approx(published_rate(epoch, batch, begin), rel=1e-9), epoch
+    assert rates[20 * length] / (1e-3 * batch / 1024) == pytest.approx(at_20, abs=2e-4)
     assert rates[0] == pytest.approx(1e-6 * batch / 1024)
     assert rates[-1] == pytest.approx(1e-5 * batch / 1024, rel=1e-3)
 
@@ -84,7 +88,7 @@ def test_a_warmup_as_long_as_the_run_is_refused() -> None:
         PARAM_SCHEDULERS.build({"type": "WarmupCosineLR", "end": 5, "warmup": 5}, default_args={"optimizer": optimizer})
 
 
-@pytest.mark.parametrize("size", OFFICIAL_NAMES)
+@pytest.mark.parametrize("size", RELEASES)
 def test_weight_decay_is_on_the_published_parameters(size: str) -> None:
     """Published: none on tensors of one dimension and names that end in .bias, by official names and shapes."""
     model = timm.create_model(size, device="meta")
@@ -92,7 +96,7 @@ def test_weight_decay_is_on_the_published_parameters(size: str) -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     compared = 0
-    for name, shape in OFFICIAL_NAMES[size].items():
+    for name, shape in official_names(size).items():
         if name.endswith(BUFFERS):
             continue
         expected = 0.0 if len(shape) == 1 or name.endswith(".bias") else 0.05

@@ -1,5 +1,6 @@
 """Whole models under torch.func's transforms, in symbolic traces, and on batches without images."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import timm
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from model_helpers import call_submodules
 from torch import Tensor, nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -20,42 +22,47 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, st
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import grootvl_ops
-from grootv.models import GrootV
+from grootv.models import GrootV, VMamba
 
-OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "d_state": 2}]
+OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "d_state": 2}, {"scan": "cross"}, {"family": VMamba}]
+each_variant = pytest.mark.parametrize("options, fused", [*((options, True) for options in OPTIONS), ({}, False)])
 
 
-def small(**kwargs) -> GrootV:
+def small(device: str = "cpu", family: type[nn.Module] = GrootV, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return GrootV(dims=(16, 32), depths=(2, 1), num_classes=4, **kwargs).eval()
+    return family(dims=(16, 32), depths=(2, 1), num_classes=4, **kwargs).eval().to(device)
 
 
-def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+def image(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def loss_of(model: nn.Module, parameters: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(functional_call(model, parameters, (images,)), targets)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_gradients_and_gradients_of_each_sample(options: dict) -> None:
-    model, images, targets = small(**options).double(), image(3, 3, 32, 40), torch.tensor([0, 2, 3])
+@each_variant
+def test_gradients_and_gradients_of_each_sample(options: dict, fused: bool, device: str) -> None:
+    model, images = small(device, **options).double(), image(3, 3, 32, 40, device=device)
+    targets = torch.tensor([0, 2, 3], device=device)
+    twin = copy.deepcopy(model)
+    if not fused:
+        call_submodules(model)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     mean = grad(partial(loss_of, model))(parameters, images, targets)
     each = vmap(grad(lambda p, x, y: loss_of(model, p, x[None], y[None])), (None, 0, 0))(parameters, images, targets)
-    F.cross_entropy(model(images), targets).backward()
-    for name, parameter in model.named_parameters():
+    F.cross_entropy(twin(images), targets).backward()
+    for name, parameter in twin.named_parameters():
         torch.testing.assert_close(mean[name], parameter.grad, msg=name)
         torch.testing.assert_close(each[name].mean(0), parameter.grad, msg=name)
-    model.zero_grad()
-    F.cross_entropy(model(images[1:2]), targets[1:2]).backward()
-    for name, parameter in model.named_parameters():
+    twin.zero_grad()
+    F.cross_entropy(twin(images[1:2]), targets[1:2]).backward()
+    for name, parameter in twin.named_parameters():
         torch.testing.assert_close(each[name][1], parameter.grad, msg=name)
 
 
-def test_jacobians_agree_in_both_modes() -> None:
-    model, images = small().double().requires_grad_(False), image(2, 3, 8, 12)
+def test_jacobians_agree_in_both_modes(device: str) -> None:
+    model, images = small(device).double().requires_grad_(False), image(2, 3, 8, 12, device=device)
     expected = torch.autograd.functional.jacobian(model, images)
     torch.testing.assert_close(jacrev(model)(images), expected)
     torch.testing.assert_close(jacfwd(model)(images), expected)
@@ -63,11 +70,14 @@ def test_jacobians_agree_in_both_modes() -> None:
     torch.testing.assert_close(pull(torch.ones_like(output))[0], expected.sum((0, 1)))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_tangents_are_numerical_derivatives(options: dict) -> None:
-    model, images = small(**options).double().requires_grad_(False), image(2, 3, 16, 24)
-    direction, step = image(4, 3, 16, 24)[2:], 1e-6
+@each_variant
+def test_tangents_are_numerical_derivatives(options: dict, fused: bool, device: str) -> None:
+    model = small(device, **options).double().requires_grad_(False)
+    images, direction = image(4, 3, 16, 24, device=device).split(2)
+    step = 1e-6
     expected = (model(images + step * direction) - model(images - step * direction)) / (2 * step)
+    if not fused:
+        call_submodules(model)
     _, tangent = jvp(model, (images,), (direction,))
     _, linear = linearize(model, images)
     with fwAD.dual_level():
@@ -76,11 +86,11 @@ def test_tangents_are_numerical_derivatives(options: dict) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_maps_over_images_and_over_models() -> None:
-    model, images = small().double(), image(3, 2, 3, 32, 40)
+def test_maps_over_images_and_over_models(device: str) -> None:
+    model, images = small(device).double(), image(3, 2, 3, 32, 40, device=device)
     with torch.no_grad():
         torch.testing.assert_close(vmap(model)(images), torch.stack([model(x) for x in images]))
-        models = [model, small().double()]
+        models = [model, small(device).double()]
         nn.init.normal_(models[1].stem.conv1.weight)
         state = stack_module_state(models)
         outputs = vmap(lambda p, b: functional_call(model, (p, b), (images[0],)))(*state)
@@ -108,7 +118,7 @@ def test_symbolic_traces(trace: Callable, options: dict) -> None:
             torch.testing.assert_close(outputs[name] if isinstance(outputs, dict) else outputs, seen[name])
     graph = torch.fx.symbolic_trace(small(**options)).graph
     leaves = {node.target for node in graph.nodes if node.op == "call_module"}
-    assert {"stages.0.blocks.1.mixer", "stages.1.norm", "stages.1.blocks.0.mlp.fc1", "head.conv"} <= leaves
+    assert {"stages.0.blocks.1.mixer", "stages.1.norm", "stages.1.blocks.0.mlp.fc1", "head.norm"} <= leaves
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -195,7 +205,7 @@ def test_all_of_this_without_the_compiled_library(tmp_path: Path) -> None:
     package = Path(grootvl_ops.__file__).parent
     shutil.copytree(package, tmp_path / "grootvl_ops", ignore=shutil.ignore_patterns("_C*", "_build.json"))
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    selected = "gradients or jacobians or tangents or maps or (batch and eager)"
+    selected = "(gradients or jacobians or tangents or maps or (batch and eager)) and not cuda"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, __file__]
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0 and "slow reference" in result.stdout, result.stdout[-3000:]

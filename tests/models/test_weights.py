@@ -330,7 +330,10 @@ WRONG_FILES = {
         lambda path, content: saved(path, timm.create_model("grootv_nano", num_classes=10).state_dict()),
         "size mismatch for head.fc.weight",
     ),
-    "of another project": (lambda path, content: saved(path, torch.nn.Linear(2, 2).state_dict()), "no GrootV weights"),
+    "of another project": (
+        lambda path, content: saved(path, torch.nn.Linear(2, 2).state_dict()),
+        "no GrootV or VMamba weights",
+    ),
     "a tensor": (lambda path, content: saved(path, torch.ones(2)), "it holds a Tensor instead of a dict of weights"),
     "without weights": (lambda path, content: saved(path, {"model": {}}), "it holds no state dict"),
     "with code": (

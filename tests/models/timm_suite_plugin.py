@@ -4,7 +4,7 @@ import timm
 
 import grootv  # noqa: F401 (registers the models)
 
-SIZES = timm.list_models("grootv_*")
+SIZES = timm.list_models(["grootv_*", "vmamba_*"])
 
 
 def list_models(
@@ -19,7 +19,7 @@ def list_models(
     if filter or pretrained:  # lists of other families, and of models with hosted weights
         return []
     # The tests of configurations, which ask for tags, run on the meta device: all sizes are cheap there.
-    return SIZES if include_tags else ["grootv_nano"]
+    return SIZES if include_tags else ["grootv_nano", "vmamba_nano"]
 
 
 timm.list_models = list_models

@@ -1,7 +1,8 @@
-"""GrootV behind OpenMMLab's contract for backbones."""
+"""GrootV and VMamba behind OpenMMLab's contract for backbones."""
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import timm
 import torch
 from golden.fill import image
 from mmengine.registry import MODELS
-from model_helpers import OFFICIAL_NAMES, official_state
+from mmengine.runner.checkpoint import load_state_dict
+from model_helpers import OFFICIAL_NAMES, VMAMBA_NAMES, official_state, relative_error, shrink, vmamba_names
 from training_helpers import environment, run_tool, write_config, write_images
 
 import grootv.openmmlab  # noqa: F401
+from grootv.models.checkpoint import official_to_own
 
 # Two stages with few channels, enough for most tests.
 SMALL = {"type": "GrootV", "arch": "nano", "dims": (8, 16), "depths": (1, 2), "out_indices": (0, 1)}
@@ -40,6 +43,11 @@ def test_maps_are_those_of_the_timm_model(size: tuple[int, int]) -> None:
         torch.testing.assert_close(map, expected)
 
 
+def test_arguments_reach_the_model() -> None:
+    scans = {block.mixer.scan for stage in build(scan="cross").model.stages for block in stage.blocks}
+    assert scans == {"cross"}
+
+
 def test_official_checkpoint_gives_the_published_features(tmp_path: Path) -> None:
     """The stage features of the published implementation, from a file with its names."""
     golden = torch.load(Path(__file__).parents[1] / "golden" / "grootv_tiny.pt")
@@ -52,6 +60,96 @@ def test_official_checkpoint_gives_the_published_features(tmp_path: Path) -> Non
     for map, expected in zip(maps, golden["stages"], strict=True):
         taken = map.permute(0, 2, 3, 1)[:, ::4, ::4, ::8]
         assert (taken - expected).norm() / expected.norm() < 1e-4
+
+
+def outnorms(channels: tuple[int, ...]) -> dict[str, list[int]]:
+    """Official names and shapes of the norms that dense tasks add to VMamba's features."""
+    return {f"outnorm{i}.{kind}": [c] for i, c in enumerate(channels) for kind in ("weight", "bias")}
+
+
+def test_official_vmamba_gives_the_published_features(tmp_path: Path) -> None:
+    """From a file with the names of a released detector or segmentor."""
+    names = {name: shape for name, shape in VMAMBA_NAMES["vssm1_tiny_0230s"].items() if "classifier" not in name}
+    state = official_state(names | outnorms((96, 192, 384, 768)))
+    dense = {f"backbone.{name}": value for name, value in state.items()} | {"neck.weight": torch.zeros(1)}
+    torch.save({"state_dict": dense}, tmp_path / "dense.pth")
+    golden = torch.load(Path(__file__).parents[1] / "golden" / "vmamba_tiny.pt")["features"]
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "dense.pth")}
+    for out_indices in ((0, 1, 2, 3), (1, 2)):
+        backbone = MODELS.build({"type": "VMamba", "out_indices": out_indices, "init_cfg": init_cfg})
+        backbone.init_weights()
+        with torch.no_grad():
+            maps = backbone.eval()(image(7, 2, 224, 224))
+        for map, i in zip(maps, out_indices, strict=True):
+            assert map.is_contiguous()
+            assert relative_error(map.permute(0, 2, 3, 1)[:, ::4, ::4, ::8], golden[i]) < 1e-4
+
+
+VMAMBA = {"type": "VMamba", "arch": "nano", "dims": (8, 16), "depths": (1, 2), "expand": 1, "out_indices": (0, 1)}
+
+
+def test_a_classifier_of_vmamba_leaves_the_norms_of_the_features(tmp_path: Path) -> None:
+    """Weights 1 and biases 0. A classifier leaves these norms in a file of dense tasks, and keeps its own head."""
+    names = vmamba_names(8, (1, 2), 1, 5)
+    torch.save({"model": official_state(names)}, tmp_path / "classifier.pth")
+    backbone = MODELS.build(
+        {**VMAMBA, "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}}
+    )
+    backbone.init_weights()
+    x, classifier = torch.randn(1, 3, 40, 56), timm.create_model("vmamba_nano", dims=(8, 16), depths=(1, 2), expand=1)
+    classifier.reset_classifier(5)
+    classifier.load_state_dict(official_state(names))
+    features = classifier.forward_intermediates(x, intermediates_only=True)
+    for map, feature in zip(backbone.eval()(x), features, strict=True):
+        expected = torch.nn.functional.layer_norm(feature.movedim(1, -1), feature.shape[1:2], eps=1e-5).movedim(-1, 1)
+        torch.testing.assert_close(map, expected)
+    torch.save({"state_dict": {f"backbone.{k}": v for k, v in backbone.state_dict().items()}}, tmp_path / "dense.pth")
+    kwargs = {"dims": (8, 16), "depths": (1, 2), "expand": 1, "num_classes": 5, "pretrained": True}
+    loaded = timm.create_model("vmamba_nano", pretrained_cfg_overlay={"file": tmp_path / "dense.pth"}, **kwargs)
+    assert torch.equal(loaded.stages[1].blocks[0].mixer.A_log, classifier.stages[1].blocks[0].mixer.A_log)
+
+
+@pytest.mark.parametrize(
+    "frozen_stages, frozen_norms", [(-1, []), (0, []), (1, ["outnorm0"]), (2, ["outnorm0", "outnorm1"])]
+)
+def test_frozen_stages_freeze_the_norms_of_their_features(frozen_stages: int, frozen_norms: list[str]) -> None:
+    model = MODELS.build({**VMAMBA, "frozen_stages": frozen_stages}).train().model
+    norms = {name: child for name, child in model.named_children() if name.startswith("outnorm")}
+    assert len(norms) == 2
+    assert [name for name, norm in norms.items() if not norm.training] == frozen_norms
+    assert [name for name, norm in norms.items() if not norm.weight.requires_grad] == frozen_norms
+
+
+@pytest.mark.parametrize("family", ["GrootV", "VMamba"])
+def test_a_whole_model_loads_official_names(family: str) -> None:
+    """As mmengine loads the checkpoint of a detector, whose other parameters have their own names."""
+    if family == "VMamba":
+        official = {n: s for n, s in vmamba_names(8, (1, 2), 1, 5).items() if "classifier" not in n} | outnorms((8, 16))
+        config = VMAMBA
+    else:
+        names = shrink(OFFICIAL_NAMES["grootv_tiny"], (8, 16, 32, 64), (1, 2, 1, 1), 5)
+        official = {name: shape for name, shape in names.items() if "head" not in name}
+        config = {"type": "GrootV", "arch": "nano", "dims": (8, 16, 32, 64), "depths": (1, 2, 1, 1)}
+    state = official_state(official)
+    detector = torch.nn.ModuleDict({"backbone": MODELS.build(config), "neck": torch.nn.Linear(2, 2)})
+    checkpoint = {f"backbone.{name}": value for name, value in state.items()} | {
+        "neck.weight": torch.ones(2, 2),
+        "neck.bias": torch.ones(2),
+    }
+    given = dict(checkpoint)
+    for load in (detector.load_state_dict, partial(load_state_dict, detector, strict=True)):
+        for parameter in detector.parameters():
+            torch.nn.init.constant_(parameter, 7.0)
+        load(checkpoint)
+        loaded = dict(detector.backbone.model.named_parameters())
+        assert len(loaded) == len(state)
+        for name, value in state.items():
+            assert torch.equal(loaded[official_to_own(name)].flatten(), value.flatten()), name
+        assert (detector.neck.weight == 1).all()
+    assert checkpoint.keys() == given.keys()
+    del checkpoint[f"backbone.{next(name for name in state if name.endswith('.A_logs'))}"]
+    with pytest.raises(RuntimeError, match=r"backbone\.model\.stages\.0\.blocks\.0\.mixer\.A_log"):
+        detector.load_state_dict(checkpoint)
 
 
 @pytest.mark.parametrize("package", ["mmdet", "mmseg"])
@@ -230,7 +328,7 @@ class TestPretrained:
         self.assert_loaded(self.load(tmp_path, weights, prefix="student."), whole.state_dict())
         with pytest.raises(ValueError, match=r"prefix must be one of \['teacher.', 'student.'\]"):
             self.load(tmp_path, weights)
-        with pytest.raises(ValueError, match="no GrootV weights under the prefix 'neck.'"):
+        with pytest.raises(ValueError, match="no GrootV or VMamba weights under the prefix 'neck.'"):
             self.load(tmp_path, weights, prefix="neck.")
 
     def test_a_missing_parameter_stops(self, whole: torch.nn.Module, tmp_path: Path) -> None:
@@ -249,7 +347,7 @@ class TestPretrained:
             self.load(tmp_path, whole.state_dict(), dims=(10, 20))
 
     def test_another_model_stops(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"no GrootV weights.*it begins with conv1\.weight"):
+        with pytest.raises(ValueError, match=r"no GrootV or VMamba weights.*it begins with conv1\.weight"):
             self.load(tmp_path, {"conv1.weight": torch.zeros(1)})
 
     def test_a_missing_file_stops(self) -> None:

@@ -14,16 +14,30 @@ from mmengine.registry import MODELS
 from training_helpers import ROOT
 
 import grootv.openmmlab  # noqa: F401  registers what the configs name
+from grootv.layers.path_ssm import PATH_SCANS
+from grootv.layers.tree_ssm import ROOTS
+from grootvl_ops import METRICS
 
-IN1K = sorted((ROOT / "configs/classification").glob("grootv-*_in1k.py"))
+IN1K = sorted((ROOT / "configs/classification").glob("*_in1k.py"))
+DROP_PATH = {
+    "grootv_tiny": 0.1,
+    "grootv_small": 0.3,
+    "grootv_base": 0.5,
+    "vmamba_tiny_s1l8": 0.2,
+    "vmamba_small_s1l20": 0.3,
+    "vmamba_base_s1l20": 0.5,
+    "vmamba_tiny_s2l5": 0.2,
+    "vmamba_small_s2l15": 0.3,
+    "vmamba_base_s2l15": 0.6,
+}
 
 
 @pytest.mark.parametrize("path", IN1K, ids=lambda path: path.stem)
 def test_imagenet_recipe_is_the_published_one(path: Path) -> None:
     cfg = Config.fromfile(path)
-    size = path.stem.split("_")[0].removeprefix("grootv-")
-    assert cfg.model.backbone.model_name == f"grootv_{size}"
-    assert cfg.model.backbone.drop_path_rate == {"tiny": 0.1, "small": 0.3, "base": 0.5}[size]
+    backbone = cfg.model.backbone
+    assert path.stem.startswith(backbone.model_name.replace("_", "-"))
+    assert backbone.drop_path_rate == DROP_PATH[backbone.model_name]
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, 0.05)
     assert cfg.auto_scale_lr == {"enable": True, "base_batch_size": 1024} and cfg.train_dataloader.batch_size == 128
@@ -42,15 +56,39 @@ def test_imagenet_recipe_is_the_published_one(path: Path) -> None:
 @pytest.mark.parametrize("path", [*IN1K, ROOT / "configs/classification/grootv-nano_digits.py"], ids=lambda p: p.stem)
 def test_configs_build_their_models(path: Path) -> None:
     cfg = Config.fromfile(path)
-    model = MODELS.build(cfg.model)
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
     assert model.num_classes == cfg.model.backbone.num_classes
+
+
+def test_the_ablation_differs_in_one_argument() -> None:
+    """Each row has the recipe and the parameters of the model that it is a row of, and one argument of its own."""
+    tiny = Config.fromfile(ROOT / "configs/classification/grootv-tiny_8xb128_in1k.py")
+    options = {}
+    for path in IN1K:
+        name = path.stem.removesuffix("_8xb128_in1k").removeprefix("grootv-tiny-")
+        if path.stem.startswith("grootv-tiny-"):
+            cfg = Config.fromfile(path)
+            backbone = cfg.model.backbone
+            options[name] = {key: backbone.pop(key) for key in backbone.keys() - tiny.model.backbone.keys()}
+            assert cfg.to_dict() == tiny.to_dict()
+    assert options == {
+        **{scan: {"scan": scan} for scan in PATH_SCANS},
+        **{metric: {"metric": metric} for metric in METRICS if metric != "cosine"},
+        **{f"root-{root}": {"root": root} for root in ROOTS if root != "all"},
+        "tree-per-stage": {"tree_per": "stage"},
+    }
+
+
+def test_every_size_is_there() -> None:
+    assert {Config.fromfile(path).model.backbone.model_name for path in IN1K} == DROP_PATH.keys()
 
 
 def test_metafile_names_every_imagenet_config_with_its_size() -> None:
     models = yaml.safe_load((ROOT / "configs/classification/metafile.yml").read_text())["Models"]
     assert sorted(ROOT / model["Config"] for model in models) == IN1K
     for model in models:
-        name = Config.fromfile(ROOT / model["Config"]).model.backbone.model_name
+        backbone = Config.fromfile(ROOT / model["Config"]).model.backbone
         with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+            count = sum(parameter.numel() for parameter in timm.create_model(**backbone).parameters())
         assert model["Metadata"]["Parameters"] == count

@@ -9,14 +9,29 @@ pytest.importorskip("mmengine")
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from model_helpers import VMAMBA_NAMES
 from training_helpers import ROOT
+
+from grootv.models.checkpoint import official_to_own
 
 CONFIGS = sorted((ROOT / "configs" / "detection").glob("*.py")) + sorted(
     (ROOT / "configs" / "segmentation").glob("*.py")
 )
+VMAMBA = ("tiny-s1l8", "tiny-s2l5", "small-s2l15", "base-s2l15")
 PACKAGES = {"detection": "mmdet", "segmentation": "mmseg"}
-SIZES = {"nano": (32, 1, 0.0), "tiny": (80, 9, 0.2), "small": (96, 13, 0.3), "base": (128, 13, 0.6)}
+# Channels of the first stage, and drop path.
+SIZES = {
+    "GrootV nano": (32, 0.0),
+    "GrootV tiny": (80, 0.2),
+    "GrootV small": (96, 0.3),
+    "GrootV base": (128, 0.6),
+    "VMamba tiny_s1l8": (96, 0.2),
+    "VMamba tiny_s2l5": (96, 0.2),
+    "VMamba small_s2l15": (96, 0.3),
+    "VMamba base_s2l15": (128, 0.6),
+}
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -25,19 +40,15 @@ def config(request: pytest.FixtureRequest) -> Config:
     return Config.fromfile(request.param)
 
 
-def arch_of(config: Config) -> str:
-    return Path(config.filename).stem.split("grootv-")[1].split("_")[0]
-
-
 def test_the_model_builds_with_heads_that_fit_the_backbone(config: Config) -> None:
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    arch = arch_of(config)
-    dim, depth, drop_path_rate = SIZES[arch]
-    assert config.model.backbone.arch == arch
-    assert config.model.backbone.drop_path_rate == drop_path_rate
+    backbone = config.model.backbone
+    dim, drop_path_rate = SIZES[f"{backbone.type} {backbone.arch}"]
+    assert f"{backbone.type}-{backbone.arch}_".lower().replace("_", "-") in f"{config.filename}_".replace("_", "-")
+    assert backbone.drop_path_rate == drop_path_rate
     assert model.backbone.out_channels[-1] == 8 * dim
     takers = [model.neck.in_channels] if config.default_scope == "mmdet" else [model.decode_head.in_channels]
     assert [tuple(channels) for channels in takers] == [model.backbone.out_channels]
@@ -70,10 +81,30 @@ def test_the_published_recipe(config: Config) -> None:
     else:
         assert config.train_cfg.max_iters == decay.end == 160000
         assert (optimizer.lr, optimizer.weight_decay) == (6e-5, 0.01)
-        assert warm_up.end == decay.begin == 1600
-        assert warm_up.start_factor * optimizer.lr == pytest.approx(1e-6)
+        warm_up_end, start = (1600, 1e-6) if config.model.backbone.type == "GrootV" else (1500, 6e-11)
+        assert warm_up.end == decay.begin == warm_up_end
+        assert warm_up.start_factor * optimizer.lr == pytest.approx(start)
         assert (decay.type, decay.power) == ("PolyLR", 1.0)
         assert config.model.data_preprocessor.size == (512, 512)
+
+
+def test_weight_decay_of_vmamba_is_off_where_an_official_name_contains_norm() -> None:
+    pytest.importorskip("mmdet")
+    config = Config.fromfile(ROOT / "configs/detection/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py")
+    init_default_scope("mmdet")
+    config.model.backbone.init_cfg = None
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    official = {name for name in VMAMBA_NAMES["vssm1_tiny_0230s"] if not name.startswith("classifier.")}
+    official |= {f"outnorm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    parameters = dict(model.backbone.model.named_parameters())
+    assert parameters.keys() == {official_to_own(name) for name in official}
+    for name in official:
+        assert decay[id(parameters[official_to_own(name)])] == (0 if "norm" in name else 0.05), name
+    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    assert {decay[id(p)] for p in heads} == {0.05}
 
 
 @pytest.mark.parametrize("task", PACKAGES)
@@ -82,8 +113,11 @@ def test_every_size_and_schedule_is_there(task: str) -> None:
     if task == "detection":
         schedules = ("1x", "ms-crop-3x")
         expected = {f"mask-rcnn_grootv-{s}_fpn_{x}_coco" for s in ("tiny", "small", "base") for x in schedules}
+        expected |= {f"mask-rcnn_vmamba-{size}_fpn_{x}_coco" for size in VMAMBA[:3] for x in schedules}
+        expected.add(f"mask-rcnn_vmamba-{VMAMBA[3]}_fpn_1x_coco")
     else:
         expected = {f"grootv-{size}_upernet_8xb2-160k_ade20k-512x512" for size in ("tiny", "small", "base")}
+        expected |= {f"vmamba-{size}_upernet_8xb2-160k_ade20k-512x512" for size in VMAMBA}
     assert expected <= names
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import pickle
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,10 +14,14 @@ import pytest
 
 pytest.importorskip("mmengine")
 
-from dense_helpers import TASKS, make_data, skip_without, write_dense_config
+import torch
+from dense_helpers import TASKS, build_runner, make_data, skip_without, write_dense_config
+from mmengine.evaluator import DumpResults
+from model_helpers import official_state, vmamba_names
 from PIL import Image
 from training_helpers import KILLED, ROOT, environment, run_tool
 
+from grootv.models.checkpoint import checkpoint_filter_fn
 from grootv.openmmlab import install_mmcv_ops
 
 KILLER = """
@@ -121,3 +127,45 @@ def test_two_processes_train_and_evaluate_on_cpus(run: SimpleNamespace, monkeypa
     entries = scalars(run, work_dir)
     assert sum("loss" in entry for entry in entries) == 2  # half of the iterations of an epoch, each of twice the batch
     assert any("mIoU" in entry or "coco/bbox_mAP" in entry for entry in entries)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_released_files_load_into_a_config(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of mmengine in which VMamba's parameters have their official names, through tools/test.py: it gives what
+    the same weights give under the names of this project."""
+    skip_without(task)
+    data = make_data(task, tmp_path / "data")
+    small = write_dense_config(tmp_path, task, data)
+    channels = [8, 16, 32, 64]
+    backbone = {"_delete_": True, "type": "VMamba", "arch": "nano", "dims": channels, "depths": [1] * 4, "expand": 1}
+    model = {"backbone": backbone, "neck": {"in_channels": channels}}
+    if task == "segmentation":
+        heads = {"decode_head": {"in_channels": channels}, "auxiliary_head": {"in_channels": channels[2]}}
+        model = {"backbone": backbone, **heads}
+    config = tmp_path / "vmamba.py"
+    config.write_text(f'_base_ = "{small}"\nmodel = {model}\n')
+    runner = build_runner(config, tmp_path / "own")
+    names = {name: shape for name, shape in vmamba_names(8, (1,) * 4, 1).items() if "classifier" not in name}
+    names |= {f"outnorm{i}.{kind}": [c] for i, c in enumerate(channels) for kind in ("weight", "bias")}
+    official = official_state(names)
+    heads = {name: value for name, value in runner.model.state_dict().items() if not name.startswith("backbone.")}
+    state = heads | {f"backbone.{name}": value for name, value in official.items()}
+    torch.save({"state_dict": state, "meta": {"epoch": 12}}, tmp_path / "official.pth")
+    out = tmp_path / "official.pkl"
+    command = ["test.py", config, tmp_path / "official.pth", "--work-dir", tmp_path / "run", "--out", out]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+    runpy.run_path(str(ROOT / "tools" / "test.py"), run_name="__main__")
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    assert "unexpected key" not in log.read_text() and "missing keys" not in log.read_text()
+    own = runner.model.backbone.model
+    own.load_state_dict(checkpoint_filter_fn(official, own))
+    runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(tmp_path / "own.pkl")))
+    runner.test()
+    results, expected = (pickle.loads(path.read_bytes()) for path in (out, tmp_path / "own.pkl"))
+    for image, same in zip(results, expected, strict=True):
+        if task == "detection":
+            torch.testing.assert_close(image["pred_instances"]["scores"], same["pred_instances"]["scores"])
+            assert len(image["pred_instances"]["scores"])
+        else:
+            classes = image["pred_sem_seg"]["data"]
+            assert len(classes.unique()) > 1 and torch.equal(classes, same["pred_sem_seg"]["data"])

@@ -33,6 +33,23 @@ def test_published_classification_flops(tool: ModuleType, name: str, published: 
     assert round(sum(tool.count_flops(run).values()) / 1e9, 1) == published / 1e9
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("vmamba_tiny_s1l8", 4.906),
+        ("vmamba_small_s1l20", 8.612),
+        ("vmamba_base_s1l20", 15.221),
+        ("vmamba_tiny_s2l5", 4.858),
+        ("vmamba_small_s2l15", 8.716),
+        ("vmamba_base_s2l15", 15.359),
+    ],
+)
+def test_published_flops_of_vmamba(tool: ModuleType, name: str, published: float) -> None:
+    """They count ten for each value of a scan, instead of one for its multiplication with its addition."""
+    flops = tool.count_flops(tool.build(name, (224, 224))[1])
+    assert (sum(flops.values()) + 9 * flops["scan"]) / 1e9 == pytest.approx(published, abs=1e-3)
+
+
 @pytest.mark.parametrize(("size", "parameters", "published"), [("tiny", 60, 941), ("small", 82, 1019)])
 def test_published_segmentation_columns(tool: ModuleType, size: str, parameters: int, published: int) -> None:
     skip_without("segmentation")

@@ -1,4 +1,4 @@
-"""GrootV as a backbone for mmdetection, mmsegmentation and every other project on mmengine."""
+"""GrootV and VMamba as backbones for mmdetection, mmsegmentation and every other project on mmengine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from grootv.models.checkpoint import backbone_weights, belongs_to, checkpoint_filter_fn, find_wrapper
+from grootv.layers import LayerNorm
+from grootv.models.backbone import to_nchw, to_nhwc
+from grootv.models.checkpoint import (
+    backbone_weights,
+    belongs_to,
+    checkpoint_filter_fn,
+    find_wrapper,
+    fit_axes,
+    official_to_own,
+)
 
 
-@MODELS.register_module()
-class GrootV(BaseModule):
-    """The feature extraction of timm's `grootv_*` models behind OpenMMLab's contract for backbones.
+class DenseBackbone(BaseModule):
+    """The feature extraction of a family of timm's models behind OpenMMLab's contract for backbones.
 
-    It is registered in mmengine's root registry, from which those of mmdet, mmseg and the others inherit.
+    Its subclasses are registered in mmengine's root registry, from which those of mmdet, mmseg and the others inherit.
+    A detector or segmentor with such a backbone also loads checkpoints in which the backbone's parameters have their
+    official names.
 
     Args:
-        arch: size of a `grootv_*` model in timm's registry: "nano", "tiny", "small" or "base".
+        arch: size of a model of the family in timm's registry, without the family's name.
         out_indices: Stages to return, increasing, of 0 to 3 (strides 4, 8, 16, 32). Stages after the last one are not
             made, nor is the classifier.
         frozen_stages: -1 trains everything; 0 freezes the stem, n > 0 the stem and the first n stages.
@@ -36,16 +46,19 @@ class GrootV(BaseModule):
             checkpoint, one of timm or of this project's own training runs (their averaged weights where they have
             some). The prefix of the backbone's names, such as "backbone.", is found if it is not given.
         pretrained: Must be None. Old configs name a checkpoint here; the error shows the `init_cfg` that replaces it.
-        **kwargs: Further arguments of `grootv.models.GrootV`, such as `tree_per="stage"`.
+        **kwargs: Further arguments of the family's model.
 
     Raises:
         ValueError: an unknown `arch`, `out_indices` or `frozen_stages` out of range, another type of `init_cfg`, or
             `pretrained` is given.
     """
 
+    family: str
+    """What the names of the family's models in timm's registry begin with."""
+
     def __init__(
         self,
-        arch: str = "tiny",
+        arch: str,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -57,7 +70,7 @@ class GrootV(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg)
-        sizes = [name.removeprefix("grootv_") for name in timm.list_models("grootv_*")]
+        sizes = [name.removeprefix(self.family) for name in timm.list_models(f"{self.family}*")]
         if arch not in sizes:
             raise ValueError(f"arch must be one of {sizes}, got {arch!r}")
         if init_cfg is not None and init_cfg.get("type") != "Pretrained":
@@ -70,7 +83,8 @@ class GrootV(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.model = timm.create_model(f"grootv_{arch}", in_chans=in_channels, drop_path_rate=drop_path_rate, **kwargs)
+        name = f"{self.family}{arch}"
+        self.model = timm.create_model(name, in_chans=in_channels, drop_path_rate=drop_path_rate, **kwargs)
 
         num_stages = len(self.model.stages)
         indices = self.out_indices
@@ -82,15 +96,20 @@ class GrootV(BaseModule):
         self.model.prune_intermediate_layers(list(indices), prune_norm=False, prune_head=True)
         del self.model.num_classes  # mmdet's NumClassCheckHook compares every module's with the data
         self.model.set_grad_checkpointing(with_cp)
+        self._add_norms()
         for module in self._frozen_modules():
             module.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_convert_official_names)
+
+    def _add_norms(self) -> None:
+        """For families whose stages leave the norm of their feature to dense tasks."""
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
         return [self.model.stem, *self.model.stages[: self.frozen_stages]]
 
-    def train(self, mode: bool = True) -> GrootV:
+    def train(self, mode: bool = True) -> DenseBackbone:
         """Set training mode, but for what `frozen_stages` and `norm_eval` keep in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
@@ -107,9 +126,12 @@ class GrootV(BaseModule):
         Args:
             x: (B, in_channels, H, W) images of any size.
         """
-        features = self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        features = self._features(x)
         # mmcv's compiled RoIAlign reads memory as NCHW whatever the strides say, and convolutions pass strides on.
         return tuple(feature.contiguous() for feature in features)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        return self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
 
     def init_weights(self) -> None:
         """Load the checkpoint that `init_cfg` names; without one, keep what construction made."""
@@ -129,7 +151,7 @@ class GrootV(BaseModule):
         Raises:
             FileNotFoundError: no such file.
             CheckpointError: the file is damaged, or holds something else than plain data.
-            ValueError: no GrootV weights in it, or several and no `prefix` to choose by.
+            ValueError: no GrootV or VMamba weights in it, or several and no `prefix` to choose by.
             RuntimeError: parameters are missing, left over (besides heads and stages that `out_indices` does not
                 need) or of another shape. The message has their names.
         """
@@ -143,3 +165,51 @@ class GrootV(BaseModule):
             raise type(error)(f"{checkpoint}: {error}") from error
         wrapper = find_wrapper(content)
         print_log(f"Loaded the backbone from {wrapper or 'the weights'} of {checkpoint}.", logger="current")
+
+
+def _convert_official_names(backbone: DenseBackbone, state_dict: dict[str, Any], prefix: str, *others: object) -> None:
+    """Before a whole detector or segmentor loads: the backbone's official names in `state_dict` become its own."""
+    names = [name for name in state_dict if name.startswith(prefix)]
+    if any(name.startswith(f"{prefix}model.") for name in names):
+        return
+    expected = backbone.model.state_dict()
+    for name in names:
+        value, own = state_dict.pop(name), official_to_own(name.removeprefix(prefix))
+        state_dict[f"{prefix}model.{own}"] = fit_axes(own, value, expected[own].shape) if own in expected else value
+
+
+@MODELS.register_module()
+class GrootV(DenseBackbone):
+    """GrootV for dense tasks. `arch` is "nano", "tiny", "small" or "base"; the other arguments, shapes and errors are
+    those of `DenseBackbone`, with further ones of `grootv.models.GrootV`, such as `tree_per="stage"`."""
+
+    family = "grootv_"
+
+    def __init__(self, arch: str = "tiny", **kwargs: Any) -> None:
+        super().__init__(arch, **kwargs)
+
+
+@MODELS.register_module()
+class VMamba(DenseBackbone):
+    """VMamba for dense tasks, with a LayerNorm for each feature, as published. `arch` is the size, such as "tiny_s1l8";
+    the other arguments, shapes and errors are those of `DenseBackbone`, with further ones of
+    `grootv.models.VMamba`. A checkpoint of a classifier leaves these norms as they are: weight 1 and bias 0."""
+
+    family = "vmamba_"
+
+    def __init__(self, arch: str = "tiny_s1l8", **kwargs: Any) -> None:
+        super().__init__(arch, **kwargs)
+
+    def _add_norms(self) -> None:
+        like = next(self.model.parameters())
+        for i, channels in zip(self.out_indices, self.out_channels, strict=True):
+            norm = LayerNorm(channels, eps=1e-5, device=like.device, dtype=like.dtype)
+            self.model.add_module(f"outnorm{i}", norm)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        frozen = (i for i in self.out_indices if i < self.frozen_stages)
+        return [*super()._frozen_modules(), *(self.model.get_submodule(f"outnorm{i}") for i in frozen)]
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        norms = [self.model.get_submodule(f"outnorm{i}") for i in self.out_indices]
+        return [to_nchw(norm(to_nhwc(feature))) for norm, feature in zip(norms, super()._features(x), strict=True)]

@@ -62,19 +62,21 @@ def names_without_weight_decay(model: nn.Module) -> set[str]:
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):
-    """The published learning rate schedule: a linear warm-up, then the rest of a cosine that began at step 0.
+    """The published learning rate schedules: a linear warm-up, then a cosine that began at step 0 (GrootV), or that
+    begins after the warm-up (VMamba).
 
-        lr(t) = start + (peak - start) t / warmup                     for t < warmup
-        lr(t) = floor + (peak - floor) (1 + cos(pi t / end)) / 2      for warmup <= t < end
+        lr(t) = start + (peak - start) t / warmup                                       for t < warmup
+        lr(t) = floor + (peak - floor) (1 + cos(pi (t - begin) / (end - begin))) / 2    for warmup <= t < end
 
-    At t = warmup the rate steps from the peak down to the cosine, as with timm's `CosineLRScheduler` without
-    `warmup_prefix`. Each parameter group has its own peak: the learning rate with which the optimizer was made. Start
-    and floor are fractions of it, so that `auto_scale_lr` and layer decay scale all three alike.
+    With begin = 0 the rate steps from the peak down to the cosine at t = warmup, as with timm's `CosineLRScheduler`
+    without `warmup_prefix`. Each parameter group has its own peak: the learning rate with which the optimizer was made.
+    Start and floor are fractions of it, so that `auto_scale_lr` and layer decay scale all three alike.
 
     Args:
         optimizer: whose parameter groups are scheduled.
         end: steps of the cosine.
         warmup: steps of the warm-up, less than `end`.
+        cosine_after_warmup: begin = warmup instead of 0, timm's `warmup_prefix`.
         start_ratio: start / peak.
         floor_ratio: floor / peak.
         by_epoch: whether a step is an epoch; with `convert_to_iter_based=True` in a config, `end` and `warmup` count
@@ -90,6 +92,7 @@ class WarmupCosineLR(_ParamScheduler):
         optimizer: torch.optim.Optimizer | OptimWrapper,
         end: int,
         warmup: int = 0,
+        cosine_after_warmup: bool = False,
         start_ratio: float = 0.0,
         floor_ratio: float = 0.0,
         by_epoch: bool = True,
@@ -99,6 +102,7 @@ class WarmupCosineLR(_ParamScheduler):
         if not 0 <= warmup < end:
             raise ValueError(f"warmup must be at least 0 and less than end={end}, got {warmup}")
         self.warmup = warmup
+        self.cosine_begin = warmup if cosine_after_warmup else 0
         self.start_ratio = start_ratio
         self.floor_ratio = floor_ratio
         super().__init__(optimizer, "lr", end=end, last_step=last_step, by_epoch=by_epoch, verbose=verbose)
@@ -115,7 +119,8 @@ class WarmupCosineLR(_ParamScheduler):
         if step < self.warmup:
             ratio = self.start_ratio + (1 - self.start_ratio) * step / self.warmup
         else:
-            ratio = self.floor_ratio + (1 - self.floor_ratio) * (1 + math.cos(math.pi * step / self.end)) / 2
+            done = (step - self.cosine_begin) / (self.end - self.cosine_begin)
+            ratio = self.floor_ratio + (1 - self.floor_ratio) * (1 + math.cos(math.pi * done)) / 2
         return [peak * ratio for peak in self.base_values]
 
 

@@ -58,9 +58,9 @@ def gated_norm_backward(
     dy = _through_norm(douter * out_weight.to(dtype), y_normed, y_scale)
     dinner = scale * dy
     return (
-        _through_norm(dinner * h_weight.to(dtype), h_normed, h_scale).to(h.dtype),
-        (dy * D_skip.to(dtype)).to(x.dtype),
-        (g * outer * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype),
+        _through_norm(dinner * h_weight.to(dtype), h_normed, h_scale).to(h.dtype).contiguous(),
+        (dy * D_skip.to(dtype)).to(x.dtype).contiguous(),
+        (g * outer * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype).contiguous(),
         (dy * inner).sum(-1).to(C.dtype),
         torch.stack([dy * values, dinner * h_normed, dinner, douter * y_normed, douter]).sum((1, 2)),
     )
@@ -83,7 +83,7 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, statistics: Ten
     dtype = accumulation_dtype(x.dtype)
     mean, scale = statistics.split(1, dim=-1)
     normed, g = (x.to(dtype) - mean) * scale, grad.to(dtype)
-    dx = _through_norm(g * weight.to(dtype), normed, scale).to(x.dtype)
+    dx = _through_norm(g * weight.to(dtype), normed, scale).to(x.dtype).contiguous()
     return dx, torch.stack([g * normed, g]).flatten(1, -2).sum(1)
 
 

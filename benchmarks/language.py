@@ -1,0 +1,164 @@
+"""GrootL beside transformers' Mamba on one GPU, with the shapes of Mamba-130M and random weights, in bfloat16.
+
+    python benchmarks/language.py
+
+Mamba runs as transformers has it where the machine has no fused kernels for it: one token after the other. So prefill
+and training of the peer are slow; decoding, one token at a time anyway, is a fair comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import time
+from collections.abc import Callable
+
+import torch
+from report import event_milliseconds, publish, table
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+import grootl
+from grootl.trees import prompt_edges, prompt_tree
+
+SHAPE = {"vocab_size": 50_280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16}
+LENGTHS = (128, 512, 2048, 8192, 32_768, 65_536)
+DECODED = 64
+
+
+def make(kind: str, layers: int) -> nn.Module:
+    shape = SHAPE | {"num_hidden_layers": layers}
+    if kind == "Mamba":
+        model = MambaForCausalLM(MambaConfig(**shape))
+    else:
+        model = grootl.GrootLForCausalLM(grootl.GrootLConfig(**shape))
+    return model.cuda().bfloat16()
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(SHAPE["vocab_size"], (batch, length), device="cuda")
+
+
+@torch.no_grad()
+def prefill_milliseconds(model: nn.Module, batch: int, length: int, repeats: int) -> float:
+    """A whole prompt, and the logits of its last token."""
+    ids = tokens(batch, length)
+    warmup = 2 if repeats > 1 else 0
+    return event_milliseconds(lambda: model.eval()(ids, use_cache=False, logits_to_keep=1), repeats, warmup)
+
+
+def training(model: nn.Module, batch: int, length: int, repeats: int) -> tuple[float, float]:
+    """Milliseconds of forward, loss and backward, of which the first half of each row is the prompt, and GiB."""
+    ids = tokens(batch, length)
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+
+    def step() -> None:
+        model.train()(ids, labels=labels, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = event_milliseconds(step, repeats, 2 if repeats > 1 else 0)
+    return milliseconds, torch.cuda.max_memory_allocated() / 2**30
+
+
+@torch.no_grad()
+def decoding_milliseconds(model: nn.Module, batch: int, repeats: int) -> float:
+    """Of each token after the first, greedily; the best of some runs, because this waits for the host."""
+    ids = tokens(batch, 64)
+
+    def seconds(count: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.eval().generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(2)
+    one = min(seconds(1) for _ in range(repeats))
+    return 1e3 * (min(seconds(1 + DECODED) for _ in range(repeats)) - one) / DECODED
+
+
+@torch.no_grad()
+def tree_milliseconds(batch: int, length: int, repeats: int) -> float:
+    """The trees of all layers of a prompt, as the mixers build them."""
+    config = grootl.GrootLConfig(**SHAPE)
+    features = torch.randn(batch, length, config.intermediate_size, device="cuda")
+    B = torch.randn(batch, length, config.state_size, device="cuda")
+    start = torch.zeros(batch, dtype=torch.long, device="cuda")
+
+    def build() -> None:
+        edges = prompt_edges(start, start + length, length, config.neighbours)
+        for _ in range(config.num_hidden_layers):
+            prompt_tree(features, B, edges, config.neighbours)
+
+    return event_milliseconds(build, repeats, 2)
+
+
+def measure(name: str, measurement: Callable[..., object], layers: int, *arguments: object) -> object:
+    """One measurement of a new model, whose memory is free again afterwards."""
+    torch.manual_seed(0)
+    model = make(name, layers)
+    result = measurement(model, *arguments)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
+    args = parser.parse_args()
+    repeats, layers = args.repeats, args.layers
+    fused = importlib.util.find_spec("mamba_ssm") is not None
+
+    def both(measurement: Callable[..., object], *arguments: int, peer_repeats: int = 1) -> tuple[object, object]:
+        mamba = measure("Mamba", measurement, layers, *arguments, repeats if fused else peer_repeats)
+        return mamba, measure("GrootL", measurement, layers, *arguments, repeats)
+
+    rows = []
+    mamba, ours = both(prefill_milliseconds, 8, 2048)
+    rows.append(["prefill, 8×2048", f"{mamba:.0f} ms", f"{ours:.1f} ms", f"{ours / mamba:.3f} × the time"])
+    trees = tree_milliseconds(8, 2048, repeats) * layers / SHAPE["num_hidden_layers"]
+    rows.append(["of which trees", "", f"{trees:.1f} ms", f"{100 * trees / ours:.0f} % of GrootL's prefill"])
+    for batch in (8, 2):  # of 8 rows, the peer may need more memory than the GPU has
+        try:
+            (mamba, peer_memory), (ours, memory) = both(training, batch, 512)
+        except torch.OutOfMemoryError:
+            ours, memory = measure("GrootL", training, layers, batch, 512, repeats)
+            rows.append([f"training, {batch}×512", "out of memory", f"{ours:.1f} ms, {memory:.1f} GiB", ""])
+            continue
+        rows.append(
+            [f"training, {batch}×512", f"{mamba:.0f} ms, {peer_memory:.1f} GiB", f"{ours:.1f} ms, {memory:.1f} GiB",
+             f"{ours / mamba:.3f} × the time, {memory / peer_memory:.2f} × the memory"]
+        )  # fmt: skip
+    for batch in (1, 8):
+        mamba, ours = both(decoding_milliseconds, batch, peer_repeats=repeats)
+        rows.append(
+            [f"decoding, batch {batch}", f"{mamba:.2f} ms a token", f"{ours:.2f} ms a token",
+             f"{ours / mamba:.2f} × the time"]
+        )  # fmt: skip
+
+    times = [measure("GrootL", prefill_milliseconds, layers, 1, length, repeats) for length in LENGTHS]
+    per_token = [1e3 * milliseconds / length for milliseconds, length in zip(times, LENGTHS, strict=True)]
+    lengths = [
+        [length, f"{milliseconds:.1f}", f"{each:.1f} ({each / min(per_token):.1f} ×)"]
+        for length, milliseconds, each in zip(LENGTHS, times, per_token, strict=True)
+    ]
+    how = "with its fused kernels" if fused else "without fused kernels, which this machine lacks"
+    text = f"{layers} layers, bfloat16. Mamba is transformers' {how}. Training: forward, loss and backward."
+    sections = [
+        text,
+        table(["what", "Mamba", "GrootL", "GrootL against Mamba"], rows),
+        "Prefill of one prompt by GrootL; in brackets the ratio to the best length.",
+        table(["tokens", "ms", "µs a token"], lengths),
+    ]
+    publish("GrootL beside Mamba", "language", sections, "python benchmarks/language.py", args.commit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,4 @@
+# GrootV-Tiny with the four scans of VMamba: a row of the paper's ablation of the scan.
+_base_ = ["grootv-tiny_8xb128_in1k.py"]
+
+model = dict(backbone=dict(scan="cross"))

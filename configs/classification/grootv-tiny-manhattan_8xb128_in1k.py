@@ -1,0 +1,4 @@
+# GrootV-Tiny with the Manhattan distance of neighbours: a row of the paper's ablation of the metric.
+_base_ = ["grootv-tiny_8xb128_in1k.py"]
+
+model = dict(backbone=dict(metric="manhattan"))

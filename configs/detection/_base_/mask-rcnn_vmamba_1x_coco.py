@@ -1,0 +1,7 @@
+"""Mask R-CNN on COCO as published for VMamba, 12 epochs: as for GrootV, with another rule of weight decay."""
+
+_base_ = ["mask-rcnn_grootv_1x_coco.py", "../../_base_/vmamba_weight_decay.py"]
+
+optim_wrapper = dict(
+    constructor="DefaultOptimWrapperConstructor", paramwise_cfg=dict(**_base_.paramwise_cfg, _delete_=True)
+)

@@ -1,0 +1,3 @@
+_base_ = ["../_base_/vmamba_base_s2l15.py", "_base_/mask-rcnn_vmamba_1x_coco.py"]
+
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

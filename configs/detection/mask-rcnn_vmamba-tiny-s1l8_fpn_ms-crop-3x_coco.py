@@ -1,0 +1,3 @@
+_base_ = ["../_base_/vmamba_tiny_s1l8.py", "_base_/mask-rcnn_vmamba_ms-crop-3x_coco.py"]
+
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

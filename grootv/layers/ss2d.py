@@ -1,0 +1,139 @@
+"""The SS2D mixer of VMamba: a selective state space model along four paths, each with its own parameters.
+
+Paper: VMamba, arXiv 2401.10166, section 4.2, in the form of the published networks `vssm1`: no gate, and a sum over the
+directions before the norm.
+"""
+
+import math
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+import grootvl_ops
+from grootvl_ops import Tree
+
+from .norms import LayerNorm, norm_for_product
+from .scans import cross
+from .selective_ssm import check_sizes, init_step_bias
+from .tracing import TraceLeaf
+
+__all__ = ["SS2D"]
+
+NUM_DIRECTIONS = 4
+
+
+class SS2D(TraceLeaf):
+    """State space model on channels-last maps along the four paths of a cross scan.
+
+    With D = expand dim inner channels and N states a channel, u = SiLU(conv(in_proj(x))) and in each direction k, of
+    which step size, B and C are projected from u and h_t follows its path,
+
+        delta = softplus(dt_weight_k dt_k + dt_bias_k)
+        h_n,t = exp(-exp(A_log_k,n) delta_t) h_n,t-1 + delta_t B_k,n,t u_t,     n = 1 ... N
+        y = sum over k of (sum over n of C_k,n h_n) + D_skip_k u,  each at its own pixel
+        output = out_proj(LN(y)).
+
+    All directions read one map: a path says which pixel comes next, and nothing is reordered. Discretisation, states,
+    the sum over the directions and the norm are computed in float32 (float64 for float64 maps), also under autocast and
+    in modules that were cast to a half precision.
+
+    Args:
+        dim: Channels of the input and output.
+        expand: Inner channels per input channel.
+        d_state: N; published: 1.
+        dilation: Of the depthwise convolution, for maps that are finer than those that the weights were trained on.
+        device, dtype: Where and as what the parameters are made.
+
+    Raises:
+        ValueError: dim, expand, d_state or dilation less than 1.
+    """
+
+    def __init__(self, dim: int, expand: int = 1, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        check_sizes(dim=dim, expand=expand, d_state=d_state, dilation=dilation)
+        dd = {"device": device, "dtype": dtype}
+        inner_dim = expand * dim
+        self.dim = dim
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)
+
+        self.in_proj = nn.Linear(dim, inner_dim, bias=False, **dd)
+        self.conv = nn.Conv2d(
+            inner_dim, inner_dim, 3, padding=dilation, dilation=dilation, groups=inner_dim, bias=False, **dd
+        )
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(inner_dim, NUM_DIRECTIONS * (self.dt_rank + 2 * d_state), bias=False, **dd)
+        channels = (NUM_DIRECTIONS, inner_dim)
+        self.dt_weight = nn.Parameter(torch.empty(*channels, self.dt_rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(channels, **dd))
+        self.A_log = nn.Parameter(torch.empty(channels if d_state == 1 else (*channels, d_state), **dd))
+        self.D_skip = nn.Parameter(torch.empty(channels, **dd))
+        self.out_norm = norm_for_product(LayerNorm, inner_dim, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the parameters; convolution, x_proj and norm keep the default of their kind."""
+        trunc_normal_(self.in_proj.weight, std=0.02)
+        trunc_normal_(self.out_proj.weight, std=0.02)
+        # The rates of decay exp(A_log) start as 1 ... N.
+        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D_skip)
+        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        init_step_bias(self.dt_bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay (timm's convention): in the published code `Ds` has one
+        dimension, and the other parameters of the scan have two or more and decay."""
+        return {"D_skip"}
+
+    def scans(self, features: Tensor) -> list[tuple[Tree, str]]:
+        """The paths and directions of the scans, one for each group of parameters; see `grootv.layers.scans`.
+
+        Args:
+            features: (B, H, W, D), the map that is scanned.
+        """
+        return cross(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map, (B, H, W, dim) to (B, H, W, dim).
+
+        Raises:
+            ValueError: x of another shape.
+        """
+        if x.dim() != 4 or x.size(3) != self.dim:
+            raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
+        features = self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        B, H, W, D = features.shape
+        u = features.reshape(B, H * W, D)
+        y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.scans(features)))
+        return self.out_proj(y.to(u.dtype)).view(B, H, W, self.dim)
+
+    def selective_scan(self, u: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """The sum over the directions, skips included.
+
+        Args:
+            u: (B, L, D), what is scanned.
+            projected: (B, L, K (R + 2 N)), for every pixel and direction the step size of low rank R, B and C.
+            scans: K trees over the L pixels and directions.
+
+        Returns:
+            (B, L, D), float32 (float64 for float64 maps): the sum of four scans need not fit into half precision.
+        """
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        # One split, whose gradient is one concatenation.
+        operands = projected.split([self.dt_rank, self.d_state, self.d_state] * len(scans), dim=-1)
+        dt_weights, dt_biases, A_logs = self.dt_weight.unbind(0), self.dt_bias.unbind(0), self.A_log.unbind(0)
+        y = u * self.D_skip.to(dtype).sum(0)
+        for k, (tree, direction) in enumerate(scans):
+            dt, B, C = operands[3 * k], operands[3 * k + 1], operands[3 * k + 2]
+            parameters = (dt, dt_weights[k], dt_biases[k], A_logs[k])
+            # In place, these additions are one kernel each, also under autocast, whatever the dtypes.
+            if self.d_state == 1:
+                y.addcmul_(C, grootvl_ops.selective_scan(u, *parameters, B.squeeze(-1), tree, direction))
+            else:
+                y.add_(grootvl_ops.selective_scan(u, *parameters, B, tree, direction, C))
+        return y

@@ -1,0 +1,38 @@
+"""The examples of docs/tree-ssm.md run as they stand, with the compiled operations and without them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grootvl_ops
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tree-ssm.md").read_text(), re.DOTALL)
+CHECKS = """
+if "y" in globals(): assert y.isfinite().all()
+if "mix" in globals(): assert mix.grad.abs() > 0
+"""
+
+
+@pytest.mark.parametrize("operations", ["as installed", "reference"])
+def test_examples(operations: str, tmp_path: Path) -> None:
+    """All of them in one Python, each with its own names."""
+    if operations == "as installed":
+        operations = grootvl_ops.backend("cpu")
+    else:
+        installed = Path(grootvl_ops.__file__).parent
+        shutil.copytree(installed, tmp_path / "grootvl_ops", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    code = "".join(f"exec({example + CHECKS!r}, {{}})\n" for example in EXAMPLES)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == operations
+    assert ("runs its slow reference" in result.stderr) == (operations == "reference")
