@@ -154,8 +154,8 @@ def recorded_output(record: list[str]) -> Iterator[None]:
 
 
 def first_error(output: str, error: BaseException) -> str:
-    """The first line in which a compiler says what is wrong, or else the exception."""
-    line = re.search(r"^.*\b(?:fatal error|error|Error|not found)\b.*$", output, re.MULTILINE)
+    """The first line in which a compiler, or the shell that finds none, says what is wrong, or else the exception."""
+    line = re.search(r"^.*\berror: .*$", output, re.MULTILINE) or re.search(r"^.*: not found$", output, re.MULTILINE)
     return " ".join((line.group() if line else str(error)).split())[:500]
 
 
@@ -189,6 +189,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
             if asked("FORCE_CUDA") or asked("GROOTVL_REQUIRE_COMPILED"):
                 raise
             self.errors.setdefault("cpu", first_error("", error))
+        cuda = cuda and "cuda" not in self.errors
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs it was built on") if cuda else None
         record = {
             "torch": torch.__version__,

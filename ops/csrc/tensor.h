@@ -143,7 +143,7 @@ inline Tensor strided(const Tensor& tensor, Sizes sizes, Sizes strides) {
 
 // (B, L, C) as a matrix (B L, C), without a copy if all pixels have the same distance.
 inline Tensor as_rows(const Tensor& map) {
-  const bool rows = map.stride(0) == map.size(1) * map.stride(1);
+  const bool rows = map.size(0) == 1 || map.stride(0) == map.size(1) * map.stride(1);
   const Tensor source = rows ? map : contiguous(map);
   return strided(source, {map.size(0) * map.size(1), map.size(2)}, {source.stride(1), source.stride(2)});
 }

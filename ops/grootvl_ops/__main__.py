@@ -16,11 +16,12 @@ def report() -> str:
         ("torch", f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"),
     ]
     if built:
+        architectures = built.get("architectures", "unknown")
         lines += [
             ("built against", f"torch {built.get('torch', 'unknown')}"),
             ("compiler", built.get("compiler", "unknown")),
             ("assertions", "yes (slow)" if built.get("checked") else "no"),
-            ("CUDA kernels", f"CUDA {built['cuda']}, for {built['architectures']}" if built.get("cuda") else "none"),
+            ("CUDA kernels", f"CUDA {built['cuda']}, for {architectures}" if built.get("cuda") else "none"),
         ]
     for part, problem in _loading.problems.items():
         state = "in use" if problem is None else f"not in use: {problem}"

@@ -47,9 +47,8 @@ def _missing(part: str, otherwise: str) -> str:
     return (errors.get(part) if isinstance(errors, dict) else None) or otherwise
 
 
-def _load(part: str) -> str | None:
-    """Load the compiled library of a part. Returns None, or why that was not possible."""
-    file = library_file(part)
+def _load(file: Path) -> str | None:
+    """Load a compiled library. Returns None, or why that was not possible."""
     try:
         torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
@@ -60,10 +59,11 @@ def _load(part: str) -> str | None:
 def _load_cpu() -> str | None:
     if tuple(int(number) for number in _release(torch.__version__).split(".")) < OLDEST_TORCH:
         return f"it needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later, torch {torch.__version__} is installed"
-    if library_file("cpu") is None:
+    file = library_file("cpu")
+    if file is None:
         reason = _missing("cpu", "no C++ compiler?")
         return f"grootvl_ops was installed without its compiled library ({reason}); fix: `{REBUILD}`"
-    return _load("cpu")
+    return _load(file)
 
 
 def _load_cuda() -> str | None:
@@ -71,24 +71,26 @@ def _load_cuda() -> str | None:
         return "torch was built without CUDA"
     if problems["cpu"] is not None:
         return problems["cpu"]
-    if library_file("cuda") is None:
+    file = library_file("cuda")
+    if file is None:
         reason = _missing("cuda", "no nvcc?")
         return f"grootvl_ops was installed without its CUDA part ({reason}); fix: `FORCE_CUDA=1 {REBUILD}`"
     cuda = str(built().get("cuda"))
     if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"the CUDA part was built for CUDA {cuda}, torch for CUDA {torch.version.cuda}; fix: `{REBUILD}`"
-    return _load("cuda")
+    return _load(file)
 
 
 def _load_autograd() -> str | None:
     if problems["cpu"] is not None:
         return problems["cpu"]
-    if library_file("autograd") is None:
+    file = library_file("autograd")
+    if file is None:
         return _missing("autograd", "the build left it out")
     torch_built = str(built().get("torch"))
     if _release(torch_built) != _release(torch.__version__):
         return f"built against torch {torch_built}; it fits this release only, and gradients take the host longer"
-    return _load("autograd")
+    return _load(file)
 
 
 problems: dict[str, str | None] = {}

@@ -58,6 +58,13 @@ def test_a_failed_build_says_why(broken):
     assert errors["cpu"] in report.stdout
 
 
+def test_a_missing_compiler_is_named(sources):
+    done = setup(sources, "build_ext", "--inplace", CXX="/nowhere/c++", CC="/nowhere/cc")
+    assert done.returncode == 0, done.stderr
+    errors = json.loads((sources / "grootvl_ops" / "_build.json").read_text())["errors"]
+    assert "/nowhere/c++" in errors["cpu"]
+
+
 def test_a_failed_build_can_be_an_error(broken):
     done = setup(broken, "build_ext", "--inplace", GROOTVL_REQUIRE_COMPILED="1")
     assert done.returncode != 0

@@ -107,6 +107,16 @@ def test_gradients_of_another_torch(as_installed, copied):
     assert "built against torch 1.0.0" in report
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+def test_kernels_of_another_cuda(copied):
+    for library in PACKAGE.glob("_C_cpu*"):
+        shutil.copy(library, copied)
+    (copied / "_C_cuda.abi3.so").touch()
+    (copied / "_build.json").write_text(json.dumps({"cuda": "1.0"}))
+    report = run_python("-m", "grootvl_ops", path=copied.parent).stdout
+    assert f"built for CUDA 1.0, torch for CUDA {torch.version.cuda}" in report or grootvl_ops.backend() == "reference"
+
+
 def test_the_error_of_the_build_is_quoted(as_installed, copied):
     (copied / "_build.json").write_text(json.dumps({"errors": {"cpu": "tree.cpp:1:1: error: no such file"}}))
     check_reference_runs(as_installed, copied, "tree.cpp:1:1: error: no such file")
