@@ -122,6 +122,7 @@ def plain_operations(
     """Models run on the definitions of the operations in plain PyTorch, with the gradients of autograd."""
 
     def selective_scan(x, dt, dt_weight, dt_bias, A_log, B, tree, direction="both", C=None):
+        tree = [field.expand(x.shape[:2]) for field in tree]
         return reference.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction, scan)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -58,8 +58,8 @@ Gradients selective_scan_backward(const Tensor& grad, const Tensor& x, const Ten
       add(dx, gradients.x), add(draw_delta, gradients.raw_delta);
       add(select(dparameters, 0, 0), select(gradients.parameters.of_channels, 0, 0));
       copy(select(dparameters, 0, 1 + n), select(gradients.parameters.of_channels, 0, 1));
-      copy(select(dB, -1, n), gradients.parameters.input_weight);
-      if (C) copy(select(dC, -1, n), sum(multiply(grad, scan_state(inputs, n, direction)), -1, accumulation));
+      copy(column_of(dB, n), gradients.parameters.input_weight);
+      if (C) copy(column_of(dC, n), sum(multiply(grad, scan_state(inputs, n, direction)), -1, accumulation));
     }
     dx = to(dx, x.scalar_type()), draw_delta = to(draw_delta, x.scalar_type());
   }

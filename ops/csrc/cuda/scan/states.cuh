@@ -5,9 +5,14 @@
 
 namespace grootvl {
 
-// The weights (B, L) or (B, L, N) of one state, as a (B, L, 1) view.
+// What belongs to one state of weights (B, L) for one or (B, L, N) for several: a (B, L) view.
+inline Tensor column_of(const Tensor& weights, int64_t state) {
+  return weights.dim() == 2 ? weights : select(weights, 2, state);
+}
+
+// The same as a (B, L, 1) view.
 inline Tensor state_of(const Tensor& weights, int64_t state) {
-  const Tensor column = weights.dim() == 2 ? weights : select(weights, 2, state);
+  const Tensor column = column_of(weights, state);
   return strided(column, {column.size(0), column.size(1), 1}, {column.stride(0), column.stride(1), 1});
 }
 
