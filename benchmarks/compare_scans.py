@@ -350,17 +350,18 @@ def plot(by_row: dict[str, list[dict]], speeds: dict[str, dict]):
     """Accuracy over throughput, with standard errors."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
+    markers = "osD^v<>PX*ph8"
     for test, title, ax in zip(("artist", "subjects"), ("an unseen artist", "unseen subjects"), axes, strict=True):
-        for row, found in by_row.items():
+        for i, (row, found) in enumerate(by_row.items()):
             values = [run[test] for run in found]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
             at = speeds[row].get("inference", 0) / 1000, statistics.mean(values)
-            ax.errorbar(*at, yerr=error, fmt="o", capsize=3)
-            ax.annotate(row, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
-        ax.margins(x=0.15)
+            ax.errorbar(*at, yerr=error, fmt=markers[i % len(markers)], capsize=3, alpha=0.8, label=row)
         ax.set(xlabel="thousand images a second, inference", ylabel="accuracy, %", title=title)
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
