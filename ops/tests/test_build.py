@@ -50,7 +50,7 @@ def test_a_failed_build_says_why(broken):
     assert "error: #error no good" in errors["cpu"]
     report = subprocess.run(
         [sys.executable, "-m", "grootvl_ops"],
-        env={**os.environ, "PYTHONPATH": str(broken)},
+        cwd=broken,  # whose package comes first
         capture_output=True,
         text=True,
         check=True,
