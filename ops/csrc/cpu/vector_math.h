@@ -19,10 +19,10 @@ GROOTVL_INLINE float exponential(float x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: in the sum, the last
                                           // bits of the mantissa are the integer
-  constexpr int32_t kRounderBits = 0x4b400000;
+  constexpr uint32_t kRounderBits = 0x4b400000;
   const float clamped = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
   const float rounded = clamped * kLog2E + kRounder;
-  int32_t bits;
+  uint32_t bits;  // unsigned, because those of NaN would overflow
   std::memcpy(&bits, &rounded, sizeof bits);
   const float n = rounded - kRounder;
   const float r = (clamped - n * kLn2High) - n * kLn2Low;
@@ -33,7 +33,7 @@ GROOTVL_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const int32_t scale_bits = (bits - kRounderBits + 127) << 23;
+  const uint32_t scale_bits = (bits - kRounderBits + 127) << 23;
   float scale;
   std::memcpy(&scale, &scale_bits, sizeof scale);
   const float result = p * scale;
