@@ -87,6 +87,7 @@ wheels: $(VENV)/torch
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find ops/csrc -type f)
 
 format: $(VENV)/test
