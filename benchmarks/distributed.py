@@ -11,8 +11,8 @@ CPUs bfloat16). With fewer GPUs than processes, the other processes wait. The ro
 * eager: classifiers under DistributedDataParallel.
 * compiled: the same, each model compiled as one graph. All its gradients are there at the same time, so that no
   all-reduce overlaps with the backward pass.
-* split: the same, compiled by the first step under DistributedDataParallel, as `tools/train.py --compile` does it.
-  PyTorch then splits the graph wherever a bucket of gradients is full, so that all-reduces overlap.
+* split: the same, compiled by the first step under DistributedDataParallel, as in `tools/dist_train.sh` with
+  `--compile`. PyTorch then splits the graph wherever a bucket of gradients is full, so that all-reduces overlap.
 * mask_rcnn: Mask R-CNN, eager, in mixed precision, as in benchmarks/detection.py.
 * fsdp: a larger classifier, eager, under DistributedDataParallel, and by FSDP2: parameters, gradients and states of
   the optimizer are sharded over the GPUs, block by block.
