@@ -52,7 +52,7 @@ class Runner(MMEngineRunner):
         self.register_hook(FiniteValuesHook())
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Compile the backbone if the config says so; move the model to its device and wrap it for several processes."""
+        """Compile the backbone if the config says so, move the model to its device, and wrap it for other processes."""
         if self.cfg.get("compile"):
             compile_backbone(model, self.cfg.compile)
         if self.distributed and not is_cuda_available():
