@@ -3,8 +3,8 @@
 * README.md, CHANGELOG.md and other pages of the repository are pages of the site, and so are the measured results in
   benchmarks/results/ and the notebooks.
 * A link to a file or folder of the repository leads to a page that shows it.
-* The pages of the API reference come from `extra.api` in mkdocs.yml. A public name without a docstring, or a public
-  module that is on no page, is a warning, which a strict build counts as an error.
+* The pages of the API reference come from `extra.api` in mkdocs.yml. A public name without a docstring, or one
+  that a package exports and no page shows, is a warning, which a strict build counts as an error.
 """
 
 import logging
@@ -123,13 +123,13 @@ def check_docstrings(modules: list[str]) -> None:
                 if member.is_function and not member.name.startswith("_"):
                     check(member)
 
-    def find_hidden(module: griffe.Module) -> None:
-        for name in module.exports or ():
-            member = module[str(name)]
+    def find_hidden(package: griffe.Module) -> None:
+        for name in package.exports or ():
+            member = package[str(name)]
             if not member.is_module and member.canonical_path not in shown:
-                log.warning("%s is exported by %s, and on no page of the API reference", name, module.path)
-        for child in module.modules.values():
-            if not child.name.startswith("_") and not child.is_alias:
+                log.warning("%s is exported by %s, and on no page of the API reference", name, package.path)
+        for child in package.modules.values():
+            if child.is_package and not child.name.startswith("_"):
                 find_hidden(child)
 
     for module in modules:

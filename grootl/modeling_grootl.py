@@ -278,9 +278,11 @@ class GrootLModel(GrootLPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.embeddings
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.embeddings = new_embeddings
 
     @_renamed_cache
@@ -411,9 +413,11 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.backbone.set_input_embeddings(new_embeddings)
 
     @_renamed_cache
