@@ -225,26 +225,26 @@ def plot_tree_and_affinity(
     affinities = {scan: scan_affinity(features, pixel, temperature, scan) for scan in SCANS}
     tree = build_tree(features, "euclidean")
 
-    panel_width = 6.5
+    panel_width = 4.6
     panel_height = panel_width * image.shape[0] / image.shape[1]
     figure = Figure(figsize=(2 * panel_width + 1.2, 2 * panel_height + 1.05), layout="constrained")
     (photo_axes, tree_axes), affinity_axes = figure.subplots(2, 2)
-    marker = {"marker": "+", "markersize": 16, "markeredgewidth": 2.2, "linestyle": "none"}
+    marker = {"marker": "+", "markersize": 14, "markeredgewidth": 2.2, "linestyle": "none"}
 
     photo_axes.imshow(image)
     scale = image.shape[0] / height, image.shape[1] / width
     photo_axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color=WRONG, **marker)
     photo_axes.set_title("Photograph and chosen pixel")
     lines = draw_tree(tree_axes, image, tree, height, width)
-    tree_axes.set_title(f"Minimum spanning tree of its {height} × {width} grid (square: root)")
-    figure.colorbar(lines, ax=tree_axes, label="depth (edges to the root)", pad=0.02)
+    tree_axes.set_title(f"Spanning tree, {height} × {width} (square: root)")
+    figure.colorbar(lines, ax=tree_axes, label="depth, edges to the root", pad=0.02)
     for axes, (scan, affinity) in zip(affinity_axes, affinities.items(), strict=True):
         # The extent puts the grid into the place of the photograph, whose aspect the cells may not divide into squares.
         drawn = axes.imshow(
             affinity.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0)
         )
         axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color="#2ec4ff", **marker)
-        axes.set_title(f"Affinity to the chosen pixel: {scan} scan")
+        axes.set_title(f"Affinity to it: {scan} scan")
     figure.colorbar(drawn, ax=affinity_axes[1], label="product of decays along the path", pad=0.02)
     for axes in (photo_axes, *affinity_axes):
         axes.set(xticks=[], yticks=[])
@@ -252,7 +252,7 @@ def plot_tree_and_affinity(
         f"Decays for illustration: exp(−ΔE / {temperature:g}) between pixels of CIE Lab colour difference ΔE, the same "
         f"rule in both scans."
     )
-    figure.supxlabel(" ".join(filter(None, (caption, credit))), fontsize=9, color="#555555")
+    figure.supxlabel("\n".join(filter(None, (caption, credit))), fontsize=10, color="#555555")
     return figure
 
 
