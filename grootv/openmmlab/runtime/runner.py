@@ -130,7 +130,7 @@ class Runner(MMEngineRunner):
         """Load weights; missing or unexpected ones are an error while testing.
 
         Raises:
-            As `grootv.models.safe_loading.read_checkpoint`.
+            OSError, CheckpointError: as of `grootv.models.safe_loading.read_checkpoint`.
             RuntimeError: the weights do not fit the model; the message names the file.
         """
         try:
@@ -144,7 +144,7 @@ class Runner(MMEngineRunner):
         """Resume a run.
 
         Raises:
-            As `load_checkpoint`.
+            OSError, CheckpointError: as of `load_checkpoint`.
             RuntimeError: the file is no checkpoint of a run.
         """
         try:
