@@ -194,9 +194,7 @@ class GrootLMixer(MambaMixer):
         if conv_state is not None:
             inputs = torch.cat((conv_state.to(u.dtype), inputs), dim=-1)
         if cache is not None:
-            cache.update_conv_state(
-                _last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel
-            )
+            cache.update_conv_state(_last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel)
         width = inputs.shape[-1]
         return self.conv1d(inputs)[..., width - length : width].transpose(1, 2)
 
@@ -254,9 +252,7 @@ class GrootLPreTrainedModel(MambaPreTrainedModel):
             ValueError: the model is of another architecture, or its weights lack parameters.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
