@@ -49,7 +49,7 @@ def prefix_scan(
     if tree is None:
         return y
     edge_dt = _edge_steps(dt, edge_decay)
-    return y + tree_scale * _scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "up")
+    return y.add(_scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "up"), alpha=tree_scale)
 
 
 def final_state(

@@ -80,10 +80,75 @@ struct ParameterGradients {
   Tensor of_channels;    // (2, scans, D): of delta_bias and A_log; in a gradient pass (3, ...), also of dy x
 };
 
+// A grid of so many threads.
+inline unsigned blocks_of(int64_t threads, int threads_of_block) {
+  const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
+  GROOTVL_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
+  return static_cast<unsigned>(count);
+}
+
+// The plan of trees, for one scan of them or for several.
+struct PlannedTrees {
+  Plan plan{};
+  std::vector<Tensor> storage;
+  bool made = false;
+
+  // `x`: any tensor on the device.
+  template <typename T, typename acc_t>
+  const Plan& make(const ScanData<T, acc_t>& data, bool several_runs, const Tensor& x) {
+    if (made && (plan.runs.cuts != nullptr) == several_runs) return plan;
+    *this = {};
+    made = true;
+    const int64_t trees = data.trees, length = data.num_vertices;
+    const cudaStream_t stream = current_stream();
+    const auto indices = [&](int64_t count) {
+      storage.push_back(empty(x, {trees * count}, ScalarType::Int));
+      return storage.back().template mutable_data_ptr<int32_t>();
+    };
+    Pieces &runs = plan.runs, &sections = plan.sections;
+    runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
+    sections.log2_size = several_runs ? choose_log2_section(length, runs.log2_size) : kUncut;
+    const bool several_sections = sections.log2_size < kUncut;
+    // Memory of the pieces, and the tensor of their cuts.
+    const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) -> Tensor {
+      pieces.elements = static_cast<int>(elements);
+      pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
+      if (!several) return {};
+      // Zeros where there are fewer runs than room for them.
+      const Tensor cuts = &pieces == &sections ? zeros(x, {trees * elements}, ScalarType::Int)
+                                               : empty(x, {trees * elements}, ScalarType::Int);
+      storage.push_back(cuts);
+      pieces.cuts = cuts.mutable_data_ptr<int32_t>();
+      pieces.end = indices(pieces.capacity);
+      pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
+      if (&pieces == &runs && several_sections) pieces.first = indices(pieces.capacity);
+      return cuts;
+    };
+    const Tensor run_cuts = make_room(runs, length, several_runs);
+    const Tensor section_cuts = make_room(sections, runs.capacity, several_sections);
+    plan.nodes = reinterpret_cast<uint32_t*>(indices(length));
+    const auto number = [&](Pieces& pieces, const Tensor& cuts) {
+      // Over all trees at once, since cumsum would sum each row of a matrix by one block.
+      storage.push_back(cumsum(cuts, 0, ScalarType::Int));
+      pieces.id = storage.back().template const_data_ptr<int32_t>();
+    };
+    launch(mark_nodes<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    if (several_runs) {
+      number(runs, run_cuts);
+      launch(list_runs<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    }
+    if (several_sections) {
+      number(sections, section_cuts);
+      launch(list_sections, blocks_of(trees * runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, trees);
+    }
+    return plan;
+  }
+};
+
 template <Pass pass, bool kSelective, typename T, typename acc_t>
-ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
+ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& planned) {
   constexpr int kOperands = num_operands(pass);
-  const int64_t maps = data.maps, trees = data.trees, length = data.num_vertices, channels = data.channels;
+  const int64_t maps = data.maps, length = data.num_vertices, channels = data.channels;
   const ScalarType accumulation = accumulation_type(x);
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
   constexpr int kChannelGradients = is_gradient(pass) ? 3 : 2;
@@ -94,39 +159,11 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
   }
   GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   const cudaStream_t stream = current_stream();
-  const auto blocks = [](int64_t threads, int threads_of_block) {
-    const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
-    GROOTVL_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
-    return static_cast<unsigned>(count);
-  };
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
   const bool several_runs = !in_one_run(maps * groups, length);
-  Plan plan{};
-  plan.runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
-  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : kUncut;
-  const bool several_sections = plan.sections.log2_size < kUncut;
+  const Plan& plan = planned.make(data, several_runs, x);
+  const bool several_sections = plan.sections.cuts != nullptr;
   std::vector<Tensor> storage;
-  Tensor run_cuts, section_cuts;
-  const auto cuts_of = [&](const Pieces& pieces) -> Tensor& { return &pieces == &plan.runs ? run_cuts : section_cuts; };
-  const auto indices = [&](int64_t count) {
-    storage.push_back(empty(x, {trees * count}, ScalarType::Int));
-    return storage.back().mutable_data_ptr<int32_t>();
-  };
-  const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) {
-    pieces.elements = static_cast<int>(elements);
-    pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
-    if (!several) return;
-    // Zeros where there are fewer runs than room for them.
-    storage.push_back(&pieces == &plan.sections ? zeros(x, {trees * elements}, ScalarType::Int)
-                                                : empty(x, {trees * elements}, ScalarType::Int));
-    cuts_of(pieces) = storage.back();
-    pieces.cuts = storage.back().mutable_data_ptr<int32_t>();
-    pieces.end = indices(pieces.capacity);
-    pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
-    if (&pieces == &plan.runs && several_sections) pieces.first = indices(pieces.capacity);
-  };
-  make_room(plan.runs, length, several_runs);
-  make_room(plan.sections, plan.runs.capacity, several_sections);
 
   // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
   // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
@@ -156,22 +193,14 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
     dparameters = several_runs ? zeros(x, sizes, accumulation) : empty(x, sizes, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
-  const Tensor nodes = empty(x, {trees, length}, ScalarType::Int);
-  plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
-  launch(mark_nodes<T, acc_t>, blocks(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
 
   const int log2_run = plan.runs.log2_size;
   const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
-  const unsigned run_blocks = blocks(maps * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
+  const unsigned run_blocks = blocks_of(maps * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
   const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
   const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
-    const auto number = [&](Pieces& pieces) {
-      // Over all images at once, since cumsum would sum each row of a matrix by one block.
-      storage.push_back(cumsum(cuts_of(pieces), 0, ScalarType::Int));
-      pieces.id = storage.back().const_data_ptr<int32_t>();
-    };
     const auto data_of = [&](const Pieces& pieces) {
       storage.push_back(empty(x, {2 + 3 * kOperands, maps, pieces.capacity, channels}, accumulation));
       RunData<acc_t> result{};
@@ -183,8 +212,6 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
       result.E = result.P + kOperands * result.stride;
       return result;
     };
-    number(plan.runs);
-    launch(list_runs<T, acc_t>, blocks(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
     runs = data_of(plan.runs);
     // Up to 48 KiB, the most that a kernel may use without setting an attribute.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
@@ -192,15 +219,13 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
            capacity);
 
     const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
-    const unsigned section_blocks = blocks(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
+    const unsigned section_blocks = blocks_of(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
     if (several_sections) {
-      number(plan.sections);
-      launch(list_sections, blocks(trees * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, trees);
       sections = data_of(plan.sections);
       launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
              sections, capacity);
-      launch(join_sections<pass, T, acc_t>, blocks(kOperands * maps * channels, kWalkThreads), kWalkThreads, join_bytes,
-             stream, data, plan, sections, capacity);
+      launch(join_sections<pass, T, acc_t>, blocks_of(kOperands * maps * channels, kWalkThreads), kWalkThreads,
+             join_bytes, stream, data, plan, sections, capacity);
     }
     launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
            capacity);

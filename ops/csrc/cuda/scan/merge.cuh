@@ -18,21 +18,21 @@ struct Merge {
   bool accumulates;
   int scans;
   int channels;
-  int64_t size;  // batch L D
+  int64_t rows;  // batch L
 };
 
 // A thread takes kSize neighbouring channels.
 template <int kSize, typename T, typename acc_t, typename out_t>
 __global__ void merge_maps(Merge<T, acc_t, out_t> data) {
   await_kernels_before();
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kSize;
-  if (i >= data.size) return;
-  const int64_t row = i / data.channels;
+  const unsigned row_vectors = data.channels / kSize, thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t row = thread / row_vectors, i = int64_t(thread) * kSize, size = data.rows * data.channels;
+  if (row >= data.rows) return;
   acc_t sum[kSize] = {}, values[kSize];
   if (data.accumulates) unpack(sum, load<kSize>(data.out + i));
 #pragma unroll 4
   for (int s = 0; s < data.scans; ++s) {
-    unpack(values, load<kSize>(data.maps + s * data.size + i));
+    unpack(values, load<kSize>(data.maps + s * size + i));
     const acc_t weight = data.weights.data ? static_cast<acc_t>(*data.weights.of(s, row)) : acc_t(1);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] += weight * values[j];
@@ -40,7 +40,7 @@ __global__ void merge_maps(Merge<T, acc_t, out_t> data) {
   if (data.x != nullptr) {
     acc_t skip[kSize];
     unpack(values, load<kSize>(data.x + i));
-    unpack(skip, load<kSize>(data.skip + i % data.channels));
+    unpack(skip, load<kSize>(data.skip + thread % row_vectors * kSize));
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] += skip[j] * values[j];
   }
@@ -49,12 +49,13 @@ __global__ void merge_maps(Merge<T, acc_t, out_t> data) {
 
 template <typename T, typename acc_t, typename out_t>
 void merge(const Merge<T, acc_t, out_t>& data) {
-  if (data.size == 0) return;
-  constexpr int kThreads = 256, kSize = kVectorBytes / sizeof(acc_t);
+  if (data.rows * data.channels == 0) return;
+  constexpr int kThreads = 256, kSize = kVectorBytes / sizeof(T);
   const bool vectors = data.channels % kSize == 0 && is_aligned(data.maps) && is_aligned(data.x) &&
                        is_aligned(data.skip) && is_aligned(data.out);
-  const int64_t threads = vectors ? data.size / kSize : data.size, blocks = (threads + kThreads - 1) / kThreads;
-  GROOTVL_CHECK(blocks <= INT32_MAX, "the tensors are too large for one scan");
+  const int64_t threads = data.rows * data.channels / (vectors ? kSize : 1);
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  GROOTVL_CHECK(blocks <= UINT32_MAX / kThreads, "the tensors are too large for one scan");
   launch(vectors ? merge_maps<kSize, T, acc_t, out_t> : merge_maps<1, T, acc_t, out_t>, static_cast<unsigned>(blocks),
          kThreads, 0, current_stream(), data);
 }

@@ -16,7 +16,7 @@ Tensor scan_states(const SelectiveInputs& inputs, int64_t first, int64_t count, 
     auto data = inputs.data<scalar_t, acc_t>(first, count);
     if (wants_h || keeps_h) data.out = h.mutable_data_ptr<scalar_t>();
     if (kept != nullptr && !keeps_h) data.kept = kept->mutable_data_ptr<scalar_t>();
-    with_pass<false>(direction, [&](auto pass) { return scan<pass(), true>(data, x); });
+    with_pass<false>(direction, [&](auto pass) { return scan<pass(), true>(data, x, inputs.planned); });
   });
   return h;
 }

@@ -26,6 +26,7 @@ PixelWeights<T> weights_of(const Tensor& weights, int64_t first) {
 struct SelectiveInputs {
   Tensor x, dt, dt_weight, dt_bias, A_log, B, C, raw_delta;
   TreeFields tree;
+  mutable PlannedTrees planned;  // by the first scan, for all
   bool grouped;
 
   // Of `selective_scan`. dt is kept as a matrix (B L, R).
@@ -74,7 +75,7 @@ struct SelectiveInputs {
 // How many scans are computed at once that need so many maps each: few if maps are large, so that memory does not grow
 // with the number of states; a scan of large maps keeps the GPU busy alone.
 inline int64_t scans_at_once(const Tensor& x, int64_t maps) {
-  constexpr int64_t kBytes = int64_t{32} << 20;
+  constexpr int64_t kBytes = int64_t{256} << 20;
   const int64_t bytes = x.scalar_type() == ScalarType::Double ? 8 : x.scalar_type() == ScalarType::Float ? 4 : 2;
   return std::max<int64_t>(1, kBytes / (std::max<int64_t>(x.numel(), 1) * maps * bytes));
 }
@@ -105,7 +106,7 @@ inline void merge(const Tensor& maps, const Tensor& weights, int64_t first, cons
       data.accumulates = accumulates;
       data.scans = static_cast<int>(maps.size(0));
       data.channels = static_cast<int>(out.size(2));
-      data.size = out.numel();
+      data.rows = out.size(0) * out.size(1);
       merge(data);
     };
     if (out.scalar_type() == maps.scalar_type()) {

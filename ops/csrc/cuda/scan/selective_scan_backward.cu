@@ -30,7 +30,7 @@ ScanGradients scan_gradients(const SelectiveInputs& inputs, const Tensor& grad, 
 // Of one scan, from the gradient of its h, contiguous. Nothing needs to be kept by the forward pass.
 ScanGradients gradients_from_h(const SelectiveInputs& inputs, const Tensor& grad, int64_t state, Direction direction) {
   return scan_gradients(inputs, grad, state, 1, [&](auto data) {
-    return with_pass<true>(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x); });
+    return with_pass<true>(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x, inputs.planned); });
   });
 }
 
@@ -41,7 +41,7 @@ ScanGradients gradients_from_sum(const SelectiveInputs& inputs, const Tensor& gr
     using scalar_t = std::remove_pointer_t<decltype(data.out)>;
     data.output_weight = weights_of<scalar_t>(inputs.C, first);
     data.kept = const_cast<scalar_t*>(kept.const_data_ptr<scalar_t>());
-    return with_gradient_pass(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x); });
+    return with_gradient_pass(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x, inputs.planned); });
   });
 }
 
@@ -135,7 +135,12 @@ Gradients merged_scan_backward(const Tensor& grad_, const Tensor& x, const Tenso
   const Tensor ddt_by_group = matrix_products(draw_delta, inputs.dt_weight);
   copy(ddt,
        strided(ddt_by_group, dt.sizes(), {x.size(1) * dt.size(3), dt.size(3), x.size(0) * x.size(1) * dt.size(3), 1}));
-  const Tensor ddt_weight = matrix_products(transposed_matrices(draw_delta), inputs.dt);
+  // Image by image, and then a sum: cuBLAS gives each product of a batch to few multiprocessors, however long it is.
+  const int64_t length = x.size(1), rank = dt.size(3);
+  const Tensor by_image =
+      matrix_products(transposed_matrices(reshaped(gradients.raw_delta, {groups * x.size(0), length, channels})),
+                      reshaped(contiguous(inputs.dt), {groups * x.size(0), length, rank}));
+  const Tensor ddt_weight = sum(reshaped(by_image, {groups, x.size(0), channels, rank}), 1, accumulation);
   return {dx,
           ddt,
           to(ddt_weight, dt_weight.scalar_type()),

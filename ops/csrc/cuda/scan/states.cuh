@@ -37,11 +37,15 @@ inline void add(const Tensor& sum, const Tensor& terms) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Weights (B, L, scans) from sums (scans B, L), in the type of `like`.
+// Weights (B, L, scans), or (B, L) of one scan, from sums (scans B, L), in the type of `like`.
 inline Tensor as_weights(const Tensor& sums, const Tensor& like) {
   const Tensor result = empty_like(like);
   const int64_t batch = like.size(0), length = like.size(1);
-  copy(result, like.dim() == 2 ? sums : strided(sums, like.sizes(), {length, 1, batch * length}));
+  if (like.dim() == 2) {
+    copy(result, reshaped(sums, like.sizes()));
+  } else {
+    copy(result, strided(sums, like.sizes(), {length, 1, batch * length}));
+  }
   return result;
 }
 

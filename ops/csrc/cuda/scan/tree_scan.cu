@@ -11,12 +11,13 @@ Tensor tree_scan(const Tensor& x_, const Tensor& decay_, const Tensor& parent, c
   const Tensor x = contiguous(x_), decay = contiguous(decay_);
   const TreeFields tree(parent, order, subtree_size);
   const Tensor out = empty_like(x);
+  PlannedTrees planned;
   for_floating_type(x.scalar_type(), [&](auto value) {
     using scalar_t = decltype(value);
     using acc_t = Accumulation<scalar_t>;
     auto data = scan_data<scalar_t, acc_t>(x, decay, tree);
     data.out = out.mutable_data_ptr<scalar_t>();
-    with_pass<false>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x); });
+    with_pass<false>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x, planned); });
   });
   return out;
 }

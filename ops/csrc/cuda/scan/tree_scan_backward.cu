@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor> tree_scan_backward(const Tensor& grad_, const Tensor&
   const Tensor grad = contiguous(grad_), x = contiguous(x_), decay = contiguous(decay_);
   const TreeFields tree(parent, order, subtree_size);
   const Tensor dx = empty_like(x), ddecay = empty_like(x);
+  PlannedTrees planned;
   for_floating_type(x.scalar_type(), [&](auto value) {
     using scalar_t = decltype(value);
     using acc_t = Accumulation<scalar_t>;
@@ -20,7 +21,7 @@ std::tuple<Tensor, Tensor> tree_scan_backward(const Tensor& grad_, const Tensor&
     data.grad = grad.const_data_ptr<scalar_t>();
     data.out = dx.mutable_data_ptr<scalar_t>();
     data.ddecay_or_raw_delta = ddecay.mutable_data_ptr<scalar_t>();
-    with_pass<true>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x); });
+    with_pass<true>(parse_direction(direction), [&](auto pass) { return scan<pass(), false>(data, x, planned); });
   });
   return {dx, ddecay};
 }
