@@ -130,7 +130,9 @@ def captured_milliseconds(model: nn.Module, batch: int, length: int, repeats: in
 def prefill_of_lengths(layers: int, repeats: int) -> list[str]:
     """Sections of a report: the time a token for prompts of several lengths."""
     ways = (prefill_milliseconds, captured_milliseconds)
-    times = [[measure("GrootL", way, layers, 1, length, repeats) for length in LENGTHS] for way in ways]
+    torch.manual_seed(0)
+    model = make("GrootL", layers)
+    times = [[way(model, 1, length, repeats) for length in LENGTHS] for way in ways]
     cells = []
     for of_way in times:
         per_token = [1e3 * milliseconds / length for milliseconds, length in zip(of_way, LENGTHS, strict=True)]

@@ -64,18 +64,12 @@ def operation(request, device) -> tuple[Callable, list[Tensor]]:
     operands = {
         "tree_scan": [*maps[:2]],
         "selective_scan": [maps[0], dt, dt_weight, *vectors[:2], per_pixel],
-        "merged_scan": merged_operands(device),
+        "merged_scan": merged_operands(device)[:-1],
         "gated_norm": [*maps[:3], per_pixel, *vectors],
         "layer_norm": [maps[0], *vectors[:2]],
     }[request.param]
     function = getattr(grootvl_ops, request.param)
-    if request.param == "merged_scan":
-        merged = partial(function, tree=make_tree("scattered", 2, 9, device), direction="up")
-
-        def function(*operands: Tensor) -> Tensor:
-            return merged(*operands[:7], D_skip=operands[7])
-
-    elif request.param.endswith("scan"):
+    if request.param.endswith("scan"):
         function = partial(function, tree=make_tree("scattered", 2, 9, device))
     return function, [operand.clone().requires_grad_() for operand in operands]
 

@@ -264,6 +264,7 @@ def merged_scan(
     is h.
     """
     sums = accumulation_dtype(x.dtype)
+    x = x.contiguous()
     y = torch.zeros_like(x, dtype=sums) if D_skip is None else x * D_skip.to(sums)
     kept = []
     for k in range(A_log.shape[0]):
@@ -294,7 +295,7 @@ def merged_scan_backward(
     """Gradients of `merged_scan` for x, dt and dt_weight; (3, K, D), for dt_bias, for A_log and, in each of the K
     rows, for D_skip; for B and C."""
     dtype = accumulation_dtype(x.dtype)
-    g = grad.to(dtype)
+    g = grad.to(dtype).contiguous()
     dx = torch.zeros_like(g) if D_skip is None else g * D_skip.to(dtype)
     ddt, ddt_weight, dparameters, dB, dC = [], [], [], [], []
     for k in range(A_log.shape[0]):
