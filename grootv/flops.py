@@ -22,6 +22,7 @@ from .layers import LayerNorm
 __all__ = [
     "edge_weights_flops",
     "fvcore_handles",
+    "merged_scan_flops",
     "norm_flops",
     "ptflops_hooks",
     "scan_flops",
@@ -51,6 +52,12 @@ def selective_scan_flops(
     """Of a scan for each state, and of the sum over the states if C weights them."""
     states = A_log_shape[1] if len(A_log_shape) == 2 else 1
     return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
+
+
+def merged_scan_flops(x_shape: list[int], dt_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of K scans of one sweep and of the sum of what they give, and of the products for their step sizes."""
+    groups, rank = dt_shape[2:]
+    return groups * prod(x_shape) * (2 + rank)
 
 
 def step_projection_flops(
@@ -85,6 +92,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "edge_weights": edge_weights_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
+    "merged_scan": merged_scan_flops,
     "gated_norm": two_norms_flops,
     "layer_norm": norm_flops,
 }
