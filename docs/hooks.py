@@ -138,7 +138,7 @@ def check_docstrings(modules: list[str]) -> None:
             if not member.is_module and member.canonical_path not in shown:
                 log.warning("%s is exported by %s, and on no page of the API reference", name, package.path)
         for child in package.modules.values():
-            if child.is_package and not child.name.startswith("_"):
+            if child.is_subpackage and not child.name.startswith("_"):
                 find_hidden(child)
 
     for module in modules:
