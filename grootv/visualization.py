@@ -143,7 +143,7 @@ def mixer_affinity(mixer: SelectiveSSM, x: Tensor, pixel: tuple[int, int]) -> Te
         for tree, direction in mixer.scans(features)
         for n in range(mixer.d_state)
     ]
-    return (sum(responses) / mixer.d_state).mean(-1).view(height, width).cpu()
+    return (torch.stack(responses).sum(0) / mixer.d_state).mean(-1).view(height, width).cpu()
 
 
 def draw_tree(
@@ -181,7 +181,7 @@ def draw_tree(
     shown = np.argsort(size, kind="stable")[:-1]  # the widest lines on top; the largest subtree is the root's
     values = (tree_depths(tree)[0].cpu().numpy() if color_by == "depth" else size)[shown]
     lines = LineCollection(
-        np.stack([centres[shown], centres[parent[shown]]], 1),
+        list(np.stack([centres[shown], centres[parent[shown]]], 1)),
         array=values,
         norm=LogNorm() if color_by == "subtree" else None,
         cmap=LINE_COLOURS,
