@@ -98,7 +98,7 @@ def main() -> None:
     rows = [[name, f"{value:.2f}", f"{100 * value / total:.0f} %"] for name, value in parts.items()]
     rows.append(["all", f"{total:.2f}", "100 %"])
     sections = [
-        f"{len(dataset)} JPEGs of {statistics.median(map(max, sizes))} × {statistics.median(map(min, sizes))} pixels, "
+        f"{len(dataset)} JPEGs of {statistics.median(map(max, sizes)):.0f} × {statistics.median(map(min, sizes)):.0f} pixels, "
         f"{kilobytes:.0f} kB in the mean; transforms of configs/classification/_base_/imagenet_224.py.",
         "One image in one process, mean of 300:",
         table(["step", "ms", "share"], rows),
