@@ -97,8 +97,9 @@ def main() -> None:
     total = sum(parts.values())
     rows = [[name, f"{value:.2f}", f"{100 * value / total:.0f} %"] for name, value in parts.items()]
     rows.append(["all", f"{total:.2f}", "100 %"])
+    long, short = (statistics.median(map(side, sizes)) for side in (max, min))
     sections = [
-        f"{len(dataset)} JPEGs of {statistics.median(map(max, sizes)):.0f} × {statistics.median(map(min, sizes)):.0f} pixels, "
+        f"{len(dataset)} JPEGs of {long:.0f} × {short:.0f} pixels, "
         f"{kilobytes:.0f} kB in the mean; transforms of configs/classification/_base_/imagenet_224.py.",
         "One image in one process, mean of 300:",
         table(["step", "ms", "share"], rows),
