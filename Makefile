@@ -50,8 +50,9 @@ demo-segmentation: $(VENV)/openmmlab
 demo-language: $(VENV)/language
 	$(VENV)/bin/python tools/demo_language.py
 
+# One process for each core. Each takes a part of the tests in their order, so that few fixtures are made twice.
 test: $(VENV)/test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 # The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize-cpu: $(VENV)/test

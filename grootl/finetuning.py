@@ -140,6 +140,7 @@ class InstructionTrainer(Trainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; FloatingPointError if it is NaN or infinite."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):

@@ -193,9 +193,7 @@ class GrootLMixer(MambaMixer):
         if conv_state is not None:
             inputs = torch.cat((conv_state.to(u.dtype), inputs), dim=-1)
         if cache is not None:
-            cache.update_conv_state(
-                _last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel
-            )
+            cache.update_conv_state(_last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel)
         width = inputs.shape[-1]
         return self.conv1d(inputs)[..., width - length : width].transpose(1, 2)
 
@@ -276,9 +274,11 @@ class GrootLModel(GrootLPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.embeddings
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.embeddings = new_embeddings
 
     @_renamed_cache
@@ -408,9 +408,11 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.backbone.set_input_embeddings(new_embeddings)
 
     @_renamed_cache

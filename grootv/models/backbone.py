@@ -260,6 +260,7 @@ class Stage(nn.Module):
                 raise ValueError(f"tree_per='stage' needs a mixer that takes `tree` and `built`; {name} does not")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), the map of the stage before, to the map of this stage."""
         x = self.downsample(x)
         tree: Tree | None = None
         for block in self.blocks:
@@ -335,6 +336,7 @@ class MapHead(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H, W) to logits (B, classes), or with `pre_logits` to the features before the last layer."""
         x = self.drop(self.global_pool(self.forward_map(x)))
         return x if pre_logits else self.fc(x)
 
@@ -589,6 +591,7 @@ class HierarchicalBackbone(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes), or without classes to pooled features."""
         return self.forward_head(self.forward_features(x))
 
 

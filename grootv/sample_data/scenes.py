@@ -98,7 +98,7 @@ class SceneMaker:
             raise ValueError(f"places must be at least 1, got {places}")
         self.size = tuple(sorted(size))
         self.number, self.sides, self.places = digits, sides, places
-        self.photographs = [_photograph(package, name) for package, name in PHOTOGRAPHS[split]]
+        self.photographs = [open_photograph(package, name) for package, name in PHOTOGRAPHS[split]]
         glyphs: Any = load_digits()
         halves = train_test_split(
             np.arange(len(glyphs.target)), test_size=HELD_OUT, stratify=glyphs.target, random_state=0
@@ -192,7 +192,7 @@ class SceneMaker:
         scene.instances.append(Instance(max(sorted(set(labels)), key=labels.count), mask, crowd=True))
 
 
-def _photograph(package: str, name: str) -> Image.Image:
+def open_photograph(package: str, name: str) -> Image.Image:
     if package == "skimage":
         import skimage.data
 
