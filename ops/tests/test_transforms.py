@@ -26,6 +26,7 @@ OPERATIONS = (
     "selective_scan of states",
     "gated_norm",
     "layer_norm",
+    "add_layer_norm",
 )
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -39,8 +40,14 @@ def operation(name: str, device: str, shape: str = "scattered", length: int = 7)
         "selective_scan": [(2, length, D), (2, length, R), (D, R), (D,), (D,), (2, length)],
         "gated_norm": [*[(2, length, D)] * 3, (2, length), *[(D,)] * 5],
         "layer_norm": [(2, length, D), (D,), (D,)],
+        "add_layer_norm": [(2, length, D), (2, length, D), (D,), (D,)],
     }[kind]
     function = getattr(grootvl_ops, kind)
+    if kind == "add_layer_norm":
+
+        def function(*operands):
+            return torch.cat(grootvl_ops.add_layer_norm(*operands), -1)
+
     if direction == "of states":
         sizes = [*sizes[:4], (D, N), (2, length, N), (2, length, N)]
 
