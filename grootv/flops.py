@@ -15,7 +15,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .layers import LayerNorm
@@ -112,7 +111,7 @@ for _name, _formula in _FORMULAS.items():
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """What fvcore's `FlopCountAnalysis.set_op_handle` takes, by keyword: its formulas get values of a traced graph."""
 
-    def shape_or_value(value: torch._C.Value) -> Any:
+    def shape_or_value(value: Any) -> Any:
         return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
 
     def handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
@@ -131,8 +130,8 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     def hook(formula: Callable[..., int]) -> Callable[[tuple, tuple], int]:
         return lambda inputs, outputs: formula(*(x.shape if isinstance(x, torch.Tensor) else x for x in inputs))
 
-    def count_norm(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        module.__flops__ += norm_flops(output.shape)
+    def count_norm(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        module.__flops__ += norm_flops(list(output.shape))
 
     of_operations = {getattr(torch.ops.grootvl_ops, name): hook(formula) for name, formula in _FORMULAS.items()}
     return {**of_operations, LayerNorm: count_norm}

@@ -5,6 +5,7 @@ directions before the norm.
 """
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -52,7 +53,7 @@ class SS2D(TraceLeaf):
     def __init__(self, dim: int, expand: int = 1, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__()
         check_sizes(dim=dim, expand=expand, d_state=d_state, dilation=dilation)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner_dim = expand * dim
         self.dim = dim
         self.d_state = d_state
@@ -84,7 +85,7 @@ class SS2D(TraceLeaf):
         nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_step_bias(self.dt_bias)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay (timm's convention): in the published code `Ds` has one
         dimension, and the other parameters of the scan have two or more and decay."""

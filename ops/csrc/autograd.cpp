@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -28,10 +29,23 @@ c10::TypedOperatorHandle<Signature> find_operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Calls an operation. Kernels on the stable ABI cannot throw PyTorch's error for the end of GPU memory; here theirs is
+// replaced by it.
+template <class Signature, class... Args>
+auto call(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
+  try {
+    return operation.call(args...);
+  } catch (const std::runtime_error& error) {
+    constexpr std::string_view out_of_memory = "CUDA out of memory.";
+    if (std::string_view(error.what()).substr(0, out_of_memory.size()) != out_of_memory) throw;
+    C10_THROW_ERROR(OutOfMemoryError, error.what());
+  }
+}
+
 template <class Signature, class... Args>
 auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return operation.call(args...);
+  return call(operation, args...);
 }
 
 // From the gradient of an operation's result and what the operation saved: the gradients of its inputs. These need not
@@ -81,7 +95,7 @@ variable_list tree_scan_gradients(const Tensor& grad, const variable_list& saved
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::tree_scan_backward");
-  auto [dx, ddecay] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], direction);
+  auto [dx, ddecay] = call(operation, grad, saved[0], saved[1], saved[2], saved[3], saved[4], direction);
   return {dx, ddecay};
 }
 
@@ -103,8 +117,8 @@ variable_list selective_scan_gradients(const Tensor& grad, const variable_list& 
   static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
   const Tensor &dt_weight = saved[2], &dt_bias = saved[3], &A_log = saved[4], &C = saved[6];
   auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
-      operation.call(grad, saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5], optional(C),
-                     saved[7], saved[8], saved[9], direction);
+      call(operation, grad, saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5], optional(C),
+           saved[7], saved[8], saved[9], direction);
   // Those of the inputs that there are.
   variable_list results{dx, ddt};
   if (dt_weight.defined()) results.push_back(ddt_weight);
@@ -180,8 +194,8 @@ variable_list gated_norm_gradients(const Tensor& grad, const variable_list& save
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
-  auto [dh, dx, dz, dC, dparameters] = operation.call(grad, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-                                                      saved[6], saved[7], saved[8], saved[9]);
+  auto [dh, dx, dz, dC, dparameters] = call(operation, grad, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+                                            saved[6], saved[7], saved[8], saved[9]);
   const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
   return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
 }
@@ -201,7 +215,7 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
 variable_list layer_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::layer_norm_backward");
-  auto [dx, dparameters] = operation.call(grad, saved[0], saved[1], saved[2]);
+  auto [dx, dparameters] = call(operation, grad, saved[0], saved[1], saved[2]);
   const variable_list rows = dparameters.unbind();  // weight, bias
   return {dx, rows[0], rows[1]};
 }

@@ -67,8 +67,8 @@ def _(features: Tensor, metric: str) -> Tensor:
 
 
 def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (like.shape[0], num_vertices)
-    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(3))
+    parent, order, subtree_size = (like.new_empty((like.shape[0], num_vertices), dtype=torch.int32) for _ in range(3))
+    return parent, order, subtree_size
 
 
 @torch.library.register_fake("grootvl_ops::grid_tree")

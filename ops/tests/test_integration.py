@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tree_makers import make_tree
 
 import grootvl_ops
-from grootvl_ops import DIRECTIONS, METRICS, Tree
+from grootvl_ops import DIRECTIONS, METRICS, Tree, _loading
 from grootvl_ops._registration import register_autograd
 from grootvl_ops._schemas import SCHEMAS
 
@@ -483,6 +483,18 @@ def test_inference_mode(device):
     expected = Scan()(features, decay)
     with torch.inference_mode():
         torch.testing.assert_close(Scan()(features, decay), expected.detach())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_too_little_memory(compiled_device, grad):
+    """Programs that search for the largest batch size know the error, by its type or its message."""
+    x = torch.zeros(1, 64, device=compiled_device, requires_grad=grad).expand(2**42, 64)
+    ones = torch.ones(64, device=compiled_device)
+    on_cpu = compiled_device == "cpu"
+    typed = not on_cpu and _loading.problems["autograd"] is None
+    message = "DefaultCPUAllocator: can't allocate memory" if on_cpu else "CUDA out of memory."
+    with pytest.raises(torch.OutOfMemoryError if typed else RuntimeError, match=message):
+        grootvl_ops.layer_norm(x, ones, ones)
 
 
 def test_cuda_graph(cuda_kernels):

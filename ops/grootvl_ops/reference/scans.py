@@ -16,7 +16,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def levels(parent: Tensor, order: Tensor) -> list[tuple[Tensor, Tensor]]:
+def levels(parent: Tensor, order: Tensor) -> list[tuple[Tensor, ...]]:
     """The (batch index, vertex) pairs of each depth of the trees, from the roots down."""
     parents, orders = parent.tolist(), order.tolist()
     by_depth: list[list[tuple[int, int]]] = []
@@ -138,10 +138,10 @@ def _raw_step(dt: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None, dtyp
     return dt.to(dtype) if bias is None else dt.to(dtype) + bias
 
 
-def _states(A_log: Tensor, *projections: Tensor | None) -> list[Tensor | None]:
-    """A_log as (D, N) and projections as (B, L, N), also where N = 1 has no axis."""
-    columns = A_log.unsqueeze(-1) if A_log.dim() == 1 else A_log
-    return [columns, *(p if p is None or p.dim() == 3 else p.unsqueeze(-1) for p in projections)]
+def _states(A_log: Tensor, B: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A_log as (D, N), B and C as (B, L, N), also where N = 1 has no axis."""
+    A_log, B = (x if x.dim() == rank else x.unsqueeze(-1) for x, rank in ((A_log, 2), (B, 3)))
+    return A_log, B, C if C is None or C.dim() == 3 else C.unsqueeze(-1)
 
 
 def selective_scan(
