@@ -15,9 +15,10 @@ from .modeling_grootl import GrootLForCausalLM, GrootLMixer
 from .trees import prompt_edges, prompt_tree
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_arcs", "prompt_trees"]
+__all__ = ["draw_arcs", "plot_arcs", "prompt_trees"]
 
 
 @torch.no_grad()
@@ -60,30 +61,36 @@ def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: S
         parents: for each tree, the parent of each token; the root is its own.
         titles: of the trees.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.patches import Arc
 
     figure = Figure(figsize=(max(6.0, 0.3 * len(tokens)), 2.6 * len(parents)), layout="constrained")
     axes = figure.subplots(len(parents), squeeze=False)[:, 0]
     for axis, of_tree, title in zip(axes, parents, titles, strict=True):
-        depths = [_depth(of_tree, token) for token in range(len(tokens))]
-        for token, parent in enumerate(of_tree):
-            span = abs(parent - token)
-            colour = colormaps["viridis"](depths[token] / max(1, *depths))
-            if span:
-                axis.add_patch(
-                    Arc(((token + parent) / 2, 0), span, 0.9 * span, theta1=0, theta2=180, color=colour, linewidth=1.6)
-                )
-        root = [token for token, parent in enumerate(of_tree) if token == parent]
-        axis.plot(root, [0] * len(root), "o", color="crimson", markersize=5)
-        longest = max(abs(parent - token) for token, parent in enumerate(of_tree))
-        axis.set(xlim=(-1, len(tokens)), ylim=(-0.1, 0.45 * max(longest, 1) + 0.3), yticks=[])
-        axis.set_title(f"{title}: at most {max(depths)} edges to the root", fontsize=10, loc="left")
-        labels = [token.replace("\n", "\\n").replace("$", r"\$") for token in tokens]
-        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
-        axis.spines[["top", "left", "right"]].set_visible(False)
+        draw_arcs(axis, tokens, of_tree, title)
     return figure
+
+
+def draw_arcs(axis: Axes, tokens: Sequence[str], parents: Sequence[int], title: str) -> None:
+    """One tree of `plot_arcs`, into `axis`: the parent of each token; the root, a red point, is its own."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Arc
+
+    depths = [_depth(parents, token) for token in range(len(tokens))]
+    for token, parent in enumerate(parents):
+        span = abs(parent - token)
+        colour = colormaps["viridis"](depths[token] / max(1, *depths))
+        if span:
+            axis.add_patch(
+                Arc(((token + parent) / 2, 0), span, 0.9 * span, theta1=0, theta2=180, color=colour, linewidth=1.6)
+            )
+    root = [token for token, parent in enumerate(parents) if token == parent]
+    axis.plot(root, [0] * len(root), "o", color="crimson", markersize=5)
+    longest = max(abs(parent - token) for token, parent in enumerate(parents))
+    axis.set(xlim=(-1, len(tokens)), ylim=(-0.1, 0.45 * max(longest, 1) + 0.3), yticks=[])
+    axis.set_title(f"{title}: at most {max(depths)} edges to the root", fontsize=10, loc="left")
+    labels = [token.replace("\n", "\\n").replace("$", r"\$") for token in tokens]
+    axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
+    axis.spines[["top", "left", "right"]].set_visible(False)
 
 
 def _depth(parents: Sequence[int], token: int) -> int:
