@@ -197,7 +197,7 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
-        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'raster', 'bidirectional', 'cross', got"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "zigzag"), ValueError, "scan must be one of .*, got .zigzag."),
         (
             lambda: mixer_affinity(TreeSSM(4), torch.zeros(4, 4, 4), (0, 0)),
             ValueError,
