@@ -35,10 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import uvicorn
 
+        from . import views
         from .page import make_app
     except ImportError as error:
         print(f"error: the explorer needs Gradio ({error}): pip install 'grootv[explorer]'", file=sys.stderr)
         return 1
+    views.plot_tree().encode("png")  # imports what the first picture needs
     app = make_app(args.folder)
     if args.host not in HOSTS_HERE:
         print(f"The explorer listens on {args.host}: whoever reaches this machine can use it.", flush=True)

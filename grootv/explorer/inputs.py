@@ -25,11 +25,11 @@ MAX_FILE_PIXELS = 100_000_000
 MIN_SIDE = 32
 """Pixels of the shorter side of a model's input."""
 SAMPLES = {
-    "china": "Summer palace (scikit-learn)",
-    "flower": "Flower (scikit-learn)",
-    "chelsea": "Cat (scikit-image)",
-    "coffee": "Coffee (scikit-image)",
-    "astronaut": "Astronaut (scikit-image)",
+    "china": "Summer palace",
+    "flower": "Flower",
+    "chelsea": "Cat",
+    "coffee": "Coffee",
+    "astronaut": "Astronaut",
 }
 MODELS = tuple(timm.list_models(["grootv_*", "vmamba_*"]))
 RANDOM = "random weights: this shows the model before any training"

@@ -20,6 +20,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException, Response
+from PIL import Image
 
 from . import view as fields
 from .inputs import SAMPLES
@@ -71,20 +72,24 @@ class KeptViews:
     def keep(self, name: str, view: View) -> tuple[str, Path]:
         """The key of a view, and its picture."""
         key = uuid.uuid4().hex
-        picture = self._folder / f"{name}-{key}.png"
+        picture = self._picture(key, name)
         picture.write_bytes(view.encode("png"))
         with self._lock:
             self._views[key] = name, view
             while len(self._views) > self._limit:
                 old, (old_name, _) = self._views.popitem(last=False)
-                (self._folder / f"{old_name}-{old}.png").unlink(missing_ok=True)
+                self._picture(old, old_name).unlink(missing_ok=True)
         return key, picture
 
     def file(self, key: str, kind: str) -> tuple[str, bytes]:
         """Name and content of a file of a view; KeyError if it is no longer kept."""
         with self._lock:
             name, view = self._views[key]
-        return f"{name}.{kind}", view.encode(kind)
+            content = self._picture(key, name).read_bytes() if kind == "png" else None
+        return f"{name}.{kind}", content or view.encode(kind)
+
+    def _picture(self, key: str, name: str) -> Path:
+        return self._folder / f"{name}-{key}.png"
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,9 @@ class Tab:
         gr.Markdown(spec.intro)
         if any(each.name == "image" for each in spec.fields):
             self.controls["image"], self.uploads["image"] = self.page.sample, self.page.upload
-        own = [each for each in spec.fields if each.name not in self.controls]
-        first, rest = own[: self._first_row(own)], own[self._first_row(own) :]
+        main, rest = spec.fields[: spec.main], spec.fields[spec.main :]
         with gr.Row(equal_height=False):
-            for each in first:
+            for each in main:
                 self._control(each)
         if rest:
             with gr.Accordion("Models and more settings", open=False), gr.Row(equal_height=False):
@@ -183,13 +187,9 @@ class Tab:
         self.boxes = gr.State([])
         self.query = gr.Textbox(visible=False)
 
-    @staticmethod
-    def _first_row(own: Sequence[fields.Field]) -> int:
-        """How many fields are always in sight: those before the first of a model's, at most six."""
-        models = [number for number, each in enumerate(own) if each.name.startswith(("model", "image2"))]
-        return min([6 if models[:1] != [0] else len(own), *(number for number in models if number)])
-
     def _control(self, each: fields.Field) -> None:
+        if each.name in self.controls:
+            return
         value = each.write(self.spec.defaults[each.name])
         elem_id = f"{self.spec.name}-{each.name}"
         common = {"label": each.label, "info": each.info or None, "elem_id": elem_id, "min_width": 200}
@@ -256,20 +256,19 @@ class Tab:
             "?" + urlencode({"tab": spec.name, **spec.write(linked)}),
         )
 
-    def clicked(self, boxes: list, picture: str, name: str, *texts: str, event: gr.SelectData = None) -> list[Any]:  # noqa: RUF013
+    def clicked(self, event: gr.SelectData, boxes: list, picture: str, name: str | None, *texts: str) -> Any:
         """The texts of the point fields after a click on the picture."""
-        from PIL import Image
-
         with Image.open(picture) as file:
             width, height = file.size
         point = clicked_point(boxes, event.index[0] / width, event.index[1] / height)
         if point is None:
             raise gr.Error("Click inside a panel that shows the image.", print_exception=False)
         by_name = {each.name: each for each in self.spec.fields}
-        return [
-            by_name[each].add(text, point) if each == name else gr.skip()
+        changed = [
+            by_name[each].add(text, point) if each == (name or each) else gr.skip()
             for each, text in zip(self.spec.clicks, texts, strict=True)
         ]
+        return changed if len(changed) > 1 else changed[0]  # Gradio takes a list for one output as its value
 
 
 _PRIVATE = {"api_visibility": "private"}
@@ -303,6 +302,7 @@ class Page:
                         _SAMPLE_CHOICES,
                         value="china",
                         label="Sample image",
+                        info="From scikit-learn and scikit-image",
                         elem_id="image",
                     )
                     self.upload = _upload("Your own image", "upload")

@@ -203,6 +203,8 @@ class Spec:
     intro: str
     function: Callable[..., View]
     fields: tuple[Field, ...]
+    main: int
+    """How many of the first fields are always in sight."""
     clicks: tuple[str, ...] = ()
     """The fields that a click on the picture can set."""
 

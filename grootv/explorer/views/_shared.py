@@ -24,10 +24,10 @@ _WIDEST = 6.0
 """Aspect ratio beyond which a panel no longer has the image's."""
 
 IMAGE = Image("image", "Image")
-SIZE = Number("size", "Input size", "The model sees about size² pixels of the image", 64, 512, 32)
-STAGE = Number("stage", "Stage", "From 1 (finest map) to 4 (coarsest)", 1, 4, 1)
-BLOCK = Number("block", "Block", "Of this stage, from 1", 1, 40, 1)
-GRID = Number("grid", "Grid", "The tree of colours has about grid² pixels", 8, 224, 8)
+SIZE = Number("size", "Input size", "Side, in pixels", 64, 512, 32)
+STAGE = Number("stage", "Stage", "1 is the finest", 1, 4, 1)
+BLOCK = Number("block", "Block", "Of the stage", 1, 40, 1)
+GRID = Number("grid", "Grid", "About grid² pixels", 8, 224, 8)
 SOURCE = Choice("source", "Features", "Colours of the image (CIE Lab), or a model's own", ("colours", "model"))
 SCALE = Choice("scale", "Colour scale", f"The logarithmic one begins at {_LOWEST:g}", ("log", "linear"))
 
@@ -39,7 +39,7 @@ def model_fields(suffix: str = "", label: str = "Model") -> tuple[Field, ...]:
         PathText(
             f"weights{suffix}",
             f"Weights of {label[0].lower()}{label[1:]}",
-            "A file, or a training run's folder; empty: random weights",
+            "File or run's folder; empty: random",
         ),
         Choice(f"scan{suffix}", f"Scan of {label[0].lower()}{label[1:]}", "Of GrootV alone", SCANS),
     )

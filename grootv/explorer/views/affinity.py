@@ -95,12 +95,20 @@ def plot_affinity(
             notes += [note for note in classifier.notes if note not in notes]
         notes.append(f"The maps are those of stage {stage}, block {block}.")
     picture = shown(pixels)
-    figure, axes = make_figure(picture, len(points), len(columns) + 1)
+    panels = len(columns) + 1
+    if len(points) == 1:  # then there is room for two lines of larger panels
+        lines = -(-panels // 3)
+        figure, axes = make_figure(picture, lines, -(-panels // lines), 10.0)
+    else:
+        figure, axes = make_figure(picture, len(points), panels)
+    for panel in axes.flat[panels * len(points) :]:
+        panel.remove()
+    axes = axes.ravel()[: panels * len(points)].reshape(len(points), panels)
     for number, (line, point) in enumerate(zip(axes, points, strict=True)):
         show_image(line[0], picture, [point], "chosen pixel" if number == 0 else "")
         for panel, (title, maps) in zip(line[1:], columns.items(), strict=True):
             drawn = show_affinity(panel, picture, maps[number], point, scale, title if number == 0 else "")
-    figure.colorbar(drawn, ax=axes[:, -1], label="affinity", pad=0.02)
+    figure.colorbar(drawn, ax=list(axes.flat), label="affinity", pad=0.02, shrink=0.8)
     arrays = [np.stack(maps) for maps in columns.values()]
     if len({array.shape for array in arrays}) == 1:
         data = {"affinity": np.stack(arrays, 1)}
@@ -135,5 +143,6 @@ SPEC = Spec(
         BLOCK,
         SIZE,
     ),
+    main=6,
     clicks=("points",),
 )

@@ -107,5 +107,6 @@ SPEC = Spec(
         SCALE,
         SIZE,
     ),
+    main=8,
     clicks=("point",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -56,7 +57,9 @@ def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", thr
         apis = import_module(f"{task}.apis")
         infer = apis.inference_detector if task == "mmdet" else apis.inference_model
         found = infer(model, np.ascontiguousarray(pixels[..., ::-1]))  # both take BGR
-    classes = model.dataset_meta["classes"]
+    # A checkpoint has the names of its classes; without one, those of COCO would be a guess.
+    metas = [getattr(model, "dataset_meta", {}) if checkpoint else {}, model.cfg.get("metainfo", {})]
+    classes = _Names(next((meta["classes"] for meta in metas if meta.get("classes")), ()))
     picture = shown(pixels)
     figure, ((photo, result),) = make_figure(picture, 1, 2, 13.0)
     show_image(photo, picture, (), "image")
@@ -64,6 +67,16 @@ def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", thr
     data, words = draw(result, found, picture, pixels.shape[:2], classes, threshold)
     finish(result, picture, [], f"{Path(config).stem}", "")
     return View(figure, data, words, [*notes, words])
+
+
+class _Names(dict[int, str]):
+    """The name of each class, or its number."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(enumerate(names))
+
+    def __missing__(self, label: int) -> str:
+        return f"class {label}"
 
 
 @lru_cache(maxsize=2)
@@ -97,7 +110,7 @@ def _load(config: str, checkpoint: str, *_: int) -> tuple[str, Any]:
 
 
 def _draw_instances(
-    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: list[str], threshold: float
+    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: _Names, threshold: float
 ) -> tuple[dict[str, np.ndarray], str]:
     instances = found.pred_instances.numpy()
     kept = np.flatnonzero(instances.scores >= threshold)[:MAX_INSTANCES]
@@ -117,8 +130,9 @@ def _draw_instances(
         axes.annotate(
             f"{classes[data['labels'][number]]} {data['scores'][number]:.2f}",
             (left, top),
-            (1, 2),
+            (2, -2),
             textcoords="offset points",
+            va="top",
             fontsize=9,
             color="black",
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
@@ -129,10 +143,15 @@ def _draw_instances(
 
 
 def _draw_regions(
-    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: list[str], _: float
+    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: _Names, _: float
 ) -> tuple[dict[str, np.ndarray], str]:
     labels = found.pred_sem_seg.data[0].cpu().numpy()
-    areas = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
+    areas = (
+        np.bincount(
+            labels.ravel(),
+        )
+        / labels.size
+    )
     largest = [label for label in np.argsort(-areas, kind="stable") if areas[label] > 0]
     axes.imshow(picture)
     rows, columns = (np.linspace(0, full - 1, new).astype(int) for full, new in zip(size, picture.shape, strict=False))
@@ -167,4 +186,5 @@ SPEC = Spec(
         PathText("checkpoint", "Checkpoint", "Its weights; empty: random weights"),
         Number("threshold", "Least score", "Of detections", 0.0, 1.0, 0.05),
     ),
+    main=4,
 )

@@ -131,7 +131,8 @@ SPEC = Spec(
         PathText(
             "folder", "Folder of a Mamba or GrootL", "In transformers' format; empty: a small one, random weights"
         ),
-        Number("layer", "Layer", "Whose tree is shown, from 1", 1, 64, 1),
-        Number("tree_scale", "Share of the tree", "In GrootL's outputs; published: 0.3", 0.0, 2.0, 0.05),
+        Number("layer", "Layer", "From 1", 1, 64, 1),
+        Number("tree_scale", "Share of the tree", "Published: 0.3", 0.0, 2.0, 0.05),
     ),
+    main=4,
 )

@@ -96,13 +96,14 @@ def draw_classes(axes: Axes, classifier: Classifier, scores: np.ndarray, count: 
     """Bars of the most probable classes, and the same in words."""
     best = np.argsort(-scores, kind="stable")[:count]
     names = [_short(classifier.classes[index]) for index in best]
-    bars = axes.barh(range(len(best)), 100 * scores[best], color="#0072b2", height=0.6)
-    axes.bar_label(bars, [f"{100 * score:.1f} %" for score in scores[best]], padding=3, fontsize=9)
-    axes.set_yticks(range(len(best)), names, fontsize=9)
-    axes.set(xlim=(0, 100 * max(scores[best].max() * 1.3, 0.01)), xlabel="probability in %")
+    words = [f"{name} {100 * score:.1f} %" for name, score in zip(names, scores[best], strict=True)]
+    bars = axes.barh(range(len(best)), 100 * scores[best], color="#56b4e9", height=0.7)
+    axes.set(xlim=(0, 100 * scores[best].max()), yticks=[], xlabel="probability in %")
+    for bar, label in zip(bars, words, strict=True):
+        axes.annotate(label, (0, bar.get_y() + bar.get_height() / 2), (6, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    return ", ".join(f"{name} {100 * score:.1f} %" for name, score in zip(names, scores[best], strict=True))
+    return ", ".join(words)
 
 
 def _short(name: str, length: int = 24) -> str:
@@ -184,5 +185,6 @@ SPEC = Spec(
         SCALE,
         SIZE,
     ),
+    main=9,
     clicks=("point",),
 )

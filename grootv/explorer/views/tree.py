@@ -127,5 +127,6 @@ SPEC = Spec(
         BLOCK,
         SIZE,
     ),
+    main=8,
     clicks=("root", "centre"),
 )
