@@ -54,8 +54,9 @@ demo-language: $(VENV)/language
 explore: $(VENV)/explorer
 	$(VENV)/bin/python -m grootv.explorer
 
+# One process for each core. Each takes a part of the tests in their order, so that few fixtures are made twice.
 test: $(VENV)/test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 # The operations' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize-cpu: $(VENV)/test
@@ -90,6 +91,7 @@ wheels: $(VENV)/torch
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find ops/csrc -type f)
 
 format: $(VENV)/test

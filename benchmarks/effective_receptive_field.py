@@ -45,26 +45,27 @@ def load(row: str, num_classes: int, folder: Path | None) -> nn.Module:
 
 def draw_fields(rows: list[str], images: Tensor, num_classes: int, folder: Path) -> Figure:
     """A column for each row of the comparison: before training above, after it below."""
-    figure = Figure(figsize=(2 * len(rows), 4.6), layout="constrained")
-    for line, (title, source) in zip(
-        figure.subplots(2, len(rows)), {"before training": None, "after training": folder}.items(), strict=True
-    ):
+    figure = Figure(figsize=(1.7 * len(rows) + 0.8, 4.4), layout="constrained")
+    lines = figure.subplots(2, len(rows), squeeze=False)
+    for line, (title, source) in zip(lines, {"before training": None, "after training": folder}.items(), strict=True):
         for axes, row in zip(line, rows, strict=True):
             field = receptive_field(load(row, num_classes, source), images)
-            axes.imshow(np.maximum(field, 1e-5), cmap=MAP_COLOURS, norm=LogNorm(1e-5, 1))
-            axes.set(xticks=[], yticks=[], title=row)
-            axes.set_xlabel(f"90 % in {100 * field_area(field, 0.9):.0f} % of the image")
+            drawn = axes.imshow(np.maximum(field, 1e-5), cmap=MAP_COLOURS, norm=LogNorm(1e-5, 1))
+            axes.set(xticks=[], yticks=[], xlabel=f"90 % in {100 * field_area(field, 0.9):.0f} %\nof the image")
             areas = ", ".join(f"{100 * field_area(field, share):.1f}" for share in (0.5, 0.9, 0.99))
             print(f"{row}, {title}: 50, 90 and 99 % in {areas} % of the image")
-        line[0].set_ylabel(title)
+        line[0].set_ylabel(title, fontsize=12)
+    for axes, row in zip(lines[0], rows, strict=True):
+        axes.set_title(row)
+    figure.colorbar(drawn, ax=lines, label="gradient, relative to the largest", shrink=0.8, aspect=30)
     return figure
 
 
 def draw_affinities(drawings: dict[str, np.ndarray], num_classes: int, folder: Path, stage: int) -> Figure:
     """A line for each drawing: the drawing and its tree in the trained model, then the affinities in every scan."""
-    figure = Figure(figsize=(2 * (len(AFFINITIES) + 1), 2.2 * len(drawings)), layout="constrained")
+    figure = Figure(figsize=(1.8 * (len(AFFINITIES) + 1) + 0.8, 1.85 * len(drawings) + 0.4), layout="constrained")
     models = {row: load(row, num_classes, folder) for row in AFFINITIES}
-    lines = figure.subplots(len(drawings), len(AFFINITIES) + 1)
+    lines = figure.subplots(len(drawings), len(AFFINITIES) + 1, squeeze=False)
     for line, (subject, drawing) in zip(lines, drawings.items(), strict=True):
         x = normalised(torch.from_numpy(drawing).permute(2, 0, 1)[None])
         side = drawing.shape[0]
@@ -73,15 +74,18 @@ def draw_affinities(drawings: dict[str, np.ndarray], num_classes: int, folder: P
             _, height, width, _ = call.x.shape
             pixel = int(POINTS[subject][0] * height), int(POINTS[subject][1] * width)
             affinity = mixer_affinity(call.mixer, call.x, pixel).numpy()
-            axes.imshow(np.maximum(affinity / affinity.max(), 1e-3), cmap=MAP_COLOURS, norm=LogNorm(1e-3, 1))
+            drawn = axes.imshow(np.maximum(affinity / affinity.max(), 1e-3), cmap=MAP_COLOURS, norm=LogNorm(1e-3, 1))
             axes.plot(pixel[1], pixel[0], "+", color="#2ec4ff", markersize=12, markeredgewidth=1.5)
-            axes.set(xticks=[], yticks=[], title=row)
+            axes.set(xticks=[], yticks=[])
             if row == "tree":
                 with torch.no_grad():
                     ((tree, _),) = call.scans()
                 draw_tree(line[0], drawing, tree, height, width)
                 line[0].plot(POINTS[subject][1] * side, POINTS[subject][0] * side, "+", color="#c1272d", markersize=12)
-                line[0].set(title=f"{subject}, {height} × {width}")
+                line[0].set_ylabel(subject, fontsize=12)
+    for axes, title in zip(lines[0], (f"tree, {height} × {width}", *AFFINITIES), strict=True):
+        axes.set_title(title if axes is lines[0, 0] else f"{title} scan")
+    figure.colorbar(drawn, ax=lines, label="affinity, relative to the largest", shrink=0.8, aspect=30)
     return figure
 
 

@@ -54,7 +54,7 @@ def prompt_trees(model: GrootLForCausalLM, input_ids: Tensor) -> list[Tree]:
 
 def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: Sequence[str]) -> Figure:
     """Trees over a row of tokens, one below the other: an arc from each token to its parent, coloured by the number of
-    edges from the root.
+    edges from the root (a red point), on one scale for all trees.
 
     Args:
         tokens: L texts.
@@ -63,34 +63,41 @@ def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: S
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 0.3 * len(tokens)), 2.6 * len(parents)), layout="constrained")
-    axes = figure.subplots(len(parents), squeeze=False)[:, 0]
-    for axis, of_tree, title in zip(axes, parents, titles, strict=True):
-        draw_arcs(axis, tokens, of_tree, title)
+    figure = Figure(figsize=(max(6.0, 0.26 * len(tokens)), 2.2 * len(parents)), layout="constrained")
+    draw_arcs(figure.subplots(len(parents), squeeze=False)[:, 0], tokens, parents, titles)
     return figure
 
 
-def draw_arcs(axis: Axes, tokens: Sequence[str], parents: Sequence[int], title: str) -> None:
-    """One tree of `plot_arcs`, into `axis`: the parent of each token; the root, a red point, is its own."""
+def draw_arcs(
+    axes: Sequence[Axes], tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: Sequence[str]
+) -> None:
+    """The trees of `plot_arcs`, each into axes of its own in one figure, with a colour bar beside them."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.patches import Arc
 
-    depths = [_depth(parents, token) for token in range(len(tokens))]
-    for token, parent in enumerate(parents):
-        span = abs(parent - token)
-        colour = colormaps["viridis"](depths[token] / max(1, *depths))
-        if span:
-            axis.add_patch(
-                Arc(((token + parent) / 2, 0), span, 0.9 * span, theta1=0, theta2=180, color=colour, linewidth=1.6)
-            )
-    root = [token for token, parent in enumerate(parents) if token == parent]
-    axis.plot(root, [0] * len(root), "o", color="crimson", markersize=5)
-    longest = max(abs(parent - token) for token, parent in enumerate(parents))
-    axis.set(xlim=(-1, len(tokens)), ylim=(-0.1, 0.45 * max(longest, 1) + 0.3), yticks=[])
-    axis.set_title(f"{title}: at most {max(depths)} edges to the root", fontsize=10, loc="left")
-    labels = [token.replace("\n", "\\n").replace("$", r"\$") for token in tokens]
-    axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
-    axis.spines[["top", "left", "right"]].set_visible(False)
+    all_depths = [[_depth(of_tree, token) for token in range(len(tokens))] for of_tree in parents]
+    norm = Normalize(0, max(1, *map(max, all_depths)))
+    for axis, of_tree, depths, title in zip(axes, parents, all_depths, titles, strict=True):
+        for token, parent in enumerate(of_tree):
+            span = abs(parent - token)
+            colour = colormaps["viridis"](norm(depths[token]))
+            if span:
+                axis.add_patch(
+                    Arc(((token + parent) / 2, 0), span, 0.9 * span, theta1=0, theta2=180, color=colour, linewidth=1.6)
+                )
+        root = [token for token, parent in enumerate(of_tree) if token == parent]
+        axis.plot(root, [0] * len(root), "o", color="crimson", markersize=5)
+        longest = max(abs(parent - token) for token, parent in enumerate(of_tree))
+        axis.set(xlim=(-1, len(tokens)), ylim=(-0.1, 0.45 * max(longest, 1) + 0.3), yticks=[])
+        axis.set_title(f"{title}: at most {max(depths)} edges to the root", fontsize=12, loc="left")
+        labels = [token.replace("\n", "\\n").replace("$", r"\$") for token in tokens]
+        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=9)
+        axis.spines[["top", "left", "right"]].set_visible(False)
+    colours = ScalarMappable(norm, "viridis")
+    bar = {"label": "edges from the root", "shrink": 0.8, "aspect": 30, "pad": 0.01}
+    axes[0].figure.colorbar(colours, ax=axes, **bar)
 
 
 def _depth(parents: Sequence[int], token: int) -> int:

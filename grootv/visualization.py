@@ -5,16 +5,17 @@ Every `plot_*` function returns a `matplotlib.figure.Figure` that belongs to no 
 it needs matplotlib, and scikit-image for `lab_features`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, LogNorm, to_rgb, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +27,7 @@ SCANS = ("tree", *PATHS)
 # Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
 LINE_COLOURS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.88, 256)), name="plasma_without_yellow")
 MAP_COLOURS = "magma"
+CLASS_COLOURS = color_sequences["petroff10"]  # chosen so that colour-blind people tell them apart (arXiv 2107.02270)
 WRONG, RIGHT = "#c1272d", "#333333"
 
 
@@ -279,7 +281,7 @@ def draw_tree(
     shown = np.argsort(size, kind="stable")[:-1]  # the widest lines on top; the largest subtree is the root's
     values = (tree_depths(tree)[0].cpu().numpy() if color_by == "depth" else size)[shown]
     lines = LineCollection(
-        np.stack([centres[shown], centres[parent[shown]]], 1),
+        list(np.stack([centres[shown], centres[parent[shown]]], 1)),
         array=values,
         norm=LogNorm() if color_by == "subtree" else None,
         cmap=LINE_COLOURS,
@@ -323,26 +325,26 @@ def plot_tree_and_affinity(
     affinities = {scan: scan_affinity(features, pixel, temperature, scan) for scan in ("tree", "bidirectional")}
     tree = build_tree(features, "euclidean")
 
-    panel_width = 6.5
+    panel_width = 4.6
     panel_height = panel_width * image.shape[0] / image.shape[1]
     figure = Figure(figsize=(2 * panel_width + 1.2, 2 * panel_height + 1.05), layout="constrained")
     (photo_axes, tree_axes), affinity_axes = figure.subplots(2, 2)
-    marker = {"marker": "+", "markersize": 16, "markeredgewidth": 2.2, "linestyle": "none"}
+    marker = {"marker": "+", "markersize": 14, "markeredgewidth": 2.2, "linestyle": "none"}
 
     photo_axes.imshow(image)
     scale = image.shape[0] / height, image.shape[1] / width
     photo_axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color=WRONG, **marker)
     photo_axes.set_title("Photograph and chosen pixel")
     lines = draw_tree(tree_axes, image, tree, height, width)
-    tree_axes.set_title(f"Minimum spanning tree of its {height} × {width} grid (square: root)")
-    figure.colorbar(lines, ax=tree_axes, label="depth (edges to the root)", pad=0.02)
+    tree_axes.set_title(f"Spanning tree, {height} × {width} (square: root)")
+    figure.colorbar(lines, ax=tree_axes, label="depth, edges to the root", pad=0.02)
     for axes, (scan, affinity) in zip(affinity_axes, affinities.items(), strict=True):
         # The extent puts the grid into the place of the photograph, whose aspect the cells may not divide into squares.
         drawn = axes.imshow(
             affinity.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0)
         )
         axes.plot((pixel[1] + 0.5) * scale[1], (pixel[0] + 0.5) * scale[0], color="#2ec4ff", **marker)
-        axes.set_title(f"Affinity to the chosen pixel: {scan} scan")
+        axes.set_title(f"Affinity to it: {scan} scan")
     figure.colorbar(drawn, ax=affinity_axes[1], label="product of decays along the path", pad=0.02)
     for axes in (photo_axes, *affinity_axes):
         axes.set(xticks=[], yticks=[])
@@ -350,7 +352,7 @@ def plot_tree_and_affinity(
         f"Decays for illustration: exp(−ΔE / {temperature:g}) between pixels of CIE Lab colour difference ΔE, the same "
         f"rule in both scans."
     )
-    figure.supxlabel(" ".join(filter(None, (caption, credit))), fontsize=9, color="#555555")
+    figure.supxlabel("\n".join(filter(None, (caption, credit))), fontsize=10, color="#555555")
     return figure
 
 
@@ -409,6 +411,122 @@ def plot_predictions(
         axes.spines[:].set(color=color, linewidth=3 if wrong else 0.5)
     figure.suptitle(title, fontsize=12)
     return figure
+
+
+def plot_detections(
+    image: np.ndarray,
+    truth: Mapping[str, np.ndarray],
+    prediction: Mapping[str, np.ndarray],
+    classes: Sequence[str],
+) -> Figure:
+    """Objects in an image, as annotated on the left and as predicted on the right.
+
+    Args:
+        image: (H, W, 3) uint8, sRGB.
+        truth, prediction: "boxes" (N, 4), the left, upper, right and lower end in pixels, "labels" (N,), the numbers
+            of the classes, and if there are some "scores" (N,) and "masks" (N, H, W) bool.
+        classes: their names.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or labels that are no classes.
+        TypeError: an image that is not uint8.
+    """
+    _check_image(image)
+    figure, panels = _truth_and_prediction(image)
+    for axes, found in zip(panels, (truth, prediction), strict=True):
+        boxes, labels = np.asarray(found["boxes"], float).reshape(-1, 4), np.asarray(found["labels"], int)
+        masks, scores = found.get("masks"), found.get("scores")
+        if any(part is not None and len(part) != len(boxes) for part in (labels, masks, scores)):
+            raise ValueError(f"labels, masks and scores must be as many as the {len(boxes)} boxes")
+        if not np.isin(labels, np.arange(len(classes))).all():
+            raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
+        axes.imshow(image)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        for i in np.argsort(-areas, kind="stable"):
+            colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
+            if masks is not None:
+                axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
+            left, top, right, bottom = boxes[i]
+            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
+            name = classes[labels[i]] if scores is None else f"{classes[labels[i]]}  {100 * float(scores[i]):.0f} %"
+            at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
+            axes.text(
+                right if at_right else left,
+                max(top, 0),
+                name,
+                horizontalalignment="right" if at_right else "left",
+                verticalalignment="top" if at_top else "bottom",
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+                **_readable_on(colour),
+            )
+        axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
+    return figure
+
+
+def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Figure:
+    """The classes of the pixels of an image, as annotated on the left and as predicted on the right.
+
+    Regions of at least half a percent of the image have the name of their class. It needs scikit-image and SciPy.
+
+    Args:
+        image: (H, W, 3) uint8, sRGB.
+        truth, prediction: (H, W) integers, the numbers of the classes; other numbers are pixels without a class.
+        classes: their names.
+
+    Raises:
+        ValueError: an image or maps of other shapes.
+        TypeError: an image that is not uint8.
+    """
+    from scipy.ndimage import distance_transform_edt
+    from skimage.measure import label, regionprops
+
+    _check_image(image)
+    figure, panels = _truth_and_prediction(image)
+    grey = image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
+    for axes, labels in zip(panels, map(np.asarray, (truth, prediction)), strict=True):
+        if labels.shape != image.shape[:2]:
+            raise ValueError(f"truth and prediction must be {list(image.shape[:2])}, got {list(labels.shape)}")
+        axes.imshow(grey)
+        for number in range(len(classes)):
+            if not (labels == number).any():
+                continue
+            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            axes.imshow(_colour_where(labels == number, colour, 0.6))
+            for region in regionprops(label(labels == number, connectivity=1)):
+                if region.area >= 0.005 * labels.size:
+                    depth = distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
+                    row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
+                    at = column / labels.shape[1]
+                    side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
+                    outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
+                    place = {"horizontalalignment": side, "verticalalignment": "center"}
+                    axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
+    return figure
+
+
+def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:
+    """A figure with two panels for an image: the truth on the left, the prediction on the right."""
+    width = 3.2
+    height = width * min(2, image.shape[0] / image.shape[1])
+    # Small images are enlarged, so that their labels can be read.
+    dpi = np.clip(image.shape[1] / width, 120, 300)
+    figure = Figure(figsize=(2 * width, height + 0.35), dpi=dpi, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, title in zip(panels, ("truth", "prediction"), strict=True):
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=14)
+    return figure, panels
+
+
+def _colour_where(mask: np.ndarray, colour: str, opacity: float) -> np.ndarray:
+    """(H, W, 4) floating point: the colour where `mask` is, transparent elsewhere."""
+    return mask[..., None] * np.array(to_rgba(colour, opacity))
+
+
+def _readable_on(colour: str) -> dict[str, object]:
+    """The colour of text on a ground."""
+    red, green, blue = to_rgb(colour)
+    return {"color": "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white", "fontsize": 11}
 
 
 def _check_image(image: np.ndarray) -> None:

@@ -47,6 +47,7 @@ except ImportError:  # without torch there is nothing to build against; `grootvl
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;9.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of PyTorch 2.10
+MANYLINUX = "csrc/manylinux.cpp"
 WINDOWS = os.name == "nt"
 
 
@@ -112,11 +113,14 @@ def extensions(cuda: bool) -> list:
         # A backward pass computes again what the forward pass did, and must get the same bits.
         cxx += ["-ffp-contract=off"]
     kernels = cpp_extension.CppExtension(
-        "grootvl_ops._C_cpu", sources("csrc/cpu/*.cpp"), extra_compile_args=[*cxx, STABLE_ABI, *checked], **common
+        "grootvl_ops._C_cpu",
+        sources("csrc/cpu/*.cpp", MANYLINUX),
+        extra_compile_args=[*cxx, STABLE_ABI, *checked],
+        **common,
     )
     kernels.libraries = ["torch_cpu"]
     gradients = cpp_extension.CppExtension(
-        "grootvl_ops._C_autograd", sources("csrc/autograd.cpp"), extra_compile_args=cxx, **common
+        "grootvl_ops._C_autograd", sources("csrc/autograd.cpp", MANYLINUX), extra_compile_args=cxx, **common
     )
     if not cuda:
         return [kernels, gradients]
@@ -126,7 +130,10 @@ def extensions(cuda: bool) -> list:
     # For headers that the toolkit lacks (a minimal one has no cusparse.h, say), after its own.
     nvcc += [f"-I{path}" for path in pip_cuda_files("include")]
     gpu_kernels = cpp_extension.CUDAExtension(
-        "grootvl_ops._C_cuda", sources("csrc/cuda/**/*.cu"), extra_compile_args={"nvcc": nvcc}, **common
+        "grootvl_ops._C_cuda",
+        sources("csrc/cuda/**/*.cu", MANYLINUX),
+        extra_compile_args={"nvcc": nvcc, "cxx": cxx},
+        **common,
     )
     gpu_kernels.libraries = ["torch_cpu", "torch_cuda", "cudart"]
     link_cuda_runtime(gpu_kernels)

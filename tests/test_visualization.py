@@ -156,7 +156,7 @@ def test_the_picture_of_a_photograph_shows_both_affinities(photo: np.ndarray, tm
     shown = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
     for scan in ("tree", "bidirectional"):
         np.testing.assert_array_equal(
-            shown[f"Affinity to the chosen pixel: {scan} scan"], scan_affinity(features, (2, 3), 40.0, scan)
+            shown[f"Affinity to it: {scan} scan"], scan_affinity(features, (2, 3), 40.0, scan)
         )
     np.testing.assert_array_equal(shown["Photograph and chosen pixel"], photo)
     assert "for illustration" in figure.get_supxlabel() and figure.get_supxlabel().endswith("its author.")

@@ -92,6 +92,7 @@ Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, con
   return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size}, direction);
 }
 
+Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 std::optional<Tensor> optional(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
 variable_list selective_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
@@ -121,7 +122,6 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   static const auto operation = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
   const Tensor h =
       call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, direction);
-  const auto or_undefined = [](const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); };
   variable_list inputs{x, dt};
   if (dt_weight) inputs.push_back(*dt_weight);
   if (dt_bias) inputs.push_back(*dt_bias);
@@ -132,6 +132,47 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
       h, inputs,
       {x, dt, or_undefined(dt_weight), or_undefined(dt_bias), A_log, B, or_undefined(C), parent, order, subtree_size},
       direction);
+}
+
+variable_list merged_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
+  using Optional = const std::optional<Tensor>&;
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&, const Tensor&, const Tensor&,
+      Optional, const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view);
+  static const auto operation = find_operation<Signature>("grootvl_ops::merged_scan_backward");
+  const Tensor &dt_bias = saved[3], &D_skip = saved[7];
+  auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
+      operation.call(grad, saved[0], saved[1], saved[2], optional(dt_bias), saved[4], saved[5], saved[6],
+                     optional(D_skip), saved[8], saved[9], saved[10], saved[11], direction);
+  // Those of the inputs that there are.
+  variable_list results{dx, ddt, ddt_weight};
+  if (dt_bias.defined()) results.push_back(dparameters.select(0, 0));
+  results.push_back(dparameters.select(0, 1));
+  results.push_back(dB);
+  results.push_back(dC);
+  if (D_skip.defined()) results.push_back(dparameters.select(0, 2).select(0, 0));
+  return results;
+}
+
+std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
+                                       const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                                       const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,
+                                       const Tensor& order, const Tensor& subtree_size, std::string_view direction,
+                                       std::optional<at::ScalarType> dtype, bool keep) {
+  static const auto operation = find_operation<decltype(merged_scan)>("grootvl_ops::merged_scan");
+  const auto [y, kept] = call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, parent, order,
+                                             subtree_size, direction, dtype, keep);
+  variable_list inputs{x, dt, dt_weight};
+  if (dt_bias) inputs.push_back(*dt_bias);
+  inputs.insert(inputs.end(), {A_log, B, C});
+  if (D_skip) inputs.push_back(*D_skip);
+  TORCH_CHECK_VALUE(keep || !torch::autograd::compute_requires_grad(inputs),
+                    "merged_scan must be called with keep=True to be differentiated");
+  return {differentiable<merged_scan_gradients>(y, inputs,
+                                                {x, dt, dt_weight, or_undefined(dt_bias), A_log, B, C,
+                                                 or_undefined(D_skip), parent, order, subtree_size, kept},
+                                                direction),
+          kept};
 }
 
 variable_list gated_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
@@ -215,10 +256,11 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("tree_scan", TORCH_FN(tree_scan));
   m.impl("selective_scan", TORCH_FN(selective_scan));
+  m.impl("merged_scan", TORCH_FN(merged_scan));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
-  for (const char* name :
-       {"tree_scan_backward", "selective_scan_backward", "gated_norm_backward", "layer_norm_backward"}) {
+  for (const char* name : {"tree_scan_backward", "selective_scan_backward", "merged_scan_backward",
+                           "gated_norm_backward", "layer_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

@@ -50,6 +50,11 @@ _register_composite(
     "selective_scan_backward",
     partial(reference.selective_scan_backward, scan=_scan, scan_backward=_scan_backward),
 )
+_register_composite("merged_scan", partial(reference.merged_scan, scan=torch.ops.grootvl_ops.selective_scan))
+_register_composite(
+    "merged_scan_backward",
+    partial(reference.merged_scan_backward, scan_backward=torch.ops.grootvl_ops.selective_scan_backward),
+)
 for _name in ("path_tree", "gated_norm", "gated_norm_backward", "layer_norm", "layer_norm_backward"):
     _register_composite(_name, getattr(reference, _name))
 
@@ -62,8 +67,8 @@ def _(features: Tensor, metric: str) -> Tensor:
 
 
 def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (like.shape[0], num_vertices)
-    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(3))
+    parent, order, subtree_size = (like.new_empty((like.shape[0], num_vertices), dtype=torch.int32) for _ in range(3))
+    return parent, order, subtree_size
 
 
 @torch.library.register_fake("grootvl_ops::grid_tree")
@@ -125,6 +130,43 @@ def _(
     return dx, ddt, dweight, dparameters, dB, dC
 
 
+@torch.library.register_fake("grootvl_ops::merged_scan")
+def _(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_skip: Tensor | None,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((A_log.shape[0], *x.shape) if keep else (0,))
+
+
+@torch.library.register_fake("grootvl_ops::merged_scan_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *others,
+) -> tuple[Tensor, ...]:
+    dparameters = x.new_empty((3, *A_log.shape), dtype=reference.accumulation_dtype(x.dtype))
+    dx, ddt, dweight, dB, dC = (operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, B, C))
+    return dx, ddt, dweight, dparameters, dB, dC
+
+
 @torch.library.register_fake("grootvl_ops::gated_norm")
 def _(h: Tensor, *others) -> tuple[Tensor, Tensor]:
     statistics = h.new_empty((*h.shape[:-1], 4), dtype=reference.accumulation_dtype(h.dtype))
@@ -152,6 +194,15 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tens
 def _save_for_scan(ctx, inputs, output) -> None:
     *tensors, ctx.direction = inputs
     ctx.save_for_backward(*tensors)
+
+
+def _save_for_merged_scan(ctx, inputs, output) -> None:
+    *tensors, ctx.direction, _, keep = inputs
+    if not keep:
+        raise ValueError("merged_scan must be called with keep=True to be differentiated")
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*tensors, kept)
 
 
 def _save_for_norm(ctx, inputs, output) -> None:
@@ -183,6 +234,23 @@ def _selective_scan_gradients(ctx, grad: Tensor):
     )
 
 
+def _merged_scan_gradients(ctx, grad: Tensor, _):
+    saved = ctx.saved_tensors
+    dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.merged_scan_backward(grad, *saved, ctx.direction)
+    dt_bias, D_skip = saved[3], saved[7]
+    return (
+        dx,
+        ddt,
+        ddt_weight,
+        None if dt_bias is None else dparameters[0],
+        dparameters[1],
+        dB,
+        dC,
+        None if D_skip is None else dparameters[2, 0],
+        *[None] * 6,
+    )
+
+
 def _gated_norm_gradients(ctx, grad: Tensor, _):
     *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
     return *maps, *dparameters, None
@@ -210,6 +278,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
     for name, save, gradients in (
         ("tree_scan", _save_for_scan, _tree_scan_gradients),
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
     ):

@@ -50,7 +50,13 @@ def run(function, *arguments: Tensor) -> tuple[Tensor, ...]:
     return (out, *torch.autograd.grad(out.square().sum(), arguments))
 
 
-@pytest.fixture(params=["tree_scan", "selective_scan", "gated_norm", "layer_norm"])
+def merged_operands(device: str) -> list[Tensor]:
+    """x, dt, dt_weight, dt_bias, A_log, B, C and D_skip of a merged scan of two groups."""
+    shapes = [(2, 9, 3), (2, 9, 2, 2), (2, 3, 2), (2, 3), (2, 3), (2, 9, 2), (2, 9, 2), (3,)]
+    return [torch.rand(shape, device=device) for shape in shapes]
+
+
+@pytest.fixture(params=["tree_scan", "selective_scan", "merged_scan", "gated_norm", "layer_norm"])
 def operation(request, device) -> tuple[Callable, list[Tensor]]:
     """A differentiable operation, and what it can be differentiated for."""
     maps, vectors = torch.rand(4, 2, 9, 3, device=device), torch.rand(5, 3, device=device)
@@ -58,6 +64,7 @@ def operation(request, device) -> tuple[Callable, list[Tensor]]:
     operands = {
         "tree_scan": [*maps[:2]],
         "selective_scan": [maps[0], dt, dt_weight, *vectors[:2], per_pixel],
+        "merged_scan": merged_operands(device)[:-1],
         "gated_norm": [*maps[:3], per_pixel, *vectors],
         "layer_norm": [maps[0], *vectors[:2]],
     }[request.param]
@@ -97,6 +104,11 @@ def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
         "selective_scan": ([maps[0], low_rank, weight, *vectors[:2], per_pixel, None], (*tree, "both")),
         "selective_scan of states": ([maps[0], low_rank, weight, vectors[0], rates, *states], (*tree, "down")),
         "selective_scan of projected steps": ([*maps[:2], None, None, vectors[1], per_pixel, per_pixel], (*tree, "up")),
+        "merged_scan": (merged_operands(device), (*tree, "down", None, True)),
+        "merged_scan without bias and skip": (
+            [o if i not in (3, 7) else None for i, o in enumerate(merged_operands(device))],
+            (*tree, "up", None, True),
+        ),
         "gated_norm": ([*maps[:3], per_pixel, *vectors], (1e-5,)),
         "layer_norm": ([maps[0], *vectors[:2]], (1e-5, None)),
     }

@@ -61,8 +61,9 @@ def plot_language(
 
     figure = Figure(figsize=(max(8.0, 0.24 * length), 7.4), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.3, 1.6))
-    draw_arcs(figure.add_subplot(grid[0, :]), tokens, [max(0, token - 1) for token in range(length)], "chain of Mamba")
-    draw_arcs(figure.add_subplot(grid[1, :]), tokens, parents, f"tree of GrootL, layer {layer}")
+    chain = [max(0, token - 1) for token in range(length)]
+    above = [figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, :])]
+    draw_arcs(above, tokens, [chain, parents], ["chain of Mamba", f"tree of GrootL, layer {layer}"])
     shown = np.argsort(-np.maximum(*next_token.values()), kind="stable")[:BARS]
     labels = [repr(tokenizer.decode([token])).replace("$", r"\$") for token in shown]
     axes = figure.add_subplot(grid[2, :])
