@@ -64,7 +64,7 @@ def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: S
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 0.26 * len(tokens)), 2.2 * len(parents)), layout="constrained")
-    draw_arcs(figure.subplots(len(parents), squeeze=False)[:, 0], tokens, parents, titles)
+    draw_arcs(list(figure.subplots(len(parents), squeeze=False)[:, 0]), tokens, parents, titles)
     return figure
 
 

@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image, turn: bool = True) -> Image.Image:
     """
     kind = image.format
     image.load()  # which turns some formats already, and then forgets their orientation
-    if turn and (method := _TURNS.get(_orientation(image))) is not None:
+    if turn and (method := _TURNS.get(_orientation(image) or 1)) is not None:
         image = image.transpose(method)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BIT):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

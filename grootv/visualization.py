@@ -6,7 +6,7 @@ it needs matplotlib, and scikit-image for `lab_features`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from grootv.layers import SS2D, SelectiveSSM, bidirectional, cross, raster, spanning_tree
+from grootv.layers import SS2D, SelectiveSSM, TreeSSM, bidirectional, cross, raster, spanning_tree
 from grootvl_ops import Tree, build_tree, tree_scan
 
 PATHS = {"raster": raster, "bidirectional": bidirectional, "cross": cross}
@@ -129,11 +129,17 @@ class MixerCall(NamedTuple):
 
     def scans(self) -> list[tuple[Tree, str]]:
         """The trees and directions of its scans."""
-        return self.mixer.scans(self.features()) if self.tree is None else [(self.tree, self.mixer.direction)]
+        if isinstance(self.mixer, SS2D):
+            paths = self.mixer.paths(self.features())
+            fields = zip(*(field.split(1) for field in (paths.parent, paths.order, paths.subtree_size)), strict=True)
+            return [(Tree(*of_path), "down") for of_path in fields]
+        if self.tree is not None and isinstance(self.mixer, TreeSSM):
+            return [(self.tree, self.mixer.direction)]
+        return self.mixer.scans(self.features())
 
 
 @torch.no_grad()
-def mixer_calls(model: nn.Module, images: Tensor) -> list[list[MixerCall]]:
+def mixer_calls(model: Any, images: Tensor) -> list[list[MixerCall]]:
     """What the mixers of a model are called with, by stage and block.
 
     Args:
@@ -144,9 +150,9 @@ def mixer_calls(model: nn.Module, images: Tensor) -> list[list[MixerCall]]:
         ValueError: a model with other mixers.
     """
     mixers = [[block.mixer for block in stage.blocks] for stage in model.stages]
-    calls: dict[nn.Module, MixerCall] = {}
+    calls: dict[Any, MixerCall] = {}
 
-    def keep(mixer: nn.Module, inputs: tuple, keywords: dict) -> None:
+    def keep(mixer: Any, inputs: tuple, keywords: dict) -> None:
         calls[mixer] = MixerCall(mixer, inputs[0], keywords.get("tree"))
 
     others = {type(mixer).__name__ for stage in mixers for mixer in stage if not isinstance(mixer, SelectiveSSM | SS2D)}
@@ -207,7 +213,7 @@ def mixer_affinity(mixer: SelectiveSSM | SS2D, x: Tensor, pixel: tuple[int, int]
 
 
 def receptive_field(
-    model: nn.Module, images: Tensor, stage: int | None = None, pixel: tuple[float, float] = (0.5, 0.5)
+    model: Any, images: Tensor, stage: int | None = None, pixel: tuple[float, float] = (0.5, 0.5)
 ) -> np.ndarray:
     """The effective receptive field (arXiv 1701.04128): how much a pixel of a map changes with each pixel of the image.
 

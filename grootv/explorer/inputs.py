@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 import grootv  # noqa: F401  registers the models
 from grootv.images import to_rgb
@@ -100,7 +101,7 @@ def _sample(name: str) -> np.ndarray:
 class Classifier:
     """A model with what is needed to use it."""
 
-    net: nn.Module
+    net: Any
     classes: Sequence[str]
     mean: Tensor
     std: Tensor
@@ -152,12 +153,13 @@ def load_classifier(model: str, weights: str = "", scan: str = "tree") -> Classi
 @lru_cache(maxsize=3)
 def _load(model: str, weights: str, scan: str, changed: int) -> Classifier:
     """`changed`, the time when the weights were written, makes a new entry of the cache for new weights."""
-    arguments = {"model_name": model}
+    arguments: dict[str, Any] = {"model_name": model}
     if not model.startswith("vmamba"):
         arguments["scan"] = scan
     statistics: dict[str, Sequence[float]] = {}
     if weights and Path(weights).is_dir():
         weights, arguments, statistics = _read_run(Path(weights))
+    net: Any
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if weights:
@@ -179,7 +181,7 @@ def _scan_of(arguments: dict) -> str:
     return "" if scan == "tree" else f" ({scan})"
 
 
-def _fill(arguments: dict, content: dict, name: str) -> tuple[nn.Module, Sequence[str] | None]:
+def _fill(arguments: dict, content: dict, name: str) -> tuple[Any, Sequence[str] | None]:
     """A model with the weights in a file, and the names of its classes if the file has them."""
     try:
         own = {official_to_own(key): value for key, value in backbone_weights(content).items()}
@@ -230,8 +232,8 @@ def _read_run(folder: Path) -> tuple[str, dict, dict]:
     return str(weights), arguments, {key: preprocessor[key] for key in ("mean", "std") if key in preprocessor}
 
 
-def _class_names(count: int) -> Sequence[str]:
+def _class_names(count: int) -> list[str]:
     if count == 1000:
         info = ImageNetInfo()
-        return [info.index_to_description(index) for index in range(count)]
+        return [str(info.index_to_description(index)) for index in range(count)]
     return [f"class {index}" for index in range(count)]

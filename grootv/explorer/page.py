@@ -211,7 +211,7 @@ class Tab:
         outputs = [self.picture, self.status, self.files, self.code, self.boxes, self.query]
         # One at a time: a request has all cores, and the others wait in the bounded queue.
         work = {"concurrency_id": "work", "concurrency_limit": 1, "show_progress_on": self.picture}
-        self.draw = {"fn": self.run, "inputs": inputs, "outputs": outputs, **work, **_PRIVATE}
+        self.draw: dict[str, Any] = {"fn": self.run, "inputs": inputs, "outputs": outputs, **work, **_PRIVATE}
         triggers = [self.button.click]
         triggers += [box.submit for box in self.controls.values() if isinstance(box, gr.Textbox)]
         show = {"fn": None, "inputs": self.query, "js": _SET_URL, **_PRIVATE}
@@ -263,7 +263,7 @@ class Tab:
         point = clicked_point(boxes, event.index[0] / width, event.index[1] / height)
         if point is None:
             raise gr.Error("Click inside a panel that shows the image.", print_exception=False)
-        by_name = {each.name: each for each in self.spec.fields}
+        by_name = {each.name: each for each in self.spec.fields if isinstance(each, fields.Points)}
         changed = [
             by_name[each].add(text, point) if each == (name or each) else gr.skip()
             for each, text in zip(self.spec.clicks, texts, strict=True)
@@ -271,7 +271,7 @@ class Tab:
         return changed if len(changed) > 1 else changed[0]  # Gradio takes a list for one output as its value
 
 
-_PRIVATE = {"api_visibility": "private"}
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
 def _text(value: Any) -> str:
@@ -280,8 +280,14 @@ def _text(value: Any) -> str:
 
 def _upload(label: str, elem_id: str) -> gr.Image:
     """An image that is handed over as a file, unread: a damaged one becomes a sentence of `inputs.read_image`."""
-    sources = ["upload", "clipboard", "webcam"]
-    image = gr.Image(label=label, sources=sources, type="filepath", height=220, elem_id=elem_id, buttons=[])
+    image = gr.Image(
+        label=label,
+        sources=["upload", "clipboard", "webcam"],
+        type="filepath",
+        height=220,
+        elem_id=elem_id,
+        buttons=[],
+    )
     image.preprocess = lambda payload: None if payload is None else payload.path
     return image
 

@@ -47,7 +47,7 @@ class View:
         """The file of a kind, one of `FORMATS`."""
         file = io.BytesIO()
         if kind == "npz":
-            np.savez_compressed(file, **self.data)
+            np.savez_compressed(file, allow_pickle=False, **self.data)
         else:
             with _DRAWING:
                 self.figure.savefig(file, format=kind, dpi=_DPI)

@@ -44,7 +44,7 @@ def test_arcs_lead_to_the_parents():
     from matplotlib.patches import Arc
 
     figure = plot_arcs(list("abcd"), [[1, 2, 3, 3], [3, 3, 3, 3]], ["Chain", "Star"])
-    chain, star = figure.axes
+    chain, star, _ = figure.axes  # and the colour bar
     ends = [sorted((arc.center[0] - arc.width / 2, arc.center[0] + arc.width / 2) for arc in star.patches)]
     assert ends == [[(0, 3), (1, 3), (2, 3)]]
     assert len(chain.patches) == 3 and all(isinstance(arc, Arc) for arc in chain.patches)

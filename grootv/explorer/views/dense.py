@@ -138,7 +138,7 @@ def _draw_instances(
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
         )
     counts = np.bincount(data["labels"], minlength=1)
-    named = ", ".join(f"{counts[label]} × {classes[label]}" for label in np.flatnonzero(counts)) or "nothing"
+    named = ", ".join(f"{counts[label]} × {classes[label]}" for label in np.flatnonzero(counts).tolist()) or "nothing"
     return data, f"Found with a score of at least {threshold:g}: {named}."
 
 

@@ -95,7 +95,7 @@ def class_scores(classifier: Classifier, pixels: np.ndarray, size: int) -> np.nd
 def draw_classes(axes: Axes, classifier: Classifier, scores: np.ndarray, count: int = 5) -> str:
     """Bars of the most probable classes, and the same in words."""
     best = np.argsort(-scores, kind="stable")[:count]
-    names = [_short(classifier.classes[index]) for index in best]
+    names = [_short(classifier.classes[int(index)]) for index in best]
     words = [f"{name} {100 * score:.1f} %" for name, score in zip(names, scores[best], strict=True)]
     bars = axes.barh(range(len(best)), 100 * scores[best], color="#56b4e9", height=0.7)
     axes.set(xlim=(0, 100 * scores[best].max()), yticks=[], xlabel="probability in %")

@@ -78,14 +78,9 @@ def plot_tree(
     lines = draw_tree(axes, picture, tree, height, width, color_by)
     finish(axes, picture, [], f"{title}; root: square", "")
     if zoom > 1:
-        lines.set_linewidths(np.asarray(lines.get_linewidths()) * zoom**0.5)
-        for limits, length, place in (
-            (axes.set_xlim, picture.shape[1], centre[1]),
-            (axes.set_ylim, picture.shape[0], centre[0]),
-        ):
-            part = length / zoom
-            start = min(max(place * length - part / 2, 0), length - part)
-            limits((start, start + part) if limits == axes.set_xlim else (start + part, start))
+        lines.set(linewidths=np.asarray(lines.get_linewidth()) * zoom**0.5)
+        top, bottom = _part(picture.shape[0], zoom, centre[0])
+        axes.set(xlim=_part(picture.shape[1], zoom, centre[1]), ylim=(bottom, top))
     labels = {"depth": "depth (edges to the root)", "subtree": "pixels below the edge"}
     figure.colorbar(lines, ax=axes, label=labels[color_by], pad=0.02)
     data = {"parent": tree.parent[0].numpy(), "depth": depths, "subtree_size": tree.subtree_size[0].numpy()}
@@ -97,6 +92,13 @@ def plot_tree(
         notes,
         [(axes, picture.shape[:2])],
     )
+
+
+def _part(length: int, zoom: float, centre: float) -> tuple[float, float]:
+    """Start and end of 1 / zoom of a length around a place from 0 to 1, within the length."""
+    part = length / zoom
+    start = min(max(centre * length - part / 2, 0), length - part)
+    return start, start + part
 
 
 def grid_of(image: np.ndarray, grid: int) -> tuple[int, int]:
