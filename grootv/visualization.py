@@ -437,36 +437,41 @@ def plot_detections(
         ValueError: sizes that do not fit each other, or labels that are no classes.
         TypeError: an image that is not uint8.
     """
-    _check_image(image)
     figure, panels = _truth_and_prediction(image)
     for axes, found in zip(panels, (truth, prediction), strict=True):
-        boxes, labels = np.asarray(found["boxes"], float).reshape(-1, 4), np.asarray(found["labels"], int)
-        masks, scores = found.get("masks"), found.get("scores")
-        if any(part is not None and len(part) != len(boxes) for part in (labels, masks, scores)):
-            raise ValueError(f"labels, masks and scores must be as many as the {len(boxes)} boxes")
-        if not np.isin(labels, np.arange(len(classes))).all():
-            raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
-        axes.imshow(image)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for i in np.argsort(-areas, kind="stable"):
-            colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
-            if masks is not None:
-                axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
-            left, top, right, bottom = boxes[i]
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
-            name = classes[labels[i]] if scores is None else f"{classes[labels[i]]}  {100 * float(scores[i]):.0f} %"
-            at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
-            axes.text(
-                right if at_right else left,
-                max(top, 0),
-                name,
-                horizontalalignment="right" if at_right else "left",
-                verticalalignment="top" if at_top else "bottom",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
-                **_readable_on(colour),
-            )
-        axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
+        draw_detections(axes, image, found, classes)
     return figure
+
+
+def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarray], classes: Sequence[str]) -> None:
+    """One panel of `plot_detections`, into `axes`: objects in an image."""
+    _check_image(image)
+    boxes, labels = np.asarray(found["boxes"], float).reshape(-1, 4), np.asarray(found["labels"], int)
+    masks, scores = found.get("masks"), found.get("scores")
+    if any(part is not None and len(part) != len(boxes) for part in (labels, masks, scores)):
+        raise ValueError(f"labels, masks and scores must be as many as the {len(boxes)} boxes")
+    if not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
+    axes.imshow(image)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for i in np.argsort(-areas, kind="stable"):
+        colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
+        if masks is not None:
+            axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
+        left, top, right, bottom = boxes[i]
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
+        name = classes[labels[i]] if scores is None else f"{classes[labels[i]]}  {100 * float(scores[i]):.0f} %"
+        at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
+        axes.text(
+            right if at_right else left,
+            max(top, 0),
+            name,
+            horizontalalignment="right" if at_right else "left",
+            verticalalignment="top" if at_top else "bottom",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+            **_readable_on(colour),
+        )
+    axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
 
 
 def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Figure:
@@ -483,31 +488,37 @@ def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarr
         ValueError: an image or maps of other shapes.
         TypeError: an image that is not uint8.
     """
+    figure, panels = _truth_and_prediction(image)
+    for axes, labels in zip(panels, (truth, prediction), strict=True):
+        draw_segmentation(axes, image, labels, classes)
+    return figure
+
+
+def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+    """One panel of `plot_segmentation`, into `axes`: the classes of the pixels of an image."""
     from scipy.ndimage import distance_transform_edt
     from skimage.measure import label, regionprops
 
     _check_image(image)
-    figure, panels = _truth_and_prediction(image)
+    labels = np.asarray(labels)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"truth and prediction must be {list(image.shape[:2])}, got {list(labels.shape)}")
     grey = image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    for axes, labels in zip(panels, map(np.asarray, (truth, prediction)), strict=True):
-        if labels.shape != image.shape[:2]:
-            raise ValueError(f"truth and prediction must be {list(image.shape[:2])}, got {list(labels.shape)}")
-        axes.imshow(grey)
-        for number in range(len(classes)):
-            if not (labels == number).any():
-                continue
-            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            axes.imshow(_colour_where(labels == number, colour, 0.6))
-            for region in regionprops(label(labels == number, connectivity=1)):
-                if region.area >= 0.005 * labels.size:
-                    depth = distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
-                    row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
-                    at = column / labels.shape[1]
-                    side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
-                    outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-                    place = {"horizontalalignment": side, "verticalalignment": "center"}
-                    axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
-    return figure
+    axes.imshow(grey)
+    for number in range(len(classes)):
+        if not (labels == number).any():
+            continue
+        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+        axes.imshow(_colour_where(labels == number, colour, 0.6))
+        for region in regionprops(label(labels == number, connectivity=1)):
+            if region.area >= 0.005 * labels.size:
+                depth = distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
+                row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
+                at = column / labels.shape[1]
+                side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
+                outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
+                place = {"horizontalalignment": side, "verticalalignment": "center"}
+                axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
 
 
 def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:

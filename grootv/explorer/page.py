@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import os
@@ -10,7 +11,7 @@ import tempfile
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -389,10 +390,20 @@ def make_app(folders: Sequence[Path] = (Path(),)) -> FastAPI:
     Args:
         folders: In which the page may read weights, configs and models. Configs in them are run as Python.
     """
-    pictures = Path(tempfile.mkdtemp(prefix="grootv-explorer-"))
+    # Readable by this user alone, and removed at the end: what people upload and what is drawn of it.
+    files = Path(tempfile.mkdtemp(prefix="grootv-explorer-"))
+    os.environ["GRADIO_TEMP_DIR"] = str(files / "gradio")
+    pictures = files / "pictures"
+    pictures.mkdir()
     page = Page([Path(folder) for folder in folders], pictures)
     page.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
-    app = FastAPI(on_shutdown=[lambda: shutil.rmtree(pictures, ignore_errors=True)], docs_url=None, openapi_url=None)
+
+    @contextlib.asynccontextmanager
+    async def remove_files(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        shutil.rmtree(files, ignore_errors=True)
+
+    app = FastAPI(lifespan=remove_files, docs_url=None, openapi_url=None)
 
     @app.get("/files/{key}.{kind}")
     def file(key: str, kind: str) -> Response:

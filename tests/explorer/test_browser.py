@@ -48,7 +48,10 @@ def address(files: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "grootv.explorer", "--port", str(port), "--folder", str(files)]
-    server = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    temporary = files / "temporary"
+    temporary.mkdir()
+    variables = {**environment(), "TMPDIR": str(temporary)}
+    server = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(3 * SECONDS):
@@ -63,6 +66,7 @@ def address(files: Path) -> Iterator[str]:
         server.terminate()
         output, _ = server.communicate(timeout=30)
     assert "Traceback" not in output, output
+    assert not [path for path in temporary.rglob("*") if path.is_file()], "uploads or pictures stay on the disk"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch, Rectangle
+
+from grootv.visualization import draw_detections, draw_segmentation
 
 from ..inputs import read_image
 from ..view import Number, PathText, Spec, View
 from ._shared import IMAGE, finish, make_figure, show_image, shown
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
-OTHERS = "#777777"
 INSTALL = "pip install 'grootv[openmmlab]'"
 MAX_INSTANCES = 100
+NAMED = 8
 
 
 def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", threshold: float = 0.3) -> View:
@@ -59,24 +57,14 @@ def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", thr
         found = infer(model, np.ascontiguousarray(pixels[..., ::-1]))  # both take BGR
     # A checkpoint has the names of its classes; without one, those of COCO would be a guess.
     metas = [getattr(model, "dataset_meta", {}) if checkpoint else {}, model.cfg.get("metainfo", {})]
-    classes = _Names(next((meta["classes"] for meta in metas if meta.get("classes")), ()))
+    classes = next((list(meta["classes"]) for meta in metas if meta.get("classes")), [])
     picture = shown(pixels)
     figure, ((photo, result),) = make_figure(picture, 1, 2, 13.0)
     show_image(photo, picture, (), "image")
     draw = _draw_instances if task == "mmdet" else _draw_regions
     data, words = draw(result, found, picture, pixels.shape[:2], classes, threshold)
-    finish(result, picture, [], f"{Path(config).stem}", "")
+    finish(result, picture, [], Path(config).stem, "")
     return View(figure, data, words, [*notes, words])
-
-
-class _Names(dict[int, str]):
-    """The name of each class, or its number."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(enumerate(names))
-
-    def __missing__(self, label: int) -> str:
-        return f"class {label}"
 
 
 @lru_cache(maxsize=2)
@@ -110,69 +98,45 @@ def _load(config: str, checkpoint: str, *_: int) -> tuple[str, Any]:
 
 
 def _draw_instances(
-    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: _Names, threshold: float
+    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: list[str], threshold: float
 ) -> tuple[dict[str, np.ndarray], str]:
     instances = found.pred_instances.numpy()
     kept = np.flatnonzero(instances.scores >= threshold)[:MAX_INSTANCES]
     data = {"boxes": instances.bboxes[kept], "scores": instances.scores[kept], "labels": instances.labels[kept]}
+    counts = np.bincount(data["labels"], minlength=1)
+    names = _names(classes, len(counts))
+    drawn = {**data, "boxes": data["boxes"] * np.tile(np.divide(picture.shape[1::-1], size[::-1]), 2)}
     if "masks" in instances:
         data["masks"] = instances.masks[kept]
-    axes.imshow(picture)
-    scale = picture.shape[0] / size[0]
-    for number, (left, top, right, bottom) in enumerate(scale * data["boxes"]):
-        colour = COLOURS[data["labels"][number] % len(COLOURS)]
-        if "masks" in data:
-            rows, columns = (
-                np.linspace(0, full - 1, new).astype(int) for full, new in zip(size, picture.shape, strict=False)
-            )
-            _tint(axes, data["masks"][number][np.ix_(rows, columns)], colour)
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.8))
-        axes.annotate(
-            f"{classes[data['labels'][number]]} {data['scores'][number]:.2f}",
-            (left, top),
-            (2, -2),
-            textcoords="offset points",
-            va="top",
-            fontsize=9,
-            color="black",
-            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
+        drawn["masks"] = (
+            np.stack([mask[_cells(size, picture)] for mask in data["masks"]]) if len(kept) else data["masks"]
         )
-    counts = np.bincount(data["labels"], minlength=1)
-    named = ", ".join(f"{counts[label]} × {classes[label]}" for label in np.flatnonzero(counts).tolist()) or "nothing"
+    draw_detections(axes, picture, drawn, names)
+    named = ", ".join(f"{counts[label]} × {names[label]}" for label in np.flatnonzero(counts).tolist()) or "nothing"
     return data, f"Found with a score of at least {threshold:g}: {named}."
 
 
 def _draw_regions(
-    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: _Names, _: float
+    axes: Axes, found: Any, picture: np.ndarray, size: tuple[int, int], classes: list[str], _: float
 ) -> tuple[dict[str, np.ndarray], str]:
     labels = found.pred_sem_seg.data[0].cpu().numpy()
-    areas = (
-        np.bincount(
-            labels.ravel(),
-        )
-        / labels.size
-    )
-    largest = [label for label in np.argsort(-areas, kind="stable") if areas[label] > 0]
-    axes.imshow(picture)
+    areas = np.bincount(labels.ravel()) / labels.size
+    names = _names(classes, len(areas))
+    draw_segmentation(axes, picture, labels[_cells(size, picture)], names)
+    largest = np.argsort(-areas, kind="stable")[:NAMED].tolist()
+    shares = [f"{names[label]} {100 * areas[label]:.1f} %" for label in largest if areas[label] > 0]
+    return {"labels": labels}, f"Largest parts of the image: {', '.join(shares)}."
+
+
+def _names(classes: list[str], count: int) -> list[str]:
+    """At least `count` names: numbers for classes without one."""
+    return classes + [f"class {label}" for label in range(len(classes), count)]
+
+
+def _cells(size: tuple[int, int], picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of an image that are the pixels of a smaller picture of it."""
     rows, columns = (np.linspace(0, full - 1, new).astype(int) for full, new in zip(size, picture.shape, strict=False))
-    small = labels[np.ix_(rows, columns)]
-    shares = [f"{classes[label]} ({100 * areas[label]:.1f} %)" for label in largest]
-    handles = []
-    for number, label in enumerate(largest[: len(COLOURS)]):
-        _tint(axes, small == label, COLOURS[number])
-        handles.append(Patch(color=COLOURS[number], label=shares[number]))
-    if len(largest) > len(COLOURS):
-        _tint(axes, np.isin(small, largest[len(COLOURS) :]), OTHERS)
-        handles.append(Patch(color=OTHERS, label=f"{len(largest) - len(COLOURS)} other classes"))
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, fontsize=9, frameon=False)
-    return {"labels": labels}, f"Parts of the image: {', '.join(shares[: len(COLOURS)])}."
-
-
-def _tint(axes: Axes, mask: np.ndarray, colour: str) -> None:
-    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    layer = np.zeros((*mask.shape, 4), np.uint8)
-    layer[mask.astype(bool)] = (red, green, blue, 130)
-    axes.imshow(layer)
+    return np.ix_(rows, columns)
 
 
 SPEC = Spec(
