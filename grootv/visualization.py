@@ -6,6 +6,7 @@ it needs matplotlib, and scikit-image for `lab_features`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.typing import ColorType
 from torch import Tensor
 from torch.nn import functional
 
@@ -342,13 +344,14 @@ def plot_detections(
             raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
         axes.imshow(image)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for i in np.argsort(-areas, kind="stable"):
-            colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
+        for i in np.argsort(-areas, kind="stable").tolist():
+            number = int(labels[i])
+            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
             if masks is not None:
                 axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
             left, top, right, bottom = boxes[i]
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
-            name = classes[labels[i]] if scores is None else f"{classes[labels[i]]}  {100 * float(scores[i]):.0f} %"
+            name = classes[number] if scores is None else f"{classes[number]}  {100 * float(scores[i]):.0f} %"
             at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
             axes.text(
                 right if at_right else left,
@@ -394,7 +397,7 @@ def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarr
             axes.imshow(_colour_where(labels == number, colour, 0.6))
             for region in regionprops(label(labels == number, connectivity=1)):
                 if region.area >= 0.005 * labels.size:
-                    depth = distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
+                    depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
                     row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
                     at = column / labels.shape[1]
                     side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
@@ -418,12 +421,12 @@ def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:
     return figure, panels
 
 
-def _colour_where(mask: np.ndarray, colour: str, opacity: float) -> np.ndarray:
+def _colour_where(mask: np.ndarray, colour: ColorType, opacity: float) -> np.ndarray:
     """(H, W, 4) floating point: the colour where `mask` is, transparent elsewhere."""
     return mask[..., None] * np.array(to_rgba(colour, opacity))
 
 
-def _readable_on(colour: str) -> dict[str, object]:
+def _readable_on(colour: ColorType) -> dict[str, Any]:
     """The colour of text on a ground."""
     red, green, blue = to_rgb(colour)
     return {"color": "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white", "fontsize": 11}
