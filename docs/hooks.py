@@ -33,6 +33,8 @@ def site_path(path: str) -> str:
     """Where the page of the file or folder `path` of the repository is among the sources of the site."""
     if path == "README.md":
         return "index.md"
+    if path.endswith("/README.md"):
+        return path.replace("/README.md", ".md")
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if path.endswith(".ipynb"):
@@ -44,9 +46,9 @@ def site_path(path: str) -> str:
 
 def repository_path(file: File) -> str:
     """The inverse of `site_path`, for pages with links."""
-    if file.src_uri == "index.md":
-        return "README.md"
-    return file.src_uri if file.generated_by else f"docs/{file.src_uri}"
+    if not file.generated_by:
+        return f"docs/{file.src_uri}"
+    return next((path for path in PAGES if site_path(path) == file.src_uri), file.src_uri)
 
 
 def targets(markdown: str, path: str) -> list[str]:

@@ -455,7 +455,7 @@ def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarra
         raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
     axes.imshow(image)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for i in np.argsort(-areas, kind="stable"):
+    for i in np.argsort(-areas, kind="stable").tolist():
         colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
         if masks is not None:
             axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
@@ -513,8 +513,7 @@ def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes
         axes.imshow(_colour_where(labels == number, colour, 0.6))
         for region in regionprops(label(labels == number, connectivity=1)):
             if region.area >= 0.005 * labels.size:
-                padded: Any = distance_transform_edt(np.pad(region.image, 1))
-                depth = padded[1:-1, 1:-1]
+                depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
                 row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
                 at = column / labels.shape[1]
                 side = "left" if at < 0.2 else "right" if at > 0.8 else "center"

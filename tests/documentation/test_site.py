@@ -78,16 +78,14 @@ def test_faults_end_a_strict_build(checkout: Path, site: Path) -> None:
         page.write("\n[a](no-such-page.md) [b](speed.md#no-such-part) [c](../grootv/no_such_file.py)\n")
         page.write('\n<img src="https://example.org/picture.png">\n')
     (checkout / "docs/forgotten.md").write_text("# A page that the navigation leaves out\n")
-    with (checkout / "grootv/layers/scans.py").open("a") as file:
-        file.write("\n\ndef spiral(features):\n    return []\n")
-    scans = checkout / "grootv/layers/scans.py"
-    scans.write_text(scans.read_text().replace('__all__ = ["bidirectional"', '__all__ = ["spiral", "bidirectional"'))
+    with (checkout / "grootv/visualization.py").open("a") as file:
+        file.write("\n\ndef plot_nothing(axes):\n    return axes\n")
     (checkout / "grootv/extra").mkdir()
     (checkout / "grootv/extra/__init__.py").write_text('__all__ = ["thing"]\n\n\ndef thing():\n    """A thing."""\n')
     result = build(checkout)
     assert result.returncode != 0
     for fault in (
         "no-such-page.md", "no-such-part", "no_such_file.py", "example.org/picture.png", "forgotten.md",
-        "grootv.layers.scans.spiral has no docstring", "thing is exported by grootv.extra",
+        "grootv.visualization.plot_nothing has no docstring", "thing is exported by grootv.extra",
     ):  # fmt: skip
         assert fault in result.stderr, fault
