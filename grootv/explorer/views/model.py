@@ -124,7 +124,8 @@ def _trees(classifier: Classifier, pixels: np.ndarray, stage: int, point: Point,
     for number, call in enumerate(blocks):
         line, column = divmod(number, columns)
         top, bottom = axes[2 * line, column], axes[2 * line + 1, column]
-        top.set_axis_on(), bottom.set_axis_on()
+        top.set_axis_on()
+        bottom.set_axis_on()
         height, width = call.x.shape[1:3]
         scans = call.scans()
         draw_tree(top, picture, scans[0][0], height, width)
