@@ -346,22 +346,43 @@ def replace_section(page: Path, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
+# Colour and marker of the scans, which are filled; options of the tree are hollow, other networks black.
+MARKS = {
+    "tree": ("#0072b2", "o"),
+    "raster": ("#e69f00", "s"),
+    "bidirectional": ("#009e73", "D"),
+    "cross": ("#d55e00", "X"),
+}
+
+
 def plot(by_row: dict[str, list[dict]], speeds: dict[str, dict]):
     """Accuracy over throughput, with standard errors."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
-    markers = "osD^v<>PX*ph8"
-    for test, title, ax in zip(("artist", "subjects"), ("an unseen artist", "unseen subjects"), axes, strict=True):
-        for i, (row, found) in enumerate(by_row.items()):
+    options, others = iter("v^<>p"), iter("*Phd")
+    marks = {
+        row: MARKS.get(row)
+        or ((MARKS["tree"][0], next(options)) if row.startswith("tree") else ("#000000", next(others)))
+        for row in by_row
+    }
+    titles = ("an unseen artist", "unseen subjects")
+    for test, title, ax in zip(("artist", "subjects"), titles, axes, strict=True):
+        for row, found in by_row.items():
             values = [run[test] for run in found]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
             at = speeds[row].get("inference", 0) / 1000, statistics.mean(values)
-            ax.errorbar(*at, yerr=error, fmt=markers[i % len(markers)], capsize=3, alpha=0.8, label=row)
-        ax.set(xlabel="thousand images a second, inference", ylabel="accuracy, %", title=title)
+            colour, marker = marks[row]
+            hollow = row.startswith("tree") and row != "tree"
+            ax.errorbar(
+                *at, yerr=error, fmt=marker, color=colour, markerfacecolor="white" if hollow else colour,
+                markersize=9, markeredgewidth=1.5, elinewidth=1, capsize=3, label=row,
+            )  # fmt: skip
+        ax.set(xlabel="inference, thousand images a second", ylabel="accuracy, %", title=f"Accuracy on {title}")
         ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle("Means and standard errors over the seeds", fontsize=10)
     return figure
 
 

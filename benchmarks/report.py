@@ -69,15 +69,17 @@ def publish(
     command: str,
     commit_name: str | None = None,
     measured: dict[str, str] | None = None,
+    show: bool = True,
 ) -> Path:
-    """Print a report and write it to benchmarks/results/NAME-MACHINE.md, with hardware, versions, commit and date.
+    """Write a report to benchmarks/results/NAME-MACHINE.md, with hardware, versions, commit and date; `show` prints it.
 
     They are those of now, or the `circumstances` of an earlier measurement.
     """
     at = measured or circumstances(commit_name)
     facts = f"Measured on {at['hardware']}; {at['versions']}; commit {at['commit']}; {at['date']}.\n\n    {command}"
     text = "\n\n".join([f"# {title}", facts, *sections]) + "\n"
-    print(text)
+    if show:
+        print(text)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{at['machine']}.md"
     path.write_text(text)

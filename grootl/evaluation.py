@@ -31,6 +31,15 @@ class GrootLLM(HFLM):
 
     AUTO_MODEL_CLASS = GrootLForCausalLM
 
+    # Of HFLM, whose decorator hides them from type checkers.
+    batch_size: Any
+    device: Any
+    max_length: int
+    mixed_precision_dtype: torch.dtype | None
+    model: Any
+    softmax_dtype: torch.dtype | None
+    _batch_scheduler: Any
+
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **_: Any) -> None:
         self._config = GrootLConfig.from_pretrained(pretrained, revision=revision, subfolder=subfolder)
 
@@ -57,7 +66,8 @@ class GrootLLM(HFLM):
         if automatic:
             self.batch_sizes = {}
         batches = ordered.get_batched(
-            n=0 if automatic else override_bs or self.batch_size, batch_fn=self._batch_scheduler if automatic else None
+            n=0 if automatic else int(override_bs or self.batch_size),
+            batch_fn=self._batch_scheduler if automatic else None,
         )
         results: list[tuple[float, bool]] = []
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Log-likelihoods")

@@ -69,7 +69,8 @@ def add_lora(model: GrootLForCausalLM, rank: int = 8, alpha: int = 16) -> PeftMo
 
 def merge_lora(model: PeftModel) -> GrootLForCausalLM:
     """The model with its adapters added to its weights; its outputs are those with adapters."""
-    _untie(model.get_base_model())
+    base: Any = model.get_base_model()
+    _untie(base)
     return model.merge_and_unload(safe_merge=True)
 
 
@@ -139,6 +140,7 @@ class InstructionTrainer(Trainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; FloatingPointError if it is NaN or infinite."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
@@ -181,6 +183,7 @@ def finetune(
     Returns:
         The model that was written.
     """
+    assert args.output_dir is not None  # transformers gives it a default
     out_dir = Path(args.output_dir)
     trainer = InstructionTrainer(model, args, data, tokenizer)
     checkpoint = find_complete_checkpoint(out_dir) if resume else None
@@ -199,7 +202,7 @@ def _save(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path) -> N
     """Write to a temporary folder, which is then renamed."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(str(temporary))
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

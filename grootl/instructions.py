@@ -43,7 +43,7 @@ def read_records(source: str, split: str = "train") -> list[dict[str, str]]:
     else:
         from datasets import load_dataset
 
-        records = list(load_dataset(source, split=split))
+        records: list[Any] = list(load_dataset(source, split=split))
     if not records:
         raise ValueError(f"{source} holds no records")
     for number, record in enumerate(records):

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mamba.modeling_mamba import (
@@ -51,7 +50,7 @@ class Prompts(NamedTuple):
 
 
 def locate_prompts(
-    shape: tuple[int, int],
+    shape: torch.Size,
     device: torch.device,
     attention_mask: Tensor | None,
     prompt_length: int | Tensor | None,
@@ -86,7 +85,7 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _checked_prompt_length(
-    prompt_length: int | Tensor, shape: tuple[int, int], device: torch.device, count: Tensor | None
+    prompt_length: int | Tensor, shape: torch.Size, device: torch.device, count: Tensor | None
 ) -> Tensor:
     """(B,) or (1,) lengths on the device. `count`: the number of tokens of each row, or None if no row has padding."""
     batch, length = shape
@@ -181,7 +180,7 @@ class GrootLMixer(MambaMixer):
             y = prefix_scan(x, dt, A_log, B, C, tree, config.tree_scale, config.edge_decay)
             if cache is not None:
                 state = final_state(x, dt, A_log, B, tree, config.tree_scale, config.edge_decay)
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.update_recurrent_state(state, self.layer_idx)
 
         y = (y + x * _wide(self.D)) * F.silu(_wide(gate))
@@ -194,9 +193,7 @@ class GrootLMixer(MambaMixer):
         if conv_state is not None:
             inputs = torch.cat((conv_state.to(u.dtype), inputs), dim=-1)
         if cache is not None:
-            cache.update_conv_state(
-                _last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel
-            )
+            cache.update_conv_state(_last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel)
         width = inputs.shape[-1]
         return self.conv1d(inputs)[..., width - length : width].transpose(1, 2)
 
@@ -254,9 +251,8 @@ class GrootLPreTrainedModel(MambaPreTrainedModel):
             ValueError: the model is of another architecture, or its weights lack parameters.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
@@ -278,9 +274,11 @@ class GrootLModel(GrootLPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.embeddings
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.embeddings = new_embeddings
 
     @_renamed_cache
@@ -301,24 +299,22 @@ class GrootLModel(GrootLPreTrainedModel):
         prompts = None
         if not _continues(cache):
             prompts = locate_prompts(inputs.shape[:2], inputs.device, attention_mask, prompt_length, None)
-        return self._forward(
-            input_ids, inputs_embeds, attention_mask, prompts, cache, use_cache, output_hidden_states, return_dict
-        )
+        output = self._forward(inputs, attention_mask, prompts, cache, use_cache, output_hidden_states)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def _forward(
         self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
+        inputs: Tensor,
         attention_mask: Tensor | None,
         prompts: Prompts | None,
         cache: Cache | None,
         use_cache: bool | None,
         output_hidden_states: bool | None,
-        return_dict: bool | None,
-    ) -> MambaOutput | tuple:
+    ) -> MambaOutput:
+        """As `forward`, of token numbers (B, L) or embeddings (B, L, hidden size)."""
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -326,10 +322,10 @@ class GrootLModel(GrootLPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
 
-        if inputs_embeds is None:
-            _check_vocabulary(input_ids, config.vocab_size)
-            inputs_embeds = self.embeddings(input_ids)
-        length = inputs_embeds.shape[1]
+        if inputs.dim() == 2:
+            _check_vocabulary(inputs, config.vocab_size)
+            inputs = self.embeddings(inputs)
+        length = inputs.shape[1]
         edges = real = None
         if prompts is not None:
             real = prompts.real
@@ -340,7 +336,7 @@ class GrootLModel(GrootLPreTrainedModel):
             # The mask may cover the tokens that the cache has seen.
             real = attention_mask[:, -length:] != 0
 
-        hidden_states = inputs_embeds
+        hidden_states = inputs
         all_hidden_states = ()
         for block in self.layers:
             hidden_states = block(hidden_states, cache=cache, real=real, edges=edges)
@@ -348,19 +344,20 @@ class GrootLModel(GrootLPreTrainedModel):
                 all_hidden_states += (hidden_states,)
         hidden_states = self.norm_f(hidden_states)
 
-        output = MambaOutput(
+        return MambaOutput(
             last_hidden_state=hidden_states,
             cache=cache if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
-        return output if return_dict else output.to_tuple()
 
 
 def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
+    if input_ids is not None and inputs_embeds is None:
+        inputs, rank = input_ids, 2
+    elif inputs_embeds is not None and input_ids is None:
+        inputs, rank = inputs_embeds, 3
+    else:
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-    inputs = inputs_embeds if input_ids is None else input_ids
-    rank = 3 if input_ids is None else 2
     if inputs.dim() != rank or inputs.shape[1] < 1:
         name = "inputs_embeds must be (B, L, hidden size)" if rank == 3 else "input_ids must be (B, L)"
         raise ValueError(f"{name} with L at least 1, got {list(inputs.shape)}")
@@ -411,9 +408,11 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the tokens."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embeddings of the tokens."""
         self.backbone.set_input_embeddings(new_embeddings)
 
     @_renamed_cache
@@ -462,10 +461,9 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
             prompts = locate_prompts(inputs.shape[:2], inputs.device, attention_mask, prompt_length, labels)
         if labels is not None and use_cache is None:
             use_cache = False
-        output = self.backbone._forward(
-            input_ids, inputs_embeds, attention_mask, prompts, cache, use_cache, output_hidden_states, True
-        )
-        hidden_states = slice_logits_to_keep(output.last_hidden_state, logits_to_keep)
+        output = self.backbone._forward(inputs, attention_mask, prompts, cache, use_cache, output_hidden_states)
+        last_hidden_state: Any = output.last_hidden_state
+        hidden_states = slice_logits_to_keep(last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype))
         logits = _wide(logits)
 
@@ -494,7 +492,8 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' method. Once a cache holds the prompt, no token that is decoded is padding."""
-        inputs = super().prepare_inputs_for_generation(
+        parent: Any = super()  # whose protocol for `self` transformers' own models do not fulfil either
+        inputs = parent.prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -521,7 +520,8 @@ class GrootLForCausalLM(GrootLPreTrainedModel, GenerationMixin):
                 "prefill_chunk_size must be None, because the tree needs the whole prompt, "
                 f"got {generation_config.prefill_chunk_size}"
             )
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+        parent: Any = super()
+        return parent._prefill(input_ids, generation_config, *args, **kwargs)
 
 
 def _without_prompts(labels: Tensor, prompts: Prompts) -> Tensor:

@@ -15,7 +15,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .layers import LayerNorm
@@ -24,6 +23,7 @@ __all__ = [
     "depthwise_convolution_flops",
     "edge_weights_flops",
     "fvcore_handles",
+    "merged_scan_flops",
     "norm_flops",
     "ptflops_hooks",
     "scan_flops",
@@ -53,6 +53,12 @@ def selective_scan_flops(
     """Of a scan for each state, and of the sum over the states if C weights them."""
     states = A_log_shape[1] if len(A_log_shape) == 2 else 1
     return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
+
+
+def merged_scan_flops(x_shape: list[int], dt_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of K scans of one sweep and of the sum of what they give, and of the products for their step sizes."""
+    groups, rank = dt_shape[2:]
+    return groups * prod(x_shape) * (2 + rank)
 
 
 def step_projection_flops(
@@ -92,6 +98,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "edge_weights": edge_weights_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
+    "merged_scan": merged_scan_flops,
     "depthwise_conv_silu": depthwise_convolution_flops,
     "gated_norm": two_norms_flops,
     "layer_norm": norm_flops,
@@ -112,7 +119,7 @@ for _name, _formula in _FORMULAS.items():
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """What fvcore's `FlopCountAnalysis.set_op_handle` takes, by keyword: its formulas get values of a traced graph."""
 
-    def shape_or_value(value: torch._C.Value) -> Any:
+    def shape_or_value(value: Any) -> Any:
         return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
 
     def handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
@@ -131,8 +138,8 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     def hook(formula: Callable[..., int]) -> Callable[[tuple, tuple], int]:
         return lambda inputs, outputs: formula(*(x.shape if isinstance(x, torch.Tensor) else x for x in inputs))
 
-    def count_norm(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        module.__flops__ += norm_flops(output.shape)
+    def count_norm(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        module.__flops__ += norm_flops(list(output.shape))
 
     of_operations = {getattr(torch.ops.grootvl_ops, name): hook(formula) for name, formula in _FORMULAS.items()}
     return {**of_operations, LayerNorm: count_norm}

@@ -47,6 +47,7 @@ except ImportError:  # without torch there is nothing to build against; `grootvl
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;9.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of PyTorch 2.10
+MANYLINUX = "csrc/manylinux.cpp"
 WINDOWS = os.name == "nt"
 
 
@@ -112,11 +113,14 @@ def extensions(cuda: bool) -> list:
         # A backward pass computes again what the forward pass did, and must get the same bits.
         cxx += ["-ffp-contract=off"]
     kernels = cpp_extension.CppExtension(
-        "grootvl_ops._C_cpu", sources("csrc/cpu/*.cpp"), extra_compile_args=[*cxx, STABLE_ABI, *checked], **common
+        "grootvl_ops._C_cpu",
+        sources("csrc/cpu/*.cpp", MANYLINUX),
+        extra_compile_args=[*cxx, STABLE_ABI, *checked],
+        **common,
     )
     kernels.libraries = ["torch_cpu"]
     gradients = cpp_extension.CppExtension(
-        "grootvl_ops._C_autograd", sources("csrc/autograd.cpp"), extra_compile_args=cxx, **common
+        "grootvl_ops._C_autograd", sources("csrc/autograd.cpp", MANYLINUX), extra_compile_args=cxx, **common
     )
     if not cuda:
         return [kernels, gradients]
@@ -126,7 +130,10 @@ def extensions(cuda: bool) -> list:
     # For headers that the toolkit lacks (a minimal one has no cusparse.h, say), after its own.
     nvcc += [f"-I{path}" for path in pip_cuda_files("include")]
     gpu_kernels = cpp_extension.CUDAExtension(
-        "grootvl_ops._C_cuda", sources("csrc/cuda/**/*.cu"), extra_compile_args={"nvcc": nvcc}, **common
+        "grootvl_ops._C_cuda",
+        sources("csrc/cuda/**/*.cu", MANYLINUX),
+        extra_compile_args={"nvcc": nvcc, "cxx": cxx},
+        **common,
     )
     gpu_kernels.libraries = ["torch_cpu", "torch_cuda", "cudart"]
     link_cuda_runtime(gpu_kernels)
@@ -170,6 +177,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
                 super().build_extension(extension)
         except (Exception, SystemExit) as error:
             self.errors[part] = first_error("".join(output), error)
+            self.remove_library(part)
             if (part == "cuda" and asked("FORCE_CUDA")) or (part == "cpu" and asked("GROOTVL_REQUIRE_COMPILED")):
                 raise
             without = {
@@ -180,9 +188,18 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
             message = f"grootvl_ops: {extension.name} was not built ({self.errors[part]}): {without[part]}"
             print(message, file=sys.stderr)
 
+    def remove_library(self, part: str) -> None:
+        """Remove what an earlier build left in the same place: a wheel takes all that lies there."""
+        for folder in self.folders:
+            for library in Path(folder, "grootvl_ops").glob(f"_C_{part}.*"):
+                library.unlink()
+
     def run(self) -> None:
         self.errors: dict[str, str] = {}
+        self.folders = [self.build_lib, *([os.curdir] if self.inplace else [])]
         cuda = any(extension.name.endswith("_cuda") for extension in self.extensions)
+        if not cuda:
+            self.remove_library("cuda")
         try:
             super().run()
         except Exception as error:  # before the first file was compiled

@@ -148,3 +148,22 @@ def call_submodules(model: nn.Module) -> None:
         for module in (mixer.in_proj, mixer.conv, mixer.dt_proj, mixer.h_norm, mixer.out_norm):
             module.register_forward_hook(lambda _, __, output: output)
         assert not (mixer.splits_input or mixer.fuses_conv or mixer.fuses_step or mixer.fuses_norms)
+
+
+def replay_graph(step: Callable[[], list[Tensor]], static: Tensor, other: Tensor) -> list[Tensor]:
+    """What `step`, which reads `static`, gives when it is captured in a CUDA graph and replayed on the values of
+    `other`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        static.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    return [result.clone() for result in captured]

@@ -28,7 +28,7 @@ METRICS = {
     "detection": {"coco/bbox_mAP_50": "box AP50", "coco/segm_mAP_50": "mask AP50"},
     "segmentation": {"mIoU_objects": "mIoU over the ten digits", "mIoU": "mIoU with the background"},
 }
-SHOWN = 12
+SHOWN = 6
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,17 +61,17 @@ def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
     return [*options, "model.backbone.init_cfg.type=Pretrained", checkpoint]
 
 
-def make_sheet(folder: Path, sheet: Path, columns: int = 3, gap: int = 8) -> None:
-    """Write the first pictures in `folder` and its subfolders to one picture, in rows."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))[:SHOWN]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
-    width, height = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures), strict=True))
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
-    for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
-        canvas.paste(picture, (column * width, row * height))
-    canvas.resize((2 * canvas.width, 2 * canvas.height), Image.Resampling.LANCZOS).save(sheet)
+def make_sheet(folder: Path, sheet: Path, columns: int = 2, gap: int = 16) -> None:
+    """Write the first pictures in `folder` to one picture, in rows."""
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))[:SHOWN]]
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    width = max(picture.width for picture in pictures) + gap
+    heights = [max(picture.height for picture in row) + gap for row in rows]
+    canvas = Image.new("RGB", (columns * width - gap, sum(heights) - gap), "white")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            canvas.paste(picture, (column * width, sum(heights[:number])))
+    canvas.save(sheet)
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     for key, name in METRICS[args.task].items():
         value = metrics[key] if args.task == "segmentation" else 100 * metrics[key]
         print(f"    {name:26s} {value:5.1f} %")
-    print(f"    predictions, right of the ground truth          {sheet}")
+    print(f"    predictions, right of the truth                 {sheet}")
     print(f"    all of them                                     {folder / 'pictures'}")
     print(f"    learning curve                                  {folder / 'learning_curve.png'}")
 

@@ -43,15 +43,9 @@ def test_config(args: argparse.Namespace) -> Config:
 
 
 def _draw_predictions(cfg: Config, folder: Path) -> None:
-    hook = cfg.get("default_hooks", {}).get("visualization")
-    if hook is None:
-        raise SystemExit("--show-dir: the config has no default_hooks.visualization")
-    hook.draw = True
-    if cfg.default_scope == "mmdet":
-        hook.test_out_dir = str(folder)
-    else:  # by default mmseg draws every 50th image, to the folder of its visualizer
-        hook.interval = 1
-        cfg.visualizer.save_dir = str(folder)
+    if cfg.get("default_scope") not in ("mmdet", "mmseg"):
+        raise SystemExit("--show-dir: pictures are drawn for configs of detection and segmentation only")
+    cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": "PredictionPicturesHook", "folder": str(folder)}]
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ class LayerNorm(TraceLeaf, nn.LayerNorm):
         self.autocast_output = autocast_output
 
     def forward(self, x: Tensor) -> Tensor:
+        """The norm over the last dimension."""
         if torch.jit.is_scripting():  # TorchScript cannot ask for autocast's dtype; PyTorch's operation knows it
             weight, bias = self.weight, self.bias
             if x.dtype == torch.float32:  # also of a model in half precision, see `SS2D`

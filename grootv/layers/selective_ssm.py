@@ -1,6 +1,7 @@
 """The part that selective state space mixers have in common: all but the choice of trees and directions."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class SelectiveSSM(TraceLeaf):
     def __init__(self, dim: int, expand: int = 2, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__()
         check_sizes(dim=dim, expand=expand, d_state=d_state, dilation=dilation)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner_dim = expand * dim
         self.dim = dim
         self.d_state = d_state
@@ -102,12 +103,12 @@ class SelectiveSSM(TraceLeaf):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_step_bias(self.dt_proj.bias)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay (timm's convention)."""
         return {"D_skip"}
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def also_weight_decay(self) -> set[str]:
         """Names of the parameters of one dimension that take weight decay, which others of one dimension do not.
 

@@ -1,6 +1,7 @@
 """Symbolic traces: `torch.fx.symbolic_trace`, torchvision's and timm's feature extractors, FX quantisation."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ class TraceLeaf(nn.Module):
     def __call__(self, *args, **kwargs):
         for argument in args:
             if isinstance(argument, torch.fx.Proxy):
-                return argument.tracer.call_module(self, partial(self._keep, argument.tracer), args, kwargs)
+                tracer: Any = argument.tracer
+                return tracer.call_module(self, partial(self._keep, tracer), args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def _keep(self, tracer: torch.fx.Tracer, *args, **kwargs) -> torch.fx.Proxy:

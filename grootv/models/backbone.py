@@ -8,9 +8,10 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
+import torch.utils.checkpoint
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -22,7 +23,6 @@ from timm.layers import (
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import only_runs
@@ -50,6 +50,8 @@ __all__ = [
 Layer = Callable[..., nn.Module]
 """What makes a layer: a class, or a function with the same arguments."""
 
+checkpoint: Callable[..., Any] = torch.utils.checkpoint.checkpoint  # which PyTorch gives no type
+
 
 def to_nhwc(x: Tensor) -> Tensor:
     """(B, C, H, W) as a (B, H, W, C) view."""
@@ -61,7 +63,6 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-@torch.fx.wrap
 def check_images(x: Tensor) -> None:
     """Raise an error that says what to do if `x` are not images (B, C, H, W) of floating point."""
     if x.dim() != 4:
@@ -72,6 +73,9 @@ def check_images(x: Tensor) -> None:
             f"images must be floating point, got {x.dtype}: scale them to [0, 1], subtract the mean and divide by the "
             "standard deviation of timm.data.resolve_model_data_config(model), as timm.data.create_transform does"
         )
+
+
+torch.fx.wrap("check_images")
 
 
 class Stem(nn.Module):
@@ -87,7 +91,7 @@ class Stem(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = norm_for_product(norm_layer, dim // 2, **dd)
         self.act = act_layer()
@@ -117,7 +121,7 @@ class Downsample(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=dilation, dilation=dilation, bias=bias, **dd)
         self.norm = norm_layer(dim, **dd)
 
@@ -168,7 +172,7 @@ class Block(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = norm_for_product(norm_layer, dim, **dd)
         self.mixer = mixer(dim, **dd)
         self.takes_tree = {"tree", "built"} <= inspect.signature(self.mixer.forward).parameters.keys()
@@ -193,10 +197,12 @@ class Block(nn.Module):
         return x, self.norm2(x)
 
 
-@torch.fx.wrap
 def tree_list(x: Tensor) -> list[Tree]:
     """An empty list. A symbolic trace keeps calls with a tensor, and so a list that one returns as one object."""
     return []
+
+
+torch.fx.wrap("tree_list")
 
 
 def _call_and_keep_tree(block: Block, x: Tensor) -> tuple[Tensor, Tree]:
@@ -246,7 +252,7 @@ class Stage(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dilation[1] != 1:
             mixer = partial(mixer, dilation=dilation[1])
         self.grad_checkpointing = False
@@ -266,6 +272,7 @@ class Stage(nn.Module):
                 raise ValueError(f"tree_per='stage' needs a mixer that takes `tree` and `built`; {name} does not")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), the map of the stage before, to the map of this stage."""
         x = self.downsample(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if not self.grad_checkpointing and all(only_runs(block, Block) for block in self.blocks):
@@ -357,6 +364,7 @@ class MapHead(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H, W) to logits (B, classes), or with `pre_logits` to the features before the last layer."""
         x = self.drop(self.global_pool(self.forward_map(x)))
         return x if pre_logits else self.fc(x)
 
@@ -409,7 +417,7 @@ class HierarchicalBackbone(nn.Module):
         drop_path_rate: float,
         mixer: Layer,
         stage: Layer,
-        head: Layer,
+        head: Callable[..., "MapHead"],
         norm_layer: Layer | str,
         act_layer: Layer | str,
         device=None,
@@ -433,7 +441,7 @@ class HierarchicalBackbone(nn.Module):
         norm_layer = find_norm_layer(norm_layer)
         act_layer = find_act_layer(act_layer)
         _find_layer("global_pool", lambda name: SelectAdaptivePool2d(pool_type=name), global_pool)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -466,7 +474,7 @@ class HierarchicalBackbone(nn.Module):
                 )
             )
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
+        self.stages: nn.Sequential = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.head = head(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
@@ -474,31 +482,32 @@ class HierarchicalBackbone(nn.Module):
 
     def _init_linear_layers(self) -> None:
         # Convolutions and norms keep PyTorch's initialisation, mixers their own.
-        mlps = [block.mlp for stage in self.stages for block in stage.blocks]
+        mlps = [block.mlp for block in self.modules() if isinstance(block, Block)]
         for layer in (layer for parent in (*mlps, self.head) for layer in parent.children()):
             if isinstance(layer, nn.Linear):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_weights(self) -> None:
         """Initialise all parameters and buffers anew, such as after `to_empty` on a model made on the meta device."""
         for module in reversed(list(self.modules())):  # parents after their children, whose defaults they replace
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         self._init_linear_layers()
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay, besides norms and biases: those that mixers name."""
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
-            if module is not self and hasattr(module, "no_weight_decay")
-            for name in module.no_weight_decay()
+            if module is not self
+            for name in getattr(module, "no_weight_decay", set)()
         }
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         return {
@@ -512,13 +521,14 @@ class HierarchicalBackbone(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
@@ -569,7 +579,7 @@ class HierarchicalBackbone(nn.Module):
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice modules)
             stages = self.stages
         else:
-            stages = self.stages[: max_index + 1]
+            stages = cast(nn.Sequential, self.stages[: max_index + 1])
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
@@ -587,7 +597,7 @@ class HierarchicalBackbone(nn.Module):
         """Remove the layers that the stages taken by `indices` (see `forward_intermediates`) do not need."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        self.stages = cast(nn.Sequential, self.stages[: max_index + 1])
         if prune_end:
             self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
@@ -609,11 +619,16 @@ class HierarchicalBackbone(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes), or without classes to pooled features."""
         return self.forward_head(self.forward_features(x))
 
 
-def create_backbone(model_cls: type[HierarchicalBackbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` of a family: as of `build_model_with_cfg`, with errors that name the weights' source."""
+def create_backbone(model_cls: type[HierarchicalBackbone], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """`timm.create_model` of a family: as of `build_model_with_cfg`, with errors that name the weights' source.
+
+    Returns:
+        A `model_cls`, or with `features_only=True` timm's extractor around one.
+    """
     source = None
     if pretrained:
         source = require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))

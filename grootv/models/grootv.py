@@ -41,7 +41,7 @@ class GrootVHead(MapHead):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_dim = in_dim * 3 // 2
         super().__init__(hidden_dim, num_classes, pool_type, drop_rate, **dd)
         self.conv = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)

@@ -19,11 +19,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import timm.models
 import torch
+import torch._utils
 
 __all__ = [
     "TRUST_VARIABLE",
@@ -127,16 +128,16 @@ def read_pickle(file: BinaryIO, name: str | Path | None = None) -> Any:
     Raises:
         pickle.UnpicklingError: it is damaged, or holds objects that are not plain data and `TRUST_VARIABLE` is not set.
     """
-    name = name or getattr(file, "name", "the pickle")
+    called = name or getattr(file, "name", "the pickle")
     if trusts_files():
-        _warn_of_trust(name)
+        _warn_of_trust(called)
         return pickle.load(file)
     try:
         return _plain(_Unpickler(file).load(), {})
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        raise pickle.UnpicklingError(f"{name} cannot be used: {_one_line(error)}") from error
+        raise pickle.UnpicklingError(f"{called} cannot be used: {_one_line(error)}") from error
 
 
 def guard_timm() -> None:
@@ -146,18 +147,19 @@ def guard_timm() -> None:
     the check of the checksums, the name of the file in every message, and the plain data of `read_checkpoint`, for all
     models of timm in this process. Files of safetensors and calls with `weights_only=False` stay timm's.
     """
-    helpers = timm.models._helpers
+    helpers: Any = timm.models._helpers
+    hub: Any = timm.models._hub
     if getattr(helpers.load_state_dict, "is_guard", False):
         return
     own_load = hasattr(helpers, "_torch_load")  # earlier releases call torch.load
-    unguarded_load = helpers._torch_load if own_load else torch.load
-    unguarded_state_dict = helpers.load_state_dict
-    unguarded_from_url = timm.models._builder.load_state_dict_from_url
+    unguarded_load: Callable[..., Any] = helpers._torch_load if own_load else torch.load
+    unguarded_state_dict: Callable[..., Any] = helpers.load_state_dict
+    unguarded_from_url: Callable[..., Any] = timm.models._builder.load_state_dict_from_url
 
     @functools.wraps(unguarded_load)
     def torch_load(checkpoint_path: Any, map_location: Any = "cpu", weights_only: bool = True, **kwargs: Any) -> Any:
         if weights_only and isinstance(checkpoint_path, str | os.PathLike):
-            return read_checkpoint(checkpoint_path, map_location)
+            return read_checkpoint(Path(checkpoint_path), map_location)
         return unguarded_load(checkpoint_path, map_location=map_location, weights_only=weights_only, **kwargs)
 
     @functools.wraps(unguarded_state_dict)
@@ -178,18 +180,18 @@ def guard_timm() -> None:
         if not weights_only or kwargs:
             options = {"weights_only": weights_only, **kwargs}
             return unguarded_from_url(url, model_dir, map_location, progress, check_hash, **options)
-        path = timm.models._hub.download_cached_file(url, check_hash, progress, cache_dir=model_dir)
+        path = hub.download_cached_file(url, check_hash, progress, cache_dir=model_dir)
         return read_checkpoint(path, map_location)
 
-    load_state_dict.is_guard = True
+    load_state_dict.__dict__["is_guard"] = True
     if not own_load:
-        for module in (helpers, timm.models._hub):
+        for module in (helpers, hub):
             module.torch = _TorchWithLoad(torch_load)
         for function in (
             unguarded_state_dict,
             timm.models.load_checkpoint,
-            timm.models._hub.load_state_dict_from_hf,
-            getattr(timm.models._hub, "load_state_dict_from_path", unguarded_state_dict),
+            hub.load_state_dict_from_hf,
+            getattr(hub, "load_state_dict_from_path", unguarded_state_dict),
         ):
             defaults = inspect.signature(function).parameters.values()
             function.__defaults__ = tuple(
@@ -198,7 +200,7 @@ def guard_timm() -> None:
                 if parameter.default is not parameter.empty
             )
     # The modules import these functions from one another by name.
-    for module in (helpers, timm.models._builder, timm.models._hub, timm.models):
+    for module in (helpers, timm.models._builder, hub, timm.models):
         for function in (torch_load, load_state_dict, load_state_dict_from_url):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
@@ -253,7 +255,7 @@ def _require_intact(file: BinaryIO, name: str | Path) -> None:
     file.seek(0)
 
 
-def _load(file: BinaryIO, path: Path, map_location: Any) -> Any:
+def _load(file: BinaryIO, path: str | Path, map_location: Any) -> Any:
     if trusts_files():
         _warn_of_trust(path)
         return torch.load(file, map_location=map_location, weights_only=False)
@@ -310,13 +312,13 @@ class _History:
         self.state = state
 
 
-def _array(data: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> np.ndarray:
+def _array(data: bytes, dtype: _DType, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
     if not isinstance(dtype, _DType):
         raise pickle.UnpicklingError("NumPy's array has no type")
     return np.frombuffer(data, dtype.value).reshape(shape, order=order).copy(order)
 
 
-def _from_buffer(data: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+def _from_buffer(data: bytes, dtype: _DType, shape: tuple[int, ...], order: Literal["C", "F"]) -> _Array:
     array = _Array()
     array.value = _array(data, dtype, shape, order)
     return array

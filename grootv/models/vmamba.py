@@ -49,7 +49,7 @@ class VMambaHead(MapHead):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(in_dim, num_classes, pool_type, drop_rate, **dd)
         self.norm = norm_layer(in_dim, **dd)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SPLITS = ("train", "val")
 IMAGE_SIZE = 32
@@ -36,7 +37,7 @@ def export_digits(root: str | Path) -> Path:
     from sklearn.model_selection import train_test_split
 
     root = Path(root)
-    digits = load_digits()
+    digits: Any = load_digits()
     every_number = np.arange(len(digits.target))
     split = train_test_split(every_number, test_size=HELD_OUT, stratify=digits.target, random_state=0)
     number_at = {

@@ -239,7 +239,9 @@ def _compare(what: str, actual: str, expected: str) -> None:
 def _read(archive: Path, name: str) -> dict:
     """A JSON file in the archive of a package."""
     with tarfile.open(archive) as content:
-        return json.load(content.extractfile(f"package/{name}"))
+        file = content.extractfile(f"package/{name}")
+        assert file is not None, f"{name} is a folder"
+        return json.load(file)
 
 
 def _plain(name: str) -> str:
@@ -286,7 +288,7 @@ def _drawings(archive: Path, class_of: dict[str, str]) -> Iterator[tuple[str, st
 
 def _render(svg: str) -> tuple[bytes, bytes]:
     """A drawing as WebP, and its pixels."""
-    import resvg_py
+    import resvg_py  # pyright: ignore[reportMissingImports] (the extra "emoji", which only this function needs)
 
     png = bytes(
         resvg_py.svg_to_bytes(

@@ -98,8 +98,8 @@ class SceneMaker:
             raise ValueError(f"places must be at least 1, got {places}")
         self.size = tuple(sorted(size))
         self.number, self.sides, self.places = digits, sides, places
-        self.photographs = [_photograph(package, name) for package, name in PHOTOGRAPHS[split]]
-        glyphs = load_digits()
+        self.photographs = [open_photograph(package, name) for package, name in PHOTOGRAPHS[split]]
+        glyphs: Any = load_digits()
         halves = train_test_split(
             np.arange(len(glyphs.target)), test_size=HELD_OUT, stratify=glyphs.target, random_state=0
         )
@@ -130,8 +130,8 @@ class SceneMaker:
         photograph = self.photographs[rng.integers(len(self.photographs))]
         scale = rng.uniform(1.0, min(photograph.height / height, photograph.width / width, 2.5))
         part_width, part_height = int(width * scale), int(height * scale)
-        left = rng.integers(photograph.width - part_width + 1)
-        top = rng.integers(photograph.height - part_height + 1)
+        left = int(rng.integers(photograph.width - part_width + 1))
+        top = int(rng.integers(photograph.height - part_height + 1))
         part = photograph.crop((left, top, left + part_width, top + part_height)).resize((int(width), int(height)))
         # Exchanging colours and changing contrast and brightness makes many backgrounds of few photographs.
         image = np.asarray(part, np.float32)[:, :: rng.choice([1, -1]), rng.permutation(3)]
@@ -192,7 +192,7 @@ class SceneMaker:
         scene.instances.append(Instance(max(sorted(set(labels)), key=labels.count), mask, crowd=True))
 
 
-def _photograph(package: str, name: str) -> Image.Image:
+def open_photograph(package: str, name: str) -> Image.Image:
     if package == "skimage":
         import skimage.data
 
@@ -284,7 +284,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     """COCO's run lengths: pixels in column order, beginning with a run outside the mask."""
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(pixels)) + 1
-    runs = np.diff([0, *changes, pixels.size]).tolist()
+    runs = np.diff(np.concatenate(([0], changes, [pixels.size]))).tolist()
     return [0, *runs] if pixels[0] else runs
 
 

@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -28,10 +29,23 @@ c10::TypedOperatorHandle<Signature> find_operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Calls an operation. Kernels on the stable ABI cannot throw PyTorch's error for the end of GPU memory; here theirs is
+// replaced by it.
+template <class Signature, class... Args>
+auto call(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
+  try {
+    return operation.call(args...);
+  } catch (const std::runtime_error& error) {
+    constexpr std::string_view out_of_memory = "CUDA out of memory.";
+    if (std::string_view(error.what()).substr(0, out_of_memory.size()) != out_of_memory) throw;
+    C10_THROW_ERROR(OutOfMemoryError, error.what());
+  }
+}
+
 template <class Signature, class... Args>
 auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return operation.call(args...);
+  return call(operation, args...);
 }
 
 // From the gradients of an operation's results, what the operation saved, and a setting such as its direction: the
@@ -91,7 +105,7 @@ variable_list tree_scan_gradients(const variable_list& grads, const variable_lis
                                                const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::tree_scan_backward");
   auto [dx, ddecay] =
-      operation.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], direction.toStringView());
+      call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], direction.toStringView());
   return {dx, ddecay};
 }
 
@@ -103,6 +117,7 @@ Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, con
                                              std::string(direction));
 }
 
+Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 std::optional<Tensor> optional(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
 variable_list selective_scan_gradients(const variable_list& grads, const variable_list& saved,
@@ -114,8 +129,8 @@ variable_list selective_scan_gradients(const variable_list& grads, const variabl
   static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
   const Tensor &dt_weight = saved[2], &dt_bias = saved[3], &A_log = saved[4], &C = saved[6];
   auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
-      operation.call(grads[0], saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5], optional(C),
-                     saved[7], saved[8], saved[9], direction.toStringView());
+      call(operation, grads[0], saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5],
+           optional(C), saved[7], saved[8], saved[9], direction.toStringView());
   // Those of the inputs that there are.
   variable_list results{dx, ddt};
   if (dt_weight.defined()) results.push_back(ddt_weight);
@@ -133,7 +148,6 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   static const auto operation = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
   const Tensor h =
       call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, direction);
-  const auto or_undefined = [](const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); };
   variable_list inputs{x, dt};
   if (dt_weight) inputs.push_back(*dt_weight);
   if (dt_bias) inputs.push_back(*dt_bias);
@@ -146,11 +160,53 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
       std::string(direction));
 }
 
+variable_list merged_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                    const c10::IValue& direction) {
+  using Optional = const std::optional<Tensor>&;
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&, const Tensor&, const Tensor&,
+      Optional, const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view);
+  static const auto operation = find_operation<Signature>("grootvl_ops::merged_scan_backward");
+  const Tensor &dt_bias = saved[3], &D_skip = saved[7];
+  auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
+      call(operation, grads[0], saved[0], saved[1], saved[2], optional(dt_bias), saved[4], saved[5], saved[6],
+           optional(D_skip), saved[8], saved[9], saved[10], saved[11], direction.toStringView());
+  // Those of the inputs that there are.
+  variable_list results{dx, ddt, ddt_weight};
+  if (dt_bias.defined()) results.push_back(dparameters.select(0, 0));
+  results.push_back(dparameters.select(0, 1));
+  results.push_back(dB);
+  results.push_back(dC);
+  if (D_skip.defined()) results.push_back(dparameters.select(0, 2).select(0, 0));
+  return results;
+}
+
+std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
+                                       const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                                       const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,
+                                       const Tensor& order, const Tensor& subtree_size, std::string_view direction,
+                                       std::optional<at::ScalarType> dtype, bool keep) {
+  static const auto operation = find_operation<decltype(merged_scan)>("grootvl_ops::merged_scan");
+  const auto [y, kept] = call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, parent, order,
+                                             subtree_size, direction, dtype, keep);
+  variable_list inputs{x, dt, dt_weight};
+  if (dt_bias) inputs.push_back(*dt_bias);
+  inputs.insert(inputs.end(), {A_log, B, C});
+  if (D_skip) inputs.push_back(*D_skip);
+  TORCH_CHECK_VALUE(keep || !torch::autograd::compute_requires_grad(inputs),
+                    "merged_scan must be called with keep=True to be differentiated");
+  return {differentiable<merged_scan_gradients>(y, inputs,
+                                                {x, dt, dt_weight, or_undefined(dt_bias), A_log, B, C,
+                                                 or_undefined(D_skip), parent, order, subtree_size, kept},
+                                                std::string(direction)),
+          kept};
+}
+
 variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
                                             const c10::IValue& dilation) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t);
   static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
-  auto [dx, dweight] = operation.call(grads[0], saved[0], saved[1], dilation.toInt());
+  auto [dx, dweight] = call(operation, grads[0], saved[0], saved[1], dilation.toInt());
   return {dx, dweight};
 }
 
@@ -165,8 +221,8 @@ variable_list gated_norm_gradients(const variable_list& grads, const variable_li
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
-  auto [dh, dx, dz, dC, dparameters] = operation.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                                      saved[5], saved[6], saved[7], saved[8], saved[9]);
+  auto [dh, dx, dz, dC, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                            saved[5], saved[6], saved[7], saved[8], saved[9]);
   const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
   return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
 }
@@ -186,7 +242,7 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
 variable_list layer_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::layer_norm_backward");
-  auto [dx, dparameters] = operation.call(grads[0], saved[0], saved[1], saved[2]);
+  auto [dx, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2]);
   const variable_list rows = dparameters.unbind();  // weight, bias
   return {dx, rows[0], rows[1]};
 }
@@ -206,9 +262,8 @@ variable_list add_layer_norm_gradients(const variable_list& grads, const variabl
   static const auto operation = find_operation<Signature>("grootvl_ops::add_layer_norm_backward");
   const Tensor& sum = saved[0];
   const Tensor grad = grads[1].defined() ? grads[1] : at::zeros_like(sum);
-  auto [dx, dbranch, dparameters] =
-      operation.call(grad, optional(grads[0]), sum, saved[1], saved[2], optional(saved[3]),
-                     static_cast<at::ScalarType>(branch_type.toInt()));
+  auto [dx, dbranch, dparameters] = call(operation, grad, optional(grads[0]), sum, saved[1], saved[2],
+                                         optional(saved[3]), static_cast<at::ScalarType>(branch_type.toInt()));
   const variable_list rows = dparameters.unbind();  // weight, bias
   return {dx, dbranch.sizes() == dx.sizes() ? dbranch : dx, rows[0], rows[1]};
 }
@@ -267,12 +322,14 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("tree_scan", TORCH_FN(tree_scan));
   m.impl("selective_scan", TORCH_FN(selective_scan));
+  m.impl("merged_scan", TORCH_FN(merged_scan));
   m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
-  for (const char* name : {"tree_scan_backward", "selective_scan_backward", "depthwise_conv_silu_backward",
-                           "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
+  for (const char* name :
+       {"tree_scan_backward", "selective_scan_backward", "merged_scan_backward", "depthwise_conv_silu_backward",
+        "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

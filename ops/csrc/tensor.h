@@ -55,20 +55,25 @@ std::string message(const Values&... values) {
 #define GROOTVL_CHECK(condition, ...) \
   if (!(condition)) throw std::invalid_argument(::grootvl::message(__VA_ARGS__))
 
-[[noreturn]] inline void throw_failure(const std::string& call) {
+// After a call of PyTorch with checked arguments, on the device of `like`: what can fail then is the memory. Where
+// PyTorch does not tell, the message begins with the words by which programs that search for the largest batch size
+// know this.
+[[noreturn]] inline void throw_failure(const std::string& call, const Tensor& like) {
   if (torch_exception_get_what_without_backtrace) {
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
-  throw std::runtime_error(call + " failed; PyTorch has written the reason to the standard error");
+  throw std::runtime_error(
+      message(like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory.",
+              " (Or another error: PyTorch has written the reason to the standard error.) ", call, " failed"));
 }
 
 // Calls an operation of PyTorch through its dispatcher. Every argument of its schema must be given.
 template <size_t kResults = 1, typename... Arguments>
-auto call(const char* operation, const char* overload, const Arguments&... arguments) {
+auto call(const char* operation, const char* overload, const Tensor& tensor, const Arguments&... arguments) {
   using torch::stable::detail::from;
-  std::array<StableIValue, std::max(sizeof...(Arguments), kResults)> stack{from(arguments)...};
+  std::array<StableIValue, std::max(1 + sizeof...(Arguments), kResults)> stack{from(tensor), from(arguments)...};
   if (torch_call_dispatcher(operation, overload, stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw_failure(operation);
+    throw_failure(operation, tensor);
   }
   std::array<Tensor, kResults> results{torch::stable::detail::to<Tensor>(stack[0])};
   for (size_t i = 1; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
@@ -93,16 +98,14 @@ inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   AtenTensorHandle result;
   if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type, like.get_device_index(),
                                &result) != TORCH_SUCCESS) {
-    // Programs that search for the largest batch size recognise this error by its first words.
-    throw_failure(
-        message("CUDA out of memory. (Or another error of CUDA.) Allocating a tensor of ", sizes, " and type ", type));
+    throw_failure(message("Allocating a tensor of ", sizes, " and type ", type), like);
   }
   return Tensor(result);
 }
 inline Tensor empty_like(const Tensor& like) { return empty(like, like.sizes(), like.scalar_type()); }
 
 inline void fill(const Tensor& tensor, double value) {
-  if (aoti_torch_aten_fill__Scalar(tensor.get(), value) != TORCH_SUCCESS) throw_failure("aten::fill_");
+  if (aoti_torch_aten_fill__Scalar(tensor.get(), value) != TORCH_SUCCESS) throw_failure("aten::fill_", tensor);
 }
 
 inline Tensor zeros(const Tensor& like, Sizes sizes, ScalarType type) {
@@ -133,12 +136,25 @@ inline Tensor select(const Tensor& tensor, int64_t dim, int64_t index) {
   return call("aten::select", "int", tensor, dim, index);
 }
 
+// `count` of the first dimension from `first` on.
+inline Tensor slice(const Tensor& tensor, int64_t first, int64_t count) {
+  return call("aten::slice", "Tensor", tensor, int64_t{0}, std::optional(first), std::optional(first + count),
+              int64_t{1});
+}
+
 // Another view of the same memory, which begins where `tensor` does.
 inline Tensor strided(const Tensor& tensor, Sizes sizes, Sizes strides) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(), 0, &result));
   return Tensor(result);
+}
+
+// A contiguous tensor in another shape.
+inline Tensor reshaped(const Tensor& tensor, Sizes sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return strided(tensor, sizes, strides);
 }
 
 // (B, L, C) as a matrix (B L, C), without a copy if all pixels have the same distance.
@@ -157,6 +173,27 @@ inline Tensor transpose(const Tensor& matrix) {
 inline Tensor matrix_product(const Tensor& a, const Tensor& b, Sizes sizes) {
   const Tensor result = empty(a, sizes, a.scalar_type());
   call("aten::mm", "out", a, b, strided(result, {a.size(0), b.size(1)}, {b.size(1), 1}));
+  return result;
+}
+
+// (B, L, K, R) as K matrices (B L, R), without a copy if all pixels have the same distance.
+inline Tensor as_matrices(const Tensor& maps) {
+  const bool rows = maps.size(0) == 1 || maps.stride(0) == maps.size(1) * maps.stride(1);
+  const Tensor source = rows ? maps : contiguous(maps);
+  return strided(source, {maps.size(2), maps.size(0) * maps.size(1), maps.size(3)},
+                 {source.stride(2), source.stride(1), source.stride(3)});
+}
+
+// (K, n, m) as (K, m, n).
+inline Tensor transposed_matrices(const Tensor& matrices) {
+  return strided(matrices, {matrices.size(0), matrices.size(2), matrices.size(1)},
+                 {matrices.stride(0), matrices.stride(2), matrices.stride(1)});
+}
+
+// The products of K pairs of matrices, (K, n, r) and (K, r, m), as a contiguous tensor.
+inline Tensor matrix_products(const Tensor& a, const Tensor& b) {
+  const Tensor result = empty(a, {a.size(0), a.size(1), b.size(2)}, a.scalar_type());
+  call("aten::bmm", "out", a, b, result);
   return result;
 }
 

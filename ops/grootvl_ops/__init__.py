@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from ._loading import backend
 from .convolutions import depthwise_conv_silu
 from .norms import add_layer_norm, gated_norm, layer_norm
-from .scans import DIRECTIONS, selective_scan, tree_scan
+from .scans import DIRECTIONS, merged_scan, selective_scan, tree_scan
 from .trees import (
     METRICS,
     Tree,
@@ -44,6 +44,7 @@ __all__ = [
     "gated_norm",
     "grid_edges",
     "layer_norm",
+    "merged_scan",
     "path_tree",
     "selective_scan",
     "tree_scan",

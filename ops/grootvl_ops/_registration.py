@@ -50,6 +50,11 @@ _register_composite(
     "selective_scan_backward",
     partial(reference.selective_scan_backward, scan=_scan, scan_backward=_scan_backward),
 )
+_register_composite("merged_scan", partial(reference.merged_scan, scan=torch.ops.grootvl_ops.selective_scan))
+_register_composite(
+    "merged_scan_backward",
+    partial(reference.merged_scan_backward, scan_backward=torch.ops.grootvl_ops.selective_scan_backward),
+)
 _FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
 for _name in ("path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
@@ -63,8 +68,8 @@ def _(features: Tensor, metric: str) -> Tensor:
 
 
 def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (like.shape[0], num_vertices)
-    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(3))
+    parent, order, subtree_size = (like.new_empty((like.shape[0], num_vertices), dtype=torch.int32) for _ in range(3))
+    return parent, order, subtree_size
 
 
 @torch.library.register_fake("grootvl_ops::grid_tree")
@@ -123,6 +128,43 @@ def _(
     dparameters = x.new_empty((1 + num_states, x.shape[2]), dtype=reference.accumulation_dtype(x.dtype))
     dx, ddt, dB = (operand.new_empty(operand.shape) for operand in (x, dt, B))
     dweight, dC = (x.new_empty(0) if given is None else given.new_empty(given.shape) for given in (dt_weight, C))
+    return dx, ddt, dweight, dparameters, dB, dC
+
+
+@torch.library.register_fake("grootvl_ops::merged_scan")
+def _(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_skip: Tensor | None,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((A_log.shape[0], *x.shape) if keep else (0,))
+
+
+@torch.library.register_fake("grootvl_ops::merged_scan_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *others,
+) -> tuple[Tensor, ...]:
+    dparameters = x.new_empty((3, *A_log.shape), dtype=reference.accumulation_dtype(x.dtype))
+    dx, ddt, dweight, dB, dC = (operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, B, C))
     return dx, ddt, dweight, dparameters, dB, dC
 
 
@@ -194,6 +236,15 @@ def _save_for_scan(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _save_for_merged_scan(ctx, inputs, output) -> None:
+    *tensors, ctx.direction, _, keep = inputs
+    if not keep:
+        raise ValueError("merged_scan must be called with keep=True to be differentiated")
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*tensors, kept)
+
+
 def _save_for_convolution(ctx, inputs, output) -> None:
     *tensors, ctx.dilation = inputs
     ctx.save_for_backward(*tensors)
@@ -234,6 +285,23 @@ def _selective_scan_gradients(ctx, grad: Tensor):
         dB,
         None if C is None else dC,
         *[None] * 4,
+    )
+
+
+def _merged_scan_gradients(ctx, grad: Tensor, _):
+    saved = ctx.saved_tensors
+    dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.merged_scan_backward(grad, *saved, ctx.direction)
+    dt_bias, D_skip = saved[3], saved[7]
+    return (
+        dx,
+        ddt,
+        ddt_weight,
+        None if dt_bias is None else dparameters[0],
+        dparameters[1],
+        dB,
+        dC,
+        None if D_skip is None else dparameters[2, 0],
+        *[None] * 6,
     )
 
 
@@ -278,6 +346,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
     for name, save, gradients in (
         ("tree_scan", _save_for_scan, _tree_scan_gradients),
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
         ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),

@@ -115,6 +115,13 @@ def selective_scan(*arguments) -> Tensor:
         return reference.selective_scan(*arguments, scan=tree_scan_below)
 
 
+def merged_scan(*arguments) -> Tensor:
+    """`grootvl_ops.merged_scan`, in the order of its schema up to dtype, for any transform."""
+    scan = partial(reference.selective_scan, scan=tree_scan_below)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return reference.merged_scan(*arguments, scan=scan)[0]
+
+
 def gated_norm(*arguments) -> Tensor:
     """`grootvl_ops.gated_norm` for any transform."""
     with torch.autocast(arguments[0].device.type, enabled=False):

@@ -37,7 +37,7 @@ def spanning_edges(edges: np.ndarray, weights: np.ndarray, num_vertices: int) ->
     """
     rank = np.empty(len(weights), dtype=np.int64)
     rank[np.argsort(weights, kind="stable")] = np.arange(1, len(weights) + 1)
-    low, high = np.sort(edges, axis=1).T
+    low, high = np.sort(edges, axis=1).astype(np.int32).T  # the only indices that SciPy 1.15 takes
     kept = low != high
     low, high, rank = low[kept], high[kept], rank[kept]
     lightest = np.lexsort((rank, high, low))  # of parallel edges only the first can be in the tree
@@ -52,7 +52,8 @@ def spanning_edges(edges: np.ndarray, weights: np.ndarray, num_vertices: int) ->
 
 def rooted(edges: np.ndarray, num_vertices: int, root: int) -> tuple[list[int], list[int], list[int]]:
     """Parent, order and subtree size of the tree with these edges, as `grootvl_ops.Tree` documents them."""
-    graph = coo_array((np.ones(len(edges)), edges.reshape(-1, 2).T), shape=(num_vertices, num_vertices)).tocsr()
+    ends = edges.reshape(-1, 2).astype(np.int32).T
+    graph = coo_array((np.ones(len(edges)), ends), shape=(num_vertices, num_vertices)).tocsr()
     visited, predecessor = breadth_first_order(graph, root, directed=False)
     assert len(visited) == num_vertices, "not a spanning tree"
     predecessor[root] = root

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tree_makers import make_tree
 
 import grootvl_ops
-from grootvl_ops import DIRECTIONS, METRICS, Tree
+from grootvl_ops import DIRECTIONS, METRICS, Tree, _loading
 from grootvl_ops._registration import register_autograd
 from grootvl_ops._schemas import SCHEMAS
 
@@ -50,6 +50,12 @@ def run(function, *arguments: Tensor) -> tuple[Tensor, ...]:
     return (out, *torch.autograd.grad(out.square().sum(), arguments))
 
 
+def merged_operands(device: str) -> list[Tensor]:
+    """x, dt, dt_weight, dt_bias, A_log, B, C and D_skip of a merged scan of two groups."""
+    shapes = [(2, 9, 3), (2, 9, 2, 2), (2, 3, 2), (2, 3), (2, 3), (2, 9, 2), (2, 9, 2), (3,)]
+    return [torch.rand(shape, device=device) for shape in shapes]
+
+
 def joined(function: Callable) -> Callable:
     """A function of which the results are joined to one."""
 
@@ -60,7 +66,7 @@ def joined(function: Callable) -> Callable:
     return call
 
 
-@pytest.fixture(params=["tree_scan", "selective_scan", "gated_norm", "layer_norm", "add_layer_norm"])
+@pytest.fixture(params=["tree_scan", "selective_scan", "merged_scan", "gated_norm", "layer_norm", "add_layer_norm"])
 def operation(request, device) -> tuple[Callable, list[Tensor]]:
     """A differentiable operation, and what it can be differentiated for."""
     maps, vectors = torch.rand(4, 2, 9, 3, device=device), torch.rand(5, 3, device=device)
@@ -68,6 +74,7 @@ def operation(request, device) -> tuple[Callable, list[Tensor]]:
     operands = {
         "tree_scan": [*maps[:2]],
         "selective_scan": [maps[0], dt, dt_weight, *vectors[:2], per_pixel],
+        "merged_scan": merged_operands(device)[:-1],
         "gated_norm": [*maps[:3], per_pixel, *vectors],
         "layer_norm": [maps[0], *vectors[:2]],
         "add_layer_norm": [*maps[:2], *vectors[:2]],
@@ -110,6 +117,11 @@ def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
         "selective_scan": ([maps[0], low_rank, weight, *vectors[:2], per_pixel, None], (*tree, "both")),
         "selective_scan of states": ([maps[0], low_rank, weight, vectors[0], rates, *states], (*tree, "down")),
         "selective_scan of projected steps": ([*maps[:2], None, None, vectors[1], per_pixel, per_pixel], (*tree, "up")),
+        "merged_scan": (merged_operands(device), (*tree, "down", None, True)),
+        "merged_scan without bias and skip": (
+            [o if i not in (3, 7) else None for i, o in enumerate(merged_operands(device))],
+            (*tree, "up", None, True),
+        ),
         "depthwise_conv_silu": ([maps.view(4, 2, 9, 3), torch.rand(3, 1, 3, 3, device=device)], (2,)),
         "gated_norm": ([*maps[:3], per_pixel, *vectors], (1e-5,)),
         "layer_norm": ([maps[0], *vectors[:2]], (1e-5, None)),
@@ -491,6 +503,18 @@ def test_inference_mode(device):
     expected = Scan()(features, decay)
     with torch.inference_mode():
         torch.testing.assert_close(Scan()(features, decay), expected.detach())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_too_little_memory(compiled_device, grad):
+    """Programs that search for the largest batch size know the error, by its type or its message."""
+    x = torch.zeros(1, 64, device=compiled_device, requires_grad=grad).expand(2**42, 64)
+    ones = torch.ones(64, device=compiled_device)
+    on_cpu = compiled_device == "cpu"
+    typed = not on_cpu and _loading.problems["autograd"] is None
+    message = "DefaultCPUAllocator: can't allocate memory" if on_cpu else "CUDA out of memory."
+    with pytest.raises(torch.OutOfMemoryError if typed else RuntimeError, match=message):
+        grootvl_ops.layer_norm(x, ones, ones)
 
 
 def test_cuda_graph(cuda_kernels):

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from model_helpers import call_submodules, plain_operations
+from model_helpers import call_submodules, plain_operations, replay_graph
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -145,19 +145,7 @@ def test_cuda_graph(dtype, scan):
             logits = model(static)
         return [logits, *loss_and_gradients(model, static, dtype)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    static.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    results = [result.clone() for result in captured]
+    results = replay_graph(step, static, other)
     for result, expected in zip(results, step(), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 

@@ -13,10 +13,6 @@ from torchvision.models.feature_extraction import NodePathTracer
 from grootv.models import GrootV, VMamba
 
 OPTIONS = [{}, {"tree_per": "stage"}, {"root": "first", "metric": "manhattan"}, {"scan": "cross"}, {"family": VMamba}]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 
 
 def small(family: type[nn.Module] = GrootV, **kwargs) -> nn.Module:
@@ -88,7 +84,6 @@ def train_step(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, li
     return loss, list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options, checkpointing", [*((options, False) for options in OPTIONS), (OPTIONS[1], True)])
 def test_compile(options, checkpointing, device):
     """Through Dynamo and AOTAutograd without a break; code generation has nothing to do with the model."""

@@ -20,17 +20,6 @@ from grootv.models import GrootV, checkpoint_filter_fn
 from grootv.models.checkpoint import official_to_own
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Convolutions on a GPU in float32, as the golden outputs were made, not in TF32."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 @pytest.fixture(params=["operations", "reference"])
@@ -51,7 +40,6 @@ def golden_model(device: str) -> GrootV:
     return model.to(device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_golden_outputs(device, operations, golden):
     model = golden_model(device).eval()
     image = fill.image(7, 2, 224, 224).to(device)
@@ -63,7 +51,6 @@ def test_golden_outputs(device, operations, golden):
         assert relative_error(stage[:, ::4, ::4, ::8], expected) < 1e-4
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_golden_gradients(device, operations, golden):
     # The golden gradients carry float32 rounding of about 5e-5 of their own. The reference's order of summation, which
     # depends on the number of threads, can add as much; in float64 it adds nothing.
@@ -175,7 +162,6 @@ def double(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("size", [(32, 32), (40, 72), (75, 33), (17, 5)])
 def test_outputs_of_other_sizes(size, dtype, bound, device, operations):
@@ -193,7 +179,6 @@ def test_outputs_of_other_sizes(size, dtype, bound, device, operations):
         assert relative_error(output, expected) < bound
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_gradients_of_other_sizes(dtype, bound, device, operations):
     dims, depths = (16, 32, 64, 128), (1, 2, 1, 1)
@@ -221,7 +206,6 @@ def test_gradients_of_other_sizes(dtype, bound, device, operations):
     assert compared == len(parameters)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", grootvl_ops.METRICS)
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (6, 8)])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from model_helpers import replay_graph
 from torch import Tensor, nn
 
 import grootvl_ops
@@ -15,13 +16,6 @@ from grootv.models import VMamba
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or grootvl_ops.backend("cuda") != "compiled", reason="needs a GPU and its kernels"
 )
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Convolutions in float32, not in TF32."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 def small(expand: int) -> VMamba:
@@ -98,19 +92,6 @@ def test_cuda_graph(dtype):
         logits, gradients = loss_and_gradients(model, static, dtype)
         return [logits, *gradients]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        static.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    results = [result.clone() for result in captured]
+    results = replay_graph(step, static, other)
     for result, expected in zip(results, step(), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,6 @@
 The modules `detection` and `segmentation` need mmdet and mmseg; configs that use them import them by name.
 """
 
-from . import backbone, data_files
+from . import backbone, data_files, pictures
 
-__all__ = ["backbone", "data_files"]
+__all__ = ["backbone", "data_files", "pictures"]

@@ -84,7 +84,7 @@ def load_local_checkpoint(filename: str, map_location: Any = None) -> dict:
     """Load a local file of `torch.save`; every part of mmengine that loads checkpoints calls this function.
 
     Raises:
-        As `grootv.models.safe_loading.read_checkpoint`.
+        OSError, CheckpointError: as of `grootv.models.safe_loading.read_checkpoint`.
     """
     return _restore_histories(read_checkpoint(filename, map_location))
 
@@ -96,7 +96,7 @@ def load_from_http(
     """Load a checkpoint from an address; the first process stores it in PyTorch's cache, where the others read it.
 
     Raises:
-        As `grootv.models.safe_loading.read_checkpoint`.
+        OSError, CheckpointError: as of `grootv.models.safe_loading.read_checkpoint`.
     """
     folder = Path(model_dir or Path(torch.hub.get_dir(), "checkpoints"))
     path = folder / Path(urlparse(filename).path).name

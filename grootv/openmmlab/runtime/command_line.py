@@ -96,6 +96,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help="let checkpoints and pickles run any code that is in them; needed for old files with objects that are not "
         "plain data. Only for files of people whose programs you would run",
     )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        metavar="MODE",
+        help="compile the backbone with torch.compile, in MODE or as the config's `compile` says",
+    )
     # Some versions of torchrun pass this option.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -109,6 +117,10 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     cfg.merge_from_dict(args.cfg_options)
+    if args.compile:
+        cfg.compile = cfg.get("compile") or True
+    if isinstance(args.compile, str):
+        cfg.compile = {**(cfg.compile if isinstance(cfg.compile, dict) else {}), "mode": args.compile}
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     return cfg
 

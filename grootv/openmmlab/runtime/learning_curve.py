@@ -7,6 +7,19 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+# What a reader of a curve looks for, most important first, with its name in the legend.
+METRICS = {
+    "accuracy/top1": "top-1 accuracy, %",
+    "accuracy/top5": "top-5 accuracy, %",
+    "coco/bbox_mAP": "box AP",
+    "coco/segm_mAP": "mask AP",
+    "coco/bbox_mAP_50": "box AP50",
+    "mIoU": "mIoU, %",
+    "mIoU_objects": "mIoU of objects, %",
+    "aAcc": "pixel accuracy, %",
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # of Okabe and Ito, for colour-blind people, too
+
 
 @HOOKS.register_module()
 class LearningCurveHook(Hook):
@@ -15,7 +28,8 @@ class LearningCurveHook(Hook):
     It reads the scalars that mmengine's `LocalVisBackend` wrote, including those from before an interruption.
 
     Args:
-        metrics: names of the validation metrics to draw, None for all.
+        metrics: names of the validation metrics to draw, None for the first three of `METRICS` that were logged, or
+            without any of these for all.
     """
 
     priority = "VERY_LOW"
@@ -50,6 +64,17 @@ def read_scalars(work_dir: str | Path) -> tuple[dict[int, dict], dict[int, dict]
     return training, validation
 
 
+def _curve(validation: dict[int, dict], name: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric, without COCO's -1 for "no such objects"."""
+    return [(step, entry[name]) for step, entry in sorted(validation.items()) if entry.get(name, -1) != -1]
+
+
+def _metrics_to_draw(validation: dict[int, dict]) -> list[str]:
+    logged = {name for entry in validation.values() for name, value in entry.items() if isinstance(value, int | float)}
+    known = [name for name in METRICS if name in logged and _curve(validation, name)]
+    return known[:3] or sorted(logged - {"step", "time", "data_time"})
+
+
 def draw_learning_curve(
     work_dir: str | Path, iterations_per_epoch: int | None = None, metrics: list[str] | None = None
 ) -> Path | None:
@@ -58,7 +83,8 @@ def draw_learning_curve(
     Args:
         work_dir: work directory of the run.
         iterations_per_epoch: if given, the axis shows epochs; otherwise iterations.
-        metrics: names of the validation metrics, None for all.
+        metrics: names of the validation metrics, see :class:`LearningCurveHook`. Values of -1 are left out: COCO's mark
+            for "no such objects".
 
     Returns:
         Path of the picture, or None if no scalars were logged.
@@ -68,35 +94,34 @@ def draw_learning_curve(
     training, validation = read_scalars(work_dir)
     if not training:
         return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
     loss_axes = figure.add_subplot()
     iterations = sorted(training)
     loss_axes.plot(
         [step / (iterations_per_epoch or 1) for step in iterations],
         [training[step]["loss"] for step in iterations],
-        color="tab:gray",
+        color="#777777",
+        linewidth=1,
         label="training loss",
     )
-    loss_axes.set(xlabel="epoch" if iterations_per_epoch else "iteration", ylabel="training loss")
+    loss_axes.set(
+        xlabel="epoch" if iterations_per_epoch else "iteration", ylabel="training loss", title="Learning curve"
+    )
     loss_axes.grid(alpha=0.3)
     lines = list(loss_axes.lines)
-    names = metrics or sorted(
-        {name for entry in validation.values() for name, value in entry.items() if isinstance(value, int | float)}
-        - {"step", "time", "data_time"}
-    )
-    if validation and names:
+    curves = {name: _curve(validation, name) for name in metrics or _metrics_to_draw(validation)}
+    curves = {name: points for name, points in curves.items() if points}
+    if curves:
         metric_axes = loss_axes.twinx()
         metric_axes.set_ylabel("validation")
-        for number, name in enumerate(names):
-            points = [(step, entry[name]) for step, entry in sorted(validation.items()) if name in entry]
-            if points:
-                lines += metric_axes.plot(
-                    *zip(*points, strict=True),
-                    color=f"C{number}",
-                    marker=".",
-                    label=f"{name} (last {points[-1][1]:.4g})",
-                )
-    loss_axes.legend(handles=lines, loc="center right")
+        for number, (name, points) in enumerate(curves.items()):
+            lines += metric_axes.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[number % len(COLOURS)],
+                marker="os^Dv"[number % 5],
+                label=f"{METRICS.get(name, name)} (last {points[-1][1]:.4g})",
+            )
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
     path = Path(work_dir, "learning_curve.png")
     figure.savefig(path, dpi=120)
     return path
