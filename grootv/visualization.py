@@ -16,6 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.typing import ColorType
 from torch import Tensor
 from torch.nn import functional
 
@@ -454,7 +455,7 @@ def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarra
         raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
     axes.imshow(image)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for i in np.argsort(-areas, kind="stable"):
+    for i in np.argsort(-areas, kind="stable").tolist():
         colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
         if masks is not None:
             axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
@@ -512,7 +513,7 @@ def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes
         axes.imshow(_colour_where(labels == number, colour, 0.6))
         for region in regionprops(label(labels == number, connectivity=1)):
             if region.area >= 0.005 * labels.size:
-                depth = distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
+                depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
                 row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
                 at = column / labels.shape[1]
                 side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
@@ -535,12 +536,12 @@ def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:
     return figure, panels
 
 
-def _colour_where(mask: np.ndarray, colour: str, opacity: float) -> np.ndarray:
+def _colour_where(mask: np.ndarray, colour: ColorType, opacity: float) -> np.ndarray:
     """(H, W, 4) floating point: the colour where `mask` is, transparent elsewhere."""
     return mask[..., None] * np.array(to_rgba(colour, opacity))
 
 
-def _readable_on(colour: str) -> dict[str, object]:
+def _readable_on(colour: ColorType) -> dict[str, Any]:
     """The colour of text on a ground."""
     red, green, blue = to_rgb(colour)
     return {"color": "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white", "fontsize": 11}

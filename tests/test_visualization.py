@@ -30,7 +30,9 @@ from grootv.visualization import (
     lab_features,
     mixer_affinity,
     mixer_calls,
+    plot_detections,
     plot_predictions,
+    plot_segmentation,
     plot_tree_and_affinity,
     receptive_field,
     scan_affinity,
@@ -184,7 +186,56 @@ def test_wrong_predictions_are_marked(shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(axes.images[0].get_array(), image)
 
 
+def check_text_is_whole(figure: Figure) -> None:
+    """No text is cut by the border of the picture."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in (*axes.texts, axes.title):
+            box = text.get_window_extent()
+            inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+            assert inside and box.y1 <= figure.bbox.y1, text.get_text()
+
+
+def test_detections_beside_the_truth(photo: np.ndarray) -> None:
+    """Titles, a box and a readable label for each object, also for objects in the corners, masks, and no object."""
+    boxes = np.array([[0, 0, 9, 7], [28, 15, 36, 21], [10, 5, 20, 15]])
+    masks = np.zeros((3, 21, 36), bool)
+    masks[2, 5:15, 10:20] = True
+    truth = {"boxes": boxes, "labels": np.array([0, 1, 1]), "masks": masks}
+    figure = plot_detections(photo, truth, {**truth, "scores": np.array([0.999, 0.5, 0.3])}, ["cat", "dog"])
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("truth", "prediction")
+    assert sorted(text.get_text() for text in left.texts) == ["cat", "dog", "dog"]
+    assert sorted(text.get_text() for text in right.texts) == ["cat  100 %", "dog  30 %", "dog  50 %"]
+    drawn = sorted((patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) for patch in left.patches)
+    assert drawn == [(0, 0, 9, 7), (10, 5, 10, 10), (28, 15, 8, 6)]
+    overlay = left.images[1].get_array()  # the largest object comes first
+    assert ((overlay[..., 3] > 0) == masks[2]).all()
+    check_text_is_whole(figure)
+    empty = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
+    assert not plot_detections(photo, truth, empty, ["cat", "dog"]).axes[1].texts
+
+
+def test_segmentation_beside_the_truth(photo: np.ndarray) -> None:
+    """Each region has the name of its class, within it; pixels without a class stay grey."""
+    truth = np.zeros((21, 36), int)
+    truth[5:15, 20:36] = 1
+    truth[:3, :3] = 255
+    figure = plot_segmentation(photo, truth, np.ones_like(truth), ["ground", "cat"])
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("truth", "prediction")
+    assert {text.get_text() for text in left.texts} == {"ground", "cat"}
+    assert [text.get_text() for text in right.texts] == ["cat"]
+    for text in left.texts:
+        column, row = text.get_position()
+        assert truth[row, column] == ["ground", "cat"].index(text.get_text())
+    coloured = sum(image.get_array()[..., 3] > 0 for image in left.images[1:])
+    assert (coloured == (truth != 255)).all()
+    check_text_is_whole(figure)
+
+
 IMAGE = np.zeros((8, 8, 3), np.uint8)
+BOXES = {"boxes": np.zeros((2, 4)), "labels": np.array([0, 2])}
 FEATURES = torch.zeros(1, 4, 4, 3)
 SCORES = np.full((2, 3), 0.3)
 
@@ -215,6 +266,10 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abcd"), ValueError, r"\[2, 4\] .* got \[2, 3\]"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 3], "abc"), ValueError, r"from 0 to 2, got \[0, 3\]"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abc", 0), ValueError, "columns must be at least 1"),
+        (lambda: plot_detections(IMAGE, BOXES, BOXES, "ab"), ValueError, r"from 0 to 1, got \[0, 2\]"),
+        (lambda: plot_detections(IMAGE, {**BOXES, "labels": [0]}, BOXES, "ab"), ValueError, "as many as the 2 boxes"),
+        (lambda: plot_detections(IMAGE[0], BOXES, BOXES, "abc"), ValueError, r"image must be \(H, W, 3\)"),
+        (lambda: plot_segmentation(IMAGE, SCORES, SCORES, "ab"), ValueError, r"must be \[8, 8\], got \[2, 3\]"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:

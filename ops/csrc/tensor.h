@@ -55,20 +55,25 @@ std::string message(const Values&... values) {
 #define GROOTVL_CHECK(condition, ...) \
   if (!(condition)) throw std::invalid_argument(::grootvl::message(__VA_ARGS__))
 
-[[noreturn]] inline void throw_failure(const std::string& call) {
+// After a call of PyTorch with checked arguments, on the device of `like`: what can fail then is the memory. Where
+// PyTorch does not tell, the message begins with the words by which programs that search for the largest batch size
+// know this.
+[[noreturn]] inline void throw_failure(const std::string& call, const Tensor& like) {
   if (torch_exception_get_what_without_backtrace) {
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
-  throw std::runtime_error(call + " failed; PyTorch has written the reason to the standard error");
+  throw std::runtime_error(
+      message(like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory.",
+              " (Or another error: PyTorch has written the reason to the standard error.) ", call, " failed"));
 }
 
 // Calls an operation of PyTorch through its dispatcher. Every argument of its schema must be given.
 template <size_t kResults = 1, typename... Arguments>
-auto call(const char* operation, const char* overload, const Arguments&... arguments) {
+auto call(const char* operation, const char* overload, const Tensor& tensor, const Arguments&... arguments) {
   using torch::stable::detail::from;
-  std::array<StableIValue, std::max(sizeof...(Arguments), kResults)> stack{from(arguments)...};
+  std::array<StableIValue, std::max(1 + sizeof...(Arguments), kResults)> stack{from(tensor), from(arguments)...};
   if (torch_call_dispatcher(operation, overload, stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw_failure(operation);
+    throw_failure(operation, tensor);
   }
   std::array<Tensor, kResults> results{torch::stable::detail::to<Tensor>(stack[0])};
   for (size_t i = 1; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
@@ -93,16 +98,14 @@ inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   AtenTensorHandle result;
   if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type, like.get_device_index(),
                                &result) != TORCH_SUCCESS) {
-    // Programs that search for the largest batch size recognise this error by its first words.
-    throw_failure(
-        message("CUDA out of memory. (Or another error of CUDA.) Allocating a tensor of ", sizes, " and type ", type));
+    throw_failure(message("Allocating a tensor of ", sizes, " and type ", type), like);
   }
   return Tensor(result);
 }
 inline Tensor empty_like(const Tensor& like) { return empty(like, like.sizes(), like.scalar_type()); }
 
 inline void fill(const Tensor& tensor, double value) {
-  if (aoti_torch_aten_fill__Scalar(tensor.get(), value) != TORCH_SUCCESS) throw_failure("aten::fill_");
+  if (aoti_torch_aten_fill__Scalar(tensor.get(), value) != TORCH_SUCCESS) throw_failure("aten::fill_", tensor);
 }
 
 inline Tensor zeros(const Tensor& like, Sizes sizes, ScalarType type) {

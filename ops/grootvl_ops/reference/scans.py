@@ -269,7 +269,7 @@ def merged_scan(
     kept = []
     for k in range(A_log.shape[0]):
         h = scan(*_group(k, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size), direction)
-        y = y + C[..., k, None].to(sums) * h.to(sums)
+        y = torch.addcmul(y, C[..., k, None].to(sums), h.to(sums))
         if keep:
             kept.append(h)
     return y.to(x.dtype if dtype is None else dtype), torch.stack(kept) if keep else x.new_empty(0)
@@ -303,7 +303,7 @@ def merged_scan_backward(
         of_group = scan_backward(
             g_h, *_group(k, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size), direction
         )
-        dx = dx + of_group[0].to(dtype)
+        dx += of_group[0].to(dtype)
         for gradients, gradient in zip((ddt, ddt_weight, dparameters, dB), of_group[1:5], strict=True):
             gradients.append(gradient)
         dC.append((g * kept[k].to(dtype)).sum(-1))
