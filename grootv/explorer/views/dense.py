@@ -63,7 +63,7 @@ def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", thr
     show_image(photo, picture, (), "image")
     draw = _draw_instances if task == "mmdet" else _draw_regions
     data, words = draw(result, found, picture, pixels.shape[:2], classes, threshold)
-    finish(result, picture, [], Path(config).stem, "")
+    finish(result, picture, [], Path(config).stem)
     return View(figure, data, words, [*notes, words])
 
 
@@ -124,7 +124,7 @@ def _draw_regions(
     names = _names(classes, len(areas))
     draw_segmentation(axes, picture, labels[_cells(size, picture)], names)
     largest = np.argsort(-areas, kind="stable")[:NAMED].tolist()
-    shares = [f"{names[label]} {100 * areas[label]:.1f} %" for label in largest if areas[label] > 0]
+    shares = [f"{names[label]}: {100 * areas[label]:.1f} %" for label in largest if areas[label] > 0]
     return {"labels": labels}, f"Largest parts of the image: {', '.join(shares)}."
 
 
