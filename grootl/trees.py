@@ -60,7 +60,7 @@ def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
     def before(values: Tensor) -> Tensor:
         """(Batch, neighbours, L, ...): from the largest distance to 1, the values of the tokens before; 1 for none."""
         padding = values.new_ones(len(values), neighbours, *values.shape[2:])
-        return torch.cat((padding, values), dim=1).unfold(1, length, 1)[:, :-1].movedim(-1, 2)
+        return torch.cat((padding, values[:, :-1]), dim=1).unfold(1, length, 1).movedim(-1, 2)
 
     def products(vectors: Tensor) -> Tensor:
         return (vectors.unsqueeze(1) * before(vectors)).sum(-1)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .layers import LayerNorm
 
 __all__ = [
+    "depthwise_convolution_flops",
     "edge_weights_flops",
     "fvcore_handles",
     "merged_scan_flops",
@@ -74,6 +75,11 @@ def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: objec
     return batch * channels * (edges + height * width)
 
 
+def depthwise_convolution_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of a depthwise 3x3 convolution: nine for each value."""
+    return 9 * prod(input_shape)
+
+
 def norm_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
     """Of a norm: five for each value."""
     return 5 * prod(input_shape)
@@ -93,8 +99,10 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
     "merged_scan": merged_scan_flops,
+    "depthwise_conv_silu": depthwise_convolution_flops,
     "gated_norm": two_norms_flops,
     "layer_norm": norm_flops,
+    "add_layer_norm": norm_flops,
 }
 
 

@@ -157,6 +157,13 @@ def sanitize_norms() -> None:
         for result in results:
             backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
             backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
+            factors = torch.rand(2).to(DEVICE)
+            for maps in ((x, z), (misaligned(x), misaligned(z))):
+                for total, normed in (
+                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result),
+                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result, factors=factors),
+                ):
+                    (total.float() + normed).backward(x.detach().float())
 
 
 def sanitize_mixers() -> None:

@@ -171,11 +171,42 @@ inline void check_gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, 
   check_parameter("out_bias", out_bias, "h", h, {channels});
 }
 
+inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t dilation) {
+  GROOTVL_CHECK(x.dim() == 4, "x must be (B, H, W, D), got ", x.sizes());
+  GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  check_parameter("weight", weight, "x", x, {x.size(3), 1, 3, 3});
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // rows and columns are numbered in 32 bits
+  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit && x.size(2) <= limit,
+                "dilation, height and width must be from 1 to ", limit, ", got ", dilation, " for x ", x.sizes());
+}
+
 inline void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   GROOTVL_CHECK(x.dim() >= 1 && x.size(-1) > 0, "x must be (..., C) with C > 0, got ", x.sizes());
   GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
   check_parameter("weight", weight, "x", x, {x.size(-1)});
   check_parameter("bias", bias, "x", x, {x.size(-1)});
+}
+
+inline void check_layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& statistics) {
+  GROOTVL_CHECK(grad.sizes().equals(x.sizes()) && grad.device() == x.device(), "grad must be as x, ", x.sizes(), " on ",
+                x.device(), ", got ", grad.sizes(), " on ", grad.device());
+  GROOTVL_CHECK(statistics.numel() * x.size(-1) == 2 * x.numel() && statistics.device() == x.device() &&
+                    statistics.scalar_type() == accumulation_type(x),
+                "statistics must be those of the forward pass");
+}
+
+// One factor for each image.
+inline void check_factors(const std::optional<Tensor>& factors, const Tensor& x) {
+  if (!factors) return;
+  GROOTVL_CHECK(x.dim() >= 2, "x must be (B, ..., C) to have factors, got ", x.sizes());
+  check_parameter("factors", *factors, "x", x, {x.size(0)});
+}
+
+inline void check_add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                                 const std::optional<Tensor>& factors) {
+  check_layer_norm(x, weight, bias);
+  check_parameter("branch", branch, "x", x, x.sizes());
+  check_factors(factors, x);
 }
 
 }  // namespace grootvl

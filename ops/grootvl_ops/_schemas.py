@@ -25,8 +25,14 @@ SCHEMAS = (
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "depthwise_conv_silu(Tensor x, Tensor weight, int dilation) -> Tensor",
+    "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, int dilation) -> (Tensor, Tensor)",
     f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",
     f"gated_norm_backward(Tensor grad, {_GATED_NORM}, Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, "
+    "Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
+    "add_layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor statistics, "
+    "Tensor? factors, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None) -> (Tensor, Tensor)",
     "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor)",
 )

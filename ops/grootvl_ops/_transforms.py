@@ -134,6 +134,12 @@ def layer_norm(*arguments) -> Tensor:
         return reference.layer_norm(*arguments)[0]
 
 
+def add_layer_norm(*arguments) -> tuple[Tensor, Tensor]:
+    """`grootvl_ops.add_layer_norm`, in the order of its schema, for any transform."""
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return reference.add_layer_norm(*arguments)[:2]
+
+
 def _register_batching(name: str) -> None:
     """Under vmap, one call for all: the mapped dimension joins the batch, the first dimension of each tensor."""
     operation = getattr(torch.ops.grootvl_ops, name)

@@ -27,6 +27,7 @@ OPERATIONS = (
     "merged_scan down",
     "gated_norm",
     "layer_norm",
+    "add_layer_norm",
 )
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -41,8 +42,14 @@ def operation(name: str, device: str, shape: str = "scattered", length: int = 7)
         "merged_scan": [(2, length, D), (2, length, 2, R), (2, D, R), (2, D), (2, D), *[(2, length, 2)] * 2],
         "gated_norm": [*[(2, length, D)] * 3, (2, length), *[(D,)] * 5],
         "layer_norm": [(2, length, D), (D,), (D,)],
+        "add_layer_norm": [(2, length, D), (2, length, D), (D,), (D,)],
     }[kind]
     function = getattr(grootvl_ops, kind)
+    if kind == "add_layer_norm":
+
+        def function(*operands):
+            return torch.cat(grootvl_ops.add_layer_norm(*operands), -1)
+
     if direction == "of states":
         sizes = [*sizes[:4], (D, N), (2, length, N), (2, length, N)]
 

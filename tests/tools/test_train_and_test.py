@@ -193,13 +193,19 @@ def test_mixed_precision_on_a_gpu_trains_resumes_and_evaluates(data: Path, tmp_p
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one_with_twice_the_batch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORT", free_port())
     config = write_config(tmp_path, data, DETERMINISTIC)
     run_tool("train.py", config, "--work-dir", tmp_path / "one", gpu=True)
     options = ("--cfg-options", "train_dataloader.batch_size=4")
-    run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options, gpu=True)
-    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
+    compiled = ("--compile", *options, "compile.backend=aot_eager")
+    for kind, arguments in (("two", options), ("compiled", compiled)):
+        monkeypatch.setenv("PORT", free_port())
+        run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / kind, *arguments, gpu=True)
+    one, *others = (
+        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"]
+        for kind in ("one", "two", "compiled")
+    )
     for name, value in one.items():
-        torch.testing.assert_close(
-            two[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        for other in others:
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )

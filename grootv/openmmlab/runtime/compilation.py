@@ -1,7 +1,11 @@
 """torch.compile in runs of every task."""
 
+import torch
 from mmengine.logging import print_log
 from torch import nn
+
+# Batch statistics of several processes are computed outside of graphs, as in GlooSyncBatchNorm2d.
+nn.SyncBatchNorm.forward = torch.compiler.disable(nn.SyncBatchNorm.forward)
 
 
 def compile_backbone(model: nn.Module, options: bool | dict) -> None:

@@ -27,81 +27,96 @@ struct NormData {
   // Backward; `statistics` are read then.
   const T* grad;
   T *dh, *dx, *dz, *dC;
-  acc_t* dparameters;  // (teams, 5, D)
+  acc_t* dparameters;  // (blocks, 5, D)
 };
 
-template <typename acc_t>
-__device__ __forceinline__ acc_t sigmoid(acc_t z) {
-  return fast_divide(acc_t(1), 1 + fast_exp(-z));
-}
-
-// A thread's channels, with their parameters.
-template <int kVec, typename acc_t>
-struct Channels {
-  int first;
-  bool active;
-  acc_t skip[kVec], h_weight[kVec], h_bias[kVec], out_weight[kVec], out_bias[kVec];
+// The parameters of a thread's channels. A thread with one word keeps them in registers; one with several has no room
+// for them, and loads them again from the first-level cache for each pixel.
+template <int kWords, int kVec, typename acc_t>
+struct Parameters {
+  static constexpr bool kKept = kWords == 1;
+  const acc_t* from[kNumParameters];
+  Vector<acc_t, kVec> kept[kKept ? kNumParameters : 1];
 
   template <typename T>
-  __device__ explicit Channels(const NormData<T, acc_t>& data) : first(threadIdx.x * kVec) {
-    active = first < data.channels;
-    first = active ? first : 0;
-    acc_t* const all[kNumParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
+  __device__ __forceinline__ Parameters(const NormData<T, acc_t>& data, int channel) {
+#pragma unroll
     for (int p = 0; p < kNumParameters; ++p) {
-      for (int i = 0; i < kVec; ++i) all[p][i] = data.parameters[p][first + i];
+      from[p] = data.parameters[p] + channel;
+      if constexpr (kKept) {
+        for (int i = 0; i < kVec; ++i) kept[p].values[i] = from[p][i];
+      }
+    }
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void operator()(int p, F use) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      Vector<acc_t, kVec> word;
+      if constexpr (kKept) {
+        word = kept[p];
+      } else {
+        word = load<kVec>(from[p] + w * blockDim.x * kVec);
+      }
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) use(w * kVec + i, word.values[i]);
     }
   }
 };
 
+enum Parameter { kSkip, kInnerWeight, kInnerBias, kOuterWeight, kOuterBias };
+
 // A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
-template <int kVec, typename T, bool kBackward>
+template <int kWords, int kVec, typename T, bool kBackward>
 struct Pixel {
-  Vector<T, kVec> h, x, z, grad;
+  Words<kWords, kVec, T> h, x, z, grad;
   T C;
   int64_t row, at;
   bool valid;
 
   template <typename acc_t>
-  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, const Channels<kVec, acc_t>& channels,
-                                   int64_t wanted) {
-    valid = wanted < data.rows;
-    row = valid ? wanted : data.rows - 1;
-    at = row * data.channels + channels.first;
-    h = load<kVec>(data.h + at);
-    x = load<kVec>(data.x + at);
-    z = load<kVec>(data.z + row * data.z_stride + channels.first);
-    if constexpr (kBackward) grad = load<kVec>(data.grad + at);
-    C = data.C[row * data.C_stride];
-  }
+  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, int channel, int64_t wanted)
+      : Pixel(data, channel, min(wanted, data.rows - 1), wanted < data.rows) {}
+
+  template <typename acc_t>
+  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, int channel, int64_t row_, bool valid_)
+      : h(data.h + row_ * data.channels + channel),
+        x(data.x + row_ * data.channels + channel),
+        z(data.z + row_ * data.z_stride + channel),
+        grad((kBackward ? data.grad : data.h) + row_ * data.channels + channel),
+        C(data.C[row_ * data.C_stride]),
+        row(row_),
+        at(row_ * data.channels + channel),
+        valid(valid_) {}
 };
 
-template <int kThreads, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t> data) {
-  const Channels<kVec, acc_t> channels(data);
-  const int step = gridDim.x * blockDim.y;
-  Pixel<kVec, T, false> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kernel(NormData<T, acc_t> data) {
+  constexpr int kValues = kWords * kVec;
+  const bool in_map = threadIdx.x * kVec < data.channels;
+  const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
+  using ThisPixel = Pixel<kWords, kVec, T, false>;
+  ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const Pixel<kVec, T, false> pixel = next;
-    next = Pixel<kVec, T, false>(data, channels, first + step + threadIdx.y);
-    const bool active = channels.active && pixel.valid;
-    acc_t h[kVec], x[kVec], z[kVec], y[kVec];
-    unpack(h, pixel.h);
-    unpack(x, pixel.x);
-    unpack(z, pixel.z);
+    const ThisPixel pixel = next;
+    next = ThisPixel(data, channel, first + step + threadIdx.y);
     const acc_t C = static_cast<acc_t>(pixel.C);
-    const auto [h_mean, h_scale] = normalise(h, channels.active, data.channels, data.eps);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
-    }
-    const auto [y_mean, y_scale] = normalise(y, channels.active, data.channels, data.eps);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      y[i] = (y[i] * channels.out_weight[i] + channels.out_bias[i]) * z[i] * sigmoid(z[i]);
-    }
-    if (!active) continue;
-    store(data.out + pixel.at, y);
+    acc_t y[kValues], x[kValues];
+    pixel.h.unpack(y);
+    const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    pixel.x.unpack(x);
+    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= C * weight; });
+    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] += C * bias; });
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * x[i]; });
+    const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    pixel.z.unpack(x);
+    parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
+    parameters(kOuterBias, [&](int i, acc_t bias) { y[i] = (y[i] + bias) * x[i] * sigmoid(x[i]); });
+    if (!(in_map && pixel.valid)) continue;
+    store_words<kWords, kVec>(data.out + pixel.at, y);
     if (threadIdx.x == 0) {
       acc_t* statistics = data.statistics + 4 * pixel.row;
       statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
@@ -109,69 +124,82 @@ __global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t>
   }
 }
 
-template <int kThreads, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
-  const Channels<kVec, acc_t> channels(data);
-  const int step = gridDim.x * blockDim.y;
-  acc_t dparameters[kNumParameters][kVec] = {};
-  Pixel<kVec, T, true> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backward_kernel(NormData<T, acc_t> data) {
+  constexpr int kValues = kWords * kVec;
+  const bool in_map = threadIdx.x * kVec < data.channels;
+  const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
+  acc_t dparameters[kNumParameters][kValues] = {};
+  using ThisPixel = Pixel<kWords, kVec, T, true>;
+  ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const Pixel<kVec, T, true> pixel = next;
-    next = Pixel<kVec, T, true>(data, channels, first + step + threadIdx.y);
-    const bool active = channels.active && pixel.valid;
-    acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
-    unpack(h, pixel.h);
-    unpack(x, pixel.x);
-    unpack(z, pixel.z);
-    unpack(dy, pixel.grad);
+    const ThisPixel pixel = next;
+    next = ThisPixel(data, channel, first + step + threadIdx.y);
+    const bool active = in_map && pixel.valid;
     const acc_t C = static_cast<acc_t>(pixel.C);
     const acc_t* statistics = data.statistics + 4 * pixel.row;
     const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
+    acc_t h[kValues], x[kValues], z[kValues], dy[kValues];
+    pixel.h.unpack(h);
+    pixel.x.unpack(x);
+    pixel.z.unpack(z);
+    pixel.grad.unpack(dy);
 
-    // After the loop h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
-    acc_t y[kVec], sums[2] = {};
+    // After the loops h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
+    acc_t y[kValues], sums[2] = {};
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      h[i] = (h[i] - h_mean) * h_scale;
-      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
-      y[i] = (y[i] - y_mean) * y_scale;
+    for (int i = 0; i < kValues; ++i) h[i] = (h[i] - h_mean) * h_scale;
+    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] = h[i] * weight; });
+    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] = (y[i] + skip * x[i] - y_mean) * y_scale; });
+    acc_t outer[kValues];
+    parameters(kOuterWeight, [&](int i, acc_t weight) { outer[i] = y[i] * weight; });
+    parameters(kOuterBias, [&](int i, acc_t bias) {
       const acc_t gate = sigmoid(z[i]), silu = z[i] * gate;
       const acc_t grad = active ? dy[i] : acc_t(0);
-      z[i] = grad * (y[i] * channels.out_weight[i] + channels.out_bias[i]) * (gate + silu * (1 - gate));
-      dparameters[3][i] += grad * silu * y[i];
-      dparameters[4][i] += grad * silu;
-      dy[i] = grad * silu * channels.out_weight[i];
+      z[i] = grad * (outer[i] + bias) * (gate + silu * (1 - gate));
+      dparameters[kOuterWeight][i] += grad * silu * y[i];
+      dparameters[kOuterBias][i] += grad * silu;
+      dy[i] = grad * silu;
+    });
+    parameters(kOuterWeight, [&](int i, acc_t weight) {
+      dy[i] *= weight;
       sums[0] += dy[i];
       sums[1] += dy[i] * y[i];
-    }
-    team_sum(sums, 0);
-    acc_t dh[kVec], more[3] = {};
+    });
+    team_sum<(kWords > 1)>(sums, 0);
+
+    // The gradient of C, and that of the normalised h with its sums.
+    acc_t more[3] = {};
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      dy[i] = y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels);
-      const acc_t masked = active ? dy[i] : acc_t(0), dnormed = masked * C;  // of LN(h)
-      dparameters[0][i] += masked * x[i];
-      dparameters[1][i] += dnormed * h[i];
-      dparameters[2][i] += dnormed;
-      dh[i] = dnormed * channels.h_weight[i];
-      x[i] = masked * channels.skip[i];
-      more[0] += masked * (h[i] * channels.h_weight[i] + channels.h_bias[i]);
-      more[1] += dh[i];
-      more[2] += dh[i] * h[i];
+    for (int i = 0; i < kValues; ++i) {
+      dy[i] = active ? y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels) : acc_t(0);
+      dparameters[kSkip][i] += dy[i] * x[i];
+      dparameters[kInnerWeight][i] += dy[i] * C * h[i];
+      dparameters[kInnerBias][i] += dy[i] * C;
     }
-    team_sum(more, 1);
+    parameters(kInnerBias, [&](int i, acc_t bias) { more[0] += dy[i] * bias; });
+    parameters(kSkip, [&](int i, acc_t skip) { x[i] = dy[i] * skip; });
+    parameters(kInnerWeight, [&](int i, acc_t weight) {
+      more[0] += dy[i] * h[i] * weight;
+      dy[i] *= C * weight;
+      more[1] += dy[i];
+      more[2] += dy[i] * h[i];
+    });
+    team_sum<(kWords > 1)>(more, 1);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
+    for (int i = 0; i < kValues; ++i) dy[i] = h_scale * (dy[i] - (more[1] + h[i] * more[2]) / data.channels);
     if (!active) continue;
-    store(data.dh + pixel.at, dh);
-    store(data.dx + pixel.at, x);
-    store(data.dz + pixel.at, z);
+    store_words<kWords, kVec>(data.dh + pixel.at, dy);
+    store_words<kWords, kVec>(data.dx + pixel.at, x);
+    store_words<kWords, kVec>(data.dz + pixel.at, z);
     if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[0]);
   }
-  if (!channels.active) return;
-  const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  acc_t* to = data.dparameters + int64_t(blockIdx.x) * kNumParameters * data.channels;
+#pragma unroll
   for (int p = 0; p < kNumParameters; ++p) {
-    store(data.dparameters + (team * kNumParameters + p) * data.channels + channels.first, dparameters[p]);
+    store_block_sums<kThreads, kWords, kVec>(to + p * data.channels, dparameters[p], data.channels);
   }
 }
 
@@ -184,7 +212,8 @@ struct NormInputs {
       : h(contiguous(h_)), x(contiguous(x_)), z(rows_of(z_)), C(rows_of(C_)) {
     int p = 0;
     for (const Tensor& parameter : parameters_) {
-      parameters[p++] = contiguous(to(parameter, accumulation_type(h)));
+      const Tensor converted = contiguous(to(parameter, accumulation_type(h)));
+      parameters[p++] = is_aligned(converted.const_data_ptr()) ? converted : clone(converted);
     }
     const int64_t vec = kVectorBytes / h.element_size();
     const auto all_aligned = [&] {
@@ -195,6 +224,16 @@ struct NormInputs {
       h = clone(h), x = clone(x), z = clone(z);
     }
     aligned = all_aligned();
+  }
+
+  // The blocks, of which each multiprocessor runs up to `per_processor`; words of several are of `word` channels.
+  TeamLaunch launch(int word, int vec, int per_processor) const {
+    const int words = aligned && h.size(2) % word == 0 ? words_of_thread(h.size(2) / word) : 1;
+    return TeamLaunch("gated_norm", h.size(0) * h.size(1), h.size(2),
+                      words > 1 ? word
+                      : aligned ? vec
+                                : 1,
+                      per_processor, words);
   }
 
   // Whether the row of each pixel begins at a multiple of `vec` values.
@@ -241,9 +280,10 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
     data.out = out.mutable_data_ptr<scalar_t>();
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 16);
-    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
-      gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    constexpr int kWord = std::min(kVec, 4);
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 16);
+    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
+      gated_norm_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -281,11 +321,12 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
-    const Tensor dparameters = empty(h, {launch.teams(), kNumParameters, h.size(2)}, accumulation);
+    constexpr int kWord = 2;  // the gradients of five parameters of each channel are in registers
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 8);
+    const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
-      gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
+      gated_norm_backward_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     totals = sum(dparameters, 0, accumulation);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   if constexpr (pass == Pass::kUp) return;
 
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
-  constexpr int kSumsPrefetched = kOnChip ? 0 : num_kept(pass);
+  constexpr int kSumsPrefetched = kOnChip ? 0 : num_between_sweeps(pass);
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const T* columns[] = {decay_or_raw_delta(data, item), data.x + item.column};
   const acc_t* sum_columns[] = {sums.columns[0], sums.columns[1]};
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) {
       acc_t u;
-      if constexpr (num_kept(pass) > 0) {
+      if constexpr (num_between_sweeps(pass) > 0) {
         u = row.sums[operand];
       } else {
         u = static_cast<acc_t>(row.data[1]);

@@ -172,7 +172,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
     data.sums[1] = data.out;
-  } else if (num_kept(pass) > 0 && !on_chip) {
+  } else if (num_between_sweeps(pass) > 0 && !on_chip) {
     sums = empty(x, {kOperands, maps, length, channels}, accumulation);
     for (int operand = 0; operand < kOperands; ++operand) {
       data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * maps * length * channels;

@@ -121,9 +121,9 @@ constexpr int x_operand(Pass pass) { return pass == Pass::kDownBackward ? 1 : 0;
 constexpr bool sweeps_up(Pass pass, int operand) {
   return pass == Pass::kBothBackward || (operand == 0 && pass != Pass::kDown && pass != Pass::kUpGradient);
 }
-// How many operands have values that are kept between a sweep up and a sweep down. Where nothing is swept up, the sweep
-// down reads x itself.
-constexpr int num_kept(Pass pass) {
+// How many operands have values that are stored between a sweep up and a sweep down. Where nothing is swept up, the
+// sweep down reads x itself.
+constexpr int num_between_sweeps(Pass pass) {
   return pass == Pass::kDown || pass == Pass::kUp || is_gradient(pass) ? 0 : num_operands(pass);
 }
 // Whether a pass sums up the gradients of the parameters of a selective scan.

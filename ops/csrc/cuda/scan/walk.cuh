@@ -19,7 +19,7 @@ template <Pass pass, bool kSelective, typename T, typename acc_t>
 __host__ __device__ constexpr uint32_t ring_bytes_of() {
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const uint32_t up = ring_bytes_up<pass, kSelective, T, acc_t>();
-  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_kept(pass), kSelective && kReadsX);
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_between_sweeps(pass), kSelective && kReadsX);
   if (is_gradient(pass)) return ring_bytes<T, acc_t>(4, 0, 2);
   return up > down ? up : down;
 }

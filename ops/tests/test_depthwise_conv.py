@@ -1,0 +1,106 @@
+"""The depthwise convolution with SiLU against PyTorch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_selective_scan import TOLERANCE, as_columns, assert_near, with_gradients
+from torch import Tensor
+
+import grootvl_ops
+
+library = torch.ops.grootvl_ops
+
+
+def defined(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=dilation, dilation=dilation, groups=len(weight))
+    return F.silu(out).permute(0, 2, 3, 1)
+
+
+def make_operands(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    weight = torch.randn(size[-1], 1, 3, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return [torch.randn(size).to(dtype), weight]
+
+
+def check(device: str, operands: list[Tensor], dilation: int, function=grootvl_ops.depthwise_conv_silu) -> None:
+    dtype = operands[0].dtype
+    grad = torch.randn(operands[0].shape).to(dtype)
+    expected = with_gradients(defined, [o.double() for o in operands], grad.double(), dilation)
+    actual = with_gradients(function, [o.to(device) for o in operands], grad.to(device), dilation)
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    assert_near(actual, expected, dtype)
+    again = with_gradients(function, [o.to(device) for o in operands], grad.to(device), dilation)
+    assert all(map(torch.equal, actual, again))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 1, 1), (2, 1, 7, 4), (2, 7, 1, 8), (2, 6, 5, 3), (3, 7, 9, 40), (1, 3, 40, 160), (2, 33, 35, 12)],
+    ids=str,
+)
+def test_against_the_definition(device, size, dilation, dtype, poisoned_memory):
+    if device == "cuda" or dtype in (torch.float32, torch.float64):  # elsewhere PyTorch's own, with errors in bfloat16
+        check(device, make_operands(size, dtype), dilation)
+    check(device, make_operands(size, dtype), dilation, library.depthwise_conv_silu)
+
+
+def test_large_map(cuda_kernels):
+    """More strips than threads take at once."""
+    check(cuda_kernels, make_operands((3, 121, 118, 160), torch.float16), 1)
+
+
+def test_operands_need_not_be_contiguous_or_aligned(device):
+    operands = [o.to(device) for o in make_operands((2, 6, 5, 8), torch.float16)]
+    expected = with_gradients(library.depthwise_conv_silu, operands, operands[0], 1)
+    x, weight = operands
+    halves = torch.cat([x, x + 1], -1)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x)
+    for view in (as_columns(x), halves[..., :8], shifted, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+        for grad in (x, as_columns(x), shifted):
+            for actual, wanted in zip(
+                with_gradients(library.depthwise_conv_silu, [view, weight], grad, 1), expected, strict=True
+            ):
+                torch.testing.assert_close(actual, wanted)
+    transposed = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(library.depthwise_conv_silu(x, transposed, 1), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_gradcheck_and_opcheck(device, dtype):
+    x, weight = (o.to(device) for o in make_operands((2, 3, 4, 4), dtype))
+    for dilation in (1, 2):
+        torch.library.opcheck(library.depthwise_conv_silu_backward.default, (x, x, weight, dilation))
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        torch.library.opcheck(library.depthwise_conv_silu.default, (*leaves, dilation))
+        if dtype == torch.float64:
+            assert torch.autograd.gradcheck(lambda *o, d=dilation: library.depthwise_conv_silu(*o, d), leaves)
+
+
+def test_under_autocast(device):
+    x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), torch.float32))
+    expected = grootvl_ops.depthwise_conv_silu(x, weight)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(grootvl_ops.depthwise_conv_silu(x, weight), expected)
+
+
+def test_nothing_to_do(device):
+    x, weight = (o.to(device) for o in make_operands((0, 3, 4, 5), torch.float32))
+    out, _, dweight = with_gradients(library.depthwise_conv_silu, [x, weight], x, 1)
+    assert out.shape == x.shape and not dweight.any()
+
+
+def test_refuses(device):
+    x, weight = torch.randn(2, 3, 4, 5, device=device), torch.randn(5, 1, 3, 3, device=device)
+    for name, bad in (
+        ("x", x[0]),
+        ("weight", weight[:4]),
+        ("weight", weight[..., :2]),
+        ("weight", weight.long()),
+        ("weight", weight.to("meta")),
+        ("dilation", 0),
+    ):
+        with pytest.raises((ValueError, TypeError), match=name):
+            grootvl_ops.depthwise_conv_silu(**{"x": x, "weight": weight, "dilation": 1, name: bad})
