@@ -22,7 +22,8 @@ def linear_runs_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
     In inference, in a half precision on CUDA, where calls of the modules would do nothing but what their kind does.
     """
     return (
-        not (torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy))
+        # A traced call is traced once more without gradients, and the two must be the same.
+        not (torch.is_grad_enabled() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy))
         and x.is_cuda
         and _product_dtype(x) in _HALF
         and is_plain(linear, nn.Linear, x.device)

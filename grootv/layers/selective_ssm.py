@@ -149,7 +149,8 @@ class SelectiveSSM(TraceLeaf):
         if x.dim() != 4 or x.size(3) != self.dim:
             raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if x.is_cuda and not torch.is_grad_enabled() and self.fuses_conv:
+            # A traced call is traced once more without gradients, and the two must be the same.
+            if x.is_cuda and not (torch.is_grad_enabled() or torch.jit.is_tracing()) and self.fuses_conv:
                 features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         if self.splits_input:  # two products, since halves of one would be copied, and their gradients joined
