@@ -1,9 +1,11 @@
 # make demo               train a small model on real digits, evaluate it, draw pictures
 # make demo-language      train a small language model on Python's documentation, fine-tune it in three ways
+# make explore            trees, affinities and predictions of your own images and sentences, in the browser
 # make test               the whole test suite
 # make test-faults        kills, full disks, damaged and malicious files, many times: FAULT_TRIES sets how often
 # make test-integrations  GrootV in other packages, in .venv-integrations
 # make test-versions      a part of the suite with the oldest and the newest versions: .venv-oldest, .venv-newest
+# make docs               the documentation site in build/site, in .venv-docs
 # make wheels             wheels of both packages in dist/, for every Python and PyTorch that docs/installation.md lists
 # They set up .venv first, from pinned versions; later calls reuse it.
 
@@ -13,6 +15,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install --quiet \
   --constraint constraints.txt --constraint constraints-integrations.txt
+DOCS := .venv-docs
 OPS_SOURCES := ops/setup.py ops/build_backend.py ops/pyproject.toml $(shell find ops/grootvl_ops -name '*.py') $(shell find ops/csrc -type f)
 
 # Without a GPU, one architecture is enough to test that the CUDA sources compile.
@@ -34,8 +37,8 @@ VERSIONS_TESTS := ops/tests/test_tree_scan.py ops/tests/test_trees.py ops/tests/
 # The short form, which continuous integration runs beside the pinned versions.
 VERSIONS_SHORT := ops/tests/test_tree_scan.py ops/tests/test_trees.py tests/models/test_model_golden.py
 
-.PHONY: demo demo-detection demo-segmentation demo-language test test-faults test-integrations test-versions \
-  test-newest wheels sanitize-cpu lint format bench clean
+.PHONY: demo demo-detection demo-segmentation demo-language explore test test-faults test-integrations test-versions \
+  test-newest docs wheels sanitize-cpu lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/train
@@ -49,6 +52,9 @@ demo-segmentation: $(VENV)/openmmlab
 
 demo-language: $(VENV)/language
 	$(VENV)/bin/python tools/demo_language.py
+
+explore: $(VENV)/explorer
+	$(VENV)/bin/python -m grootv.explorer
 
 # One process for each core. Each takes a part of the tests in their order, so that few fixtures are made twice.
 test: $(VENV)/test
@@ -73,6 +79,11 @@ test-versions: .venv-oldest/installed .venv-newest/installed
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -m grootvl_ops
 	.venv-newest/bin/python -m pytest $(VERSIONS_SHORT)
+
+# A broken link, a missing anchor, a public name without docstring and a fetch from another host are errors. Pages are
+# made from the sources, so that neither PyTorch nor a compiler is needed.
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 # PyTorch and the CUDA runtime are those of the environment that the wheel is installed in.
 wheels: export TORCH_CUDA_ARCH_LIST := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
@@ -105,9 +116,9 @@ bench: $(VENV)/train
 	fi
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) .venv-oldest .venv-newest build dist ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
+	rm -rf $(VENV) $(INTEGRATIONS) $(DOCS) .venv-oldest .venv-newest build dist ops/build *.egg-info ops/*.egg-info ops/grootvl_ops/_C*.so ops/grootvl_ops/_build.json
 
-# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, tests.
+# The environment, in steps: PyTorch, the compiled operations, training, detection and segmentation, language, the explorer, tests.
 $(VENV)/torch: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch torchvision setuptools wheel ninja
@@ -130,7 +141,12 @@ $(VENV)/language: $(VENV)/ops pyproject.toml
 	$(PIP) --editable ".[language]"
 	touch $@
 
-$(VENV)/test: $(VENV)/openmmlab $(VENV)/language
+# All tabs work: with OpenMMLab's packages and transformers.
+$(VENV)/explorer: $(VENV)/openmmlab $(VENV)/language
+	$(PIP) --editable ".[explorer]"
+	touch $@
+
+$(VENV)/test: $(VENV)/explorer
 	$(PIP) --editable ".[test]"
 	$(VENV)/bin/python tests/models/fetch_timm_suite.py || echo "timm's own tests could not be fetched; they will be skipped"
 	touch $@
@@ -151,4 +167,13 @@ $(INTEGRATIONS)/integrations: constraints.txt constraints-integrations.txt pypro
 	.venv-$*/bin/python $(VERSIONS_PIP) $(VERSIONS_$*)
 	.venv-$*/bin/python $(VERSIONS_PIP) --force-reinstall --no-deps ./ops
 	.venv-$*/bin/python $(VERSIONS_PIP) --editable ".[train,test]" $(VERSIONS_$*)
+	touch $@
+
+# The packages of the extra `docs` without the package itself, which would bring PyTorch.
+$(DOCS)/installed: constraints.txt constraints-docs.txt pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt --constraint constraints-docs.txt --requirement $(DOCS)/requirements.txt
 	touch $@

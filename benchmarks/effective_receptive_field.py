@@ -2,10 +2,8 @@
 
     python benchmarks/effective_receptive_field.py data/emoji.npz --work-dir work_dirs/compare_scans
 
-The effective receptive field (arXiv 1701.04128) is how much the centre pixel of the last map changes with each pixel of
-the image: the absolute gradient of the sum of its positive channels (the sum of all channels after a norm is constant),
-summed over the colours and averaged over images. Before training, and after it, with the weights that
-`compare_scans.py train` left.
+The effective receptive field of the centre pixel of the last map (`grootv.visualization.receptive_field`), averaged
+over images: before training, and after it, with the weights that `compare_scans.py train` left.
 
 The affinity maps are those of the paper (arXiv 2406.02395): how much of what a chosen pixel contributes reaches each
 pixel, in the last block of a stage of the trained models (`grootv.visualization.mixer_affinity`).
@@ -27,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from grootv.sample_data.emoji import load_emoji
-from grootv.visualization import MAP_COLOURS, draw_tree, mixer_affinity
+from grootv.visualization import MAP_COLOURS, draw_tree, field_area, mixer_affinity, mixer_calls, receptive_field
 
 ROWS = ("tree", "raster", "bidirectional", "cross", "VMamba", "MambaOut", "ConvNeXt")
 AFFINITIES = ROWS[:4]
@@ -45,23 +43,6 @@ def load(row: str, num_classes: int, folder: Path | None) -> nn.Module:
     return model.eval()
 
 
-def receptive_field(model: nn.Module, images: Tensor) -> np.ndarray:
-    """(H, W), with a largest value of 1."""
-    total = torch.zeros(images.shape[2:])
-    for image in images.split(8):
-        image = image.clone().requires_grad_()
-        (features,) = model.forward_intermediates(image, indices=1, output_fmt="NCHW", intermediates_only=True)
-        features[:, :, features.shape[2] // 2, features.shape[3] // 2].relu().sum().backward()
-        total += image.grad.abs().sum((0, 1))
-    return (total / total.max()).numpy()
-
-
-def area(field: np.ndarray, share: float) -> float:
-    """The least part of the image that has `share` of the field."""
-    ordered = np.sort(field.ravel())[::-1].cumsum()
-    return (np.searchsorted(ordered, share * ordered[-1]) + 1) / field.size
-
-
 def draw_fields(rows: list[str], images: Tensor, num_classes: int, folder: Path) -> Figure:
     """A column for each row of the comparison: before training above, after it below."""
     figure = Figure(figsize=(1.7 * len(rows) + 0.8, 4.4), layout="constrained")
@@ -70,8 +51,8 @@ def draw_fields(rows: list[str], images: Tensor, num_classes: int, folder: Path)
         for axes, row in zip(line, rows, strict=True):
             field = receptive_field(load(row, num_classes, source), images)
             drawn = axes.imshow(np.maximum(field, 1e-5), cmap=MAP_COLOURS, norm=LogNorm(1e-5, 1))
-            axes.set(xticks=[], yticks=[], xlabel=f"90 % in {100 * area(field, 0.9):.0f} %\nof the image")
-            areas = ", ".join(f"{100 * area(field, share):.1f}" for share in (0.5, 0.9, 0.99))
+            axes.set(xticks=[], yticks=[], xlabel=f"90 % in {100 * field_area(field, 0.9):.0f} %\nof the image")
+            areas = ", ".join(f"{100 * field_area(field, share):.1f}" for share in (0.5, 0.9, 0.99))
             print(f"{row}, {title}: 50, 90 and 99 % in {areas} % of the image")
         line[0].set_ylabel(title, fontsize=12)
     for axes, row in zip(lines[0], rows, strict=True):
@@ -89,20 +70,16 @@ def draw_affinities(drawings: dict[str, np.ndarray], num_classes: int, folder: P
         x = normalised(torch.from_numpy(drawing).permute(2, 0, 1)[None])
         side = drawing.shape[0]
         for axes, (row, model) in zip(line[1:], models.items(), strict=True):
-            mixer, inputs = model.stages[stage].blocks[-1].mixer, []
-            handle = mixer.register_forward_pre_hook(lambda _, arguments, inputs=inputs: inputs.append(arguments[0]))
-            with torch.no_grad():
-                model(x)
-            handle.remove()
-            _, height, width, _ = inputs[0].shape
+            call = mixer_calls(model, x)[stage][-1]
+            _, height, width, _ = call.x.shape
             pixel = int(POINTS[subject][0] * height), int(POINTS[subject][1] * width)
-            affinity = mixer_affinity(mixer, inputs[0], pixel).numpy()
+            affinity = mixer_affinity(call.mixer, call.x, pixel).numpy()
             drawn = axes.imshow(np.maximum(affinity / affinity.max(), 1e-3), cmap=MAP_COLOURS, norm=LogNorm(1e-3, 1))
             axes.plot(pixel[1], pixel[0], "+", color="#2ec4ff", markersize=12, markeredgewidth=1.5)
             axes.set(xticks=[], yticks=[])
             if row == "tree":
                 with torch.no_grad():
-                    ((tree, _),) = mixer.scans(mixer.expand_input(inputs[0])[0])
+                    ((tree, _),) = call.scans()
                 draw_tree(line[0], drawing, tree, height, width)
                 line[0].plot(POINTS[subject][1] * side, POINTS[subject][0] * side, "+", color="#c1272d", markersize=12)
                 line[0].set_ylabel(subject, fontsize=12)

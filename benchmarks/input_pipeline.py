@@ -57,13 +57,13 @@ def throughput(dataset: Dataset, workers: int, batch: int, seconds: float, pin_m
 
 
 def breakdown(dataset: Dataset, images: int) -> dict[str, float]:
-    """Mean milliseconds of the steps for one image, in one process."""
+    """Mean milliseconds of processor time of the steps for one image."""
     times: dict[str, list[float]] = defaultdict(list)
 
     def timed(name: str, call, *args):
-        start = time.perf_counter()
+        start = time.process_time()
         result = call(*args)
-        times[name].append(1e3 * (time.perf_counter() - start))
+        times[name].append(1e3 * (time.process_time() - start))
         return result
 
     for index in torch.randperm(len(dataset))[:images].tolist():
@@ -93,14 +93,15 @@ def main() -> None:
     kilobytes = (
         statistics.fmean(Path(dataset.image_name(i)).stat().st_size for i in range(min(len(dataset), 500))) / 1e3
     )
-    parts = breakdown(dataset, 300)
+    parts = breakdown(dataset, 1000)
     total = sum(parts.values())
     rows = [[name, f"{value:.2f}", f"{100 * value / total:.0f} %"] for name, value in parts.items()]
     rows.append(["all", f"{total:.2f}", "100 %"])
+    long, short = (statistics.median(map(side, sizes)) for side in (max, min))
     sections = [
-        f"{len(dataset)} JPEGs of {statistics.median(map(max, sizes))} × {statistics.median(map(min, sizes))} pixels, "
+        f"{len(dataset)} JPEGs of {long:.0f} × {short:.0f} pixels, "
         f"{kilobytes:.0f} kB in the mean; transforms of configs/classification/_base_/imagenet_224.py.",
-        "One image in one process, mean of 300:",
+        "Processor time of one image, mean of 1000:",
         table(["step", "ms", "share"], rows),
         f"Loader processes with batches of {args.batch}:",
     ]

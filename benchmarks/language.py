@@ -1,6 +1,7 @@
 """GrootL beside transformers' Mamba on one GPU, with the shapes of Mamba-130M and random weights, in bfloat16.
 
     python benchmarks/language.py
+    python benchmarks/language.py --lengths      # only GrootL's prompts from 128 to 65,536 tokens
 
 Mamba runs as transformers has it where the machine has no fused kernels for it: one token after the other. So prefill
 and training of the peer are slow; decoding, one token at a time anyway, is a fair comparison.
@@ -107,10 +108,47 @@ def measure(name: str, measurement: Callable[..., object], layers: int, *argumen
     return result
 
 
+@torch.no_grad()
+def captured_milliseconds(model: nn.Module, batch: int, length: int, repeats: int) -> float:
+    """As `prefill_milliseconds`, by a CUDA graph: what the GPU needs without the host."""
+    ids = tokens(batch, length)
+
+    def run() -> object:
+        return model.eval()(ids, use_cache=False, logits_to_keep=1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return event_milliseconds(graph.replay, repeats, 2)
+
+
+def prefill_of_lengths(layers: int, repeats: int) -> list[str]:
+    """Sections of a report: the time a token for prompts of several lengths."""
+    ways = (prefill_milliseconds, captured_milliseconds)
+    torch.manual_seed(0)
+    model = make("GrootL", layers)
+    times = [[way(model, 1, length, repeats) for length in LENGTHS] for way in ways]
+    cells = []
+    for of_way in times:
+        per_token = [1e3 * milliseconds / length for milliseconds, length in zip(of_way, LENGTHS, strict=True)]
+        cells.append(
+            [f"{m:.1f} ms, {each:.1f} µs ({each / min(per_token):.1f} ×)"
+             for m, each in zip(of_way, per_token, strict=True)]
+        )  # fmt: skip
+    text = "Prefill of one prompt by GrootL, and time a token; in brackets the ratio to the best length."
+    return [text, table(["tokens", "eager", "as a CUDA graph"], list(zip(LENGTHS, *cells, strict=True)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--lengths", action="store_true", help="only the time of prompts of several lengths")
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     repeats, layers = args.repeats, args.layers
@@ -120,6 +158,13 @@ def main() -> None:
         mamba = measure("Mamba", measurement, layers, *arguments, repeats if fused else peer_repeats)
         return mamba, measure("GrootL", measurement, layers, *arguments, repeats)
 
+    if args.lengths:
+        sections = [f"{layers} layers, bfloat16.", *prefill_of_lengths(layers, repeats)]
+        publish(
+            "Prompts of several lengths", "language-lengths", sections, "python benchmarks/language.py --lengths",
+            args.commit,
+        )  # fmt: skip
+        return
     rows = []
     mamba, ours = both(prefill_milliseconds, 8, 2048)
     rows.append(["prefill, 8×2048", f"{mamba:.0f} ms", f"{ours:.1f} ms", f"{ours / mamba:.3f} × the time"])
@@ -143,19 +188,12 @@ def main() -> None:
              f"{ours / mamba:.2f} × the time"]
         )  # fmt: skip
 
-    times = [measure("GrootL", prefill_milliseconds, layers, 1, length, repeats) for length in LENGTHS]
-    per_token = [1e3 * milliseconds / length for milliseconds, length in zip(times, LENGTHS, strict=True)]
-    lengths = [
-        [length, f"{milliseconds:.1f}", f"{each:.1f} ({each / min(per_token):.1f} ×)"]
-        for length, milliseconds, each in zip(LENGTHS, times, per_token, strict=True)
-    ]
     how = "with its fused kernels" if fused else "without fused kernels, which this machine lacks"
     text = f"{layers} layers, bfloat16. Mamba is transformers' {how}. Training: forward, loss and backward."
     sections = [
         text,
         table(["what", "Mamba", "GrootL", "GrootL against Mamba"], rows),
-        "Prefill of one prompt by GrootL; in brackets the ratio to the best length.",
-        table(["tokens", "ms", "µs a token"], lengths),
+        *prefill_of_lengths(layers, repeats),
     ]
     publish("GrootL beside Mamba", "language", sections, "python benchmarks/language.py", args.commit)
 

@@ -64,7 +64,7 @@ def measure_fused(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[
         x, tree = features.flatten(1, 2), grootvl_ops.build_tree(features)
         projected = torch.randn(batch, height * width, rank + 2, device="cuda", dtype=dtype)
         weight = torch.randn(channels, rank, device="cuda")
-        scans.append((x, projected[..., :rank], weight, vector - 5, vector, projected[..., rank], *tree))
+        scans.append((x, projected[..., :rank], weight, vector - 5, vector, projected[..., rank], None, *tree))
         norms.append((x, x.flip(0), x.flip(1), projected[..., rank + 1], *[vector] * 5))
     statistics = [ops.gated_norm(*arguments, 1e-5)[1] for arguments in norms]
     return [

@@ -1,5 +1,5 @@
-"""Two ways to scan N states a channel on one GPU: one state after the other, as `selective_scan` does, and all at once
-by `tree_scan` over D N channels.
+"""Two ways to scan N states a channel on one GPU: by `selective_scan`, and by `tree_scan` over D N channels. Maps are
+scanned in the direction "both", prompts "down".
 
     python benchmarks/states.py
 """
@@ -21,30 +21,30 @@ from grootvl_ops import Tree
 SHAPES = [(16, 56, 56, 160, 4), (16, 14, 14, 640, 16), (8, 512, 1, 1536, 16), (4, 2048, 1, 1536, 16)]
 
 
-def at_once(x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree) -> Tensor:
+def as_channels(x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree, direction: str) -> Tensor:
     """`selective_scan` with step sizes for each channel, along D N channels."""
     step = F.softplus(delta.float()).unsqueeze(-1)
     decay = torch.exp(-torch.exp(A_log.float()) * step)
     source = step * B.float().unsqueeze(2) * x.float().unsqueeze(-1)
-    h = grootvl_ops.tree_scan(source.flatten(2), decay.flatten(2), tree).view(decay.shape)
+    h = grootvl_ops.tree_scan(source.flatten(2), decay.flatten(2), tree, direction).view(decay.shape)
     return (h * C.float().unsqueeze(2)).sum(-1).to(x.dtype)
 
 
-def one_by_one(x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree) -> Tensor:
-    return grootvl_ops.selective_scan(x, delta, None, None, A_log, B, tree, C=C)
+def as_states(x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree, direction: str) -> Tensor:
+    return grootvl_ops.selective_scan(x, delta, None, None, A_log, B, tree, direction, C)
 
 
 def measure(
-    scan: Callable[..., Tensor], operands: list[Tensor], tree: Tree, repeats: int
+    scan: Callable[..., Tensor], operands: list[Tensor], tree: Tree, direction: str, repeats: int
 ) -> tuple[float, float, float]:
     """Milliseconds of the forward pass and of both passes, and the peak memory in GiB beside the operands."""
     grad = torch.randn_like(operands[0])
 
     def train() -> None:
-        torch.autograd.grad(scan(*operands, tree), operands, grad)
+        torch.autograd.grad(scan(*operands, tree, direction), operands, grad)
 
     with torch.no_grad():
-        forward = event_milliseconds(lambda: scan(*operands, tree), repeats, warmup=3)
+        forward = event_milliseconds(lambda: scan(*operands, tree, direction), repeats, warmup=3)
     both = event_milliseconds(train, repeats, warmup=3)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -60,24 +60,24 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for batch, height, width, channels, states in SHAPES:
-        length = height * width
+        length, direction = height * width, "down" if width == 1 else "both"
         tree = grootvl_ops.build_tree(torch.randn(batch, height, width, 16, device="cuda"))
         x, delta = (torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         B, C = (torch.randn(batch, length, states, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         A_log = torch.arange(1.0, states + 1, device="cuda").log().repeat(channels, 1)
         operands = [operand.requires_grad_() for operand in (x, delta, A_log, B, C)]
         with torch.no_grad():
-            expected = at_once(*operands, tree).float()
-            difference = (one_by_one(*operands, tree).float() - expected).norm() / expected.norm()
+            expected = as_channels(*operands, tree, direction).float()
+            difference = (as_states(*operands, tree, direction).float() - expected).norm() / expected.norm()
         if not difference < 0.02:  # the precision of bfloat16
             raise SystemExit(f"the two ways differ by {difference:.3f} of the norm")
-        for name, scan in (("one by one", one_by_one), ("at once", at_once)):
-            forward, both, memory = measure(scan, operands, tree, args.repeats)
+        for name, scan in (("selective_scan", as_states), ("tree_scan", as_channels)):
+            forward, both, memory = measure(scan, operands, tree, direction, args.repeats)
             shape = f"{batch}×{height}×{width}×{channels}, {states} states"
-            rows.append([shape, name, f"{forward:.2f}", f"{both:.2f}", f"{memory:.2f}"])
+            rows.append([shape, direction, name, f"{forward:.2f}", f"{both:.2f}", f"{memory:.2f}"])
             torch.cuda.empty_cache()
-    text = 'bfloat16, direction "both". Milliseconds; memory is the peak beside the operands, forward and backward.'
-    head = ["maps", "states", "forward", "forward and backward", "GiB"]
+    text = "bfloat16. Milliseconds; memory is the peak beside the operands, forward and backward."
+    head = ["maps", "direction", "operation", "forward", "forward and backward", "GiB"]
     publish("Several states", "states", [text, table(head, rows)], "python benchmarks/states.py", args.commit)
 
 

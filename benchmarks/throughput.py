@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                 # GrootV and VMamba-Tiny against swin_tiny, batch 128, 224 x 224
     python benchmarks/throughput.py --models grootv_tiny --batch 2 --size 800 1344
+    python benchmarks/throughput.py --models vmamba_tiny_s1l8 --precisions float16 --sides 56 112 224 448 512
     python benchmarks/throughput.py --models grootv_tiny --compile reduce-overhead --precisions float16
 
 Inference in inference mode; training is forward, loss and backward, without an optimizer. float32 lets matrix products
@@ -30,7 +31,7 @@ class Run:
     def __init__(
         self, name: str, batch: int, size: tuple[int, int] = (224, 224), compile: str | None = None, adamw: bool = False
     ) -> None:
-        peer_size = {"img_size": size} if name == PEER and size != (224, 224) else {}
+        peer_size = {"img_size": size} if name.startswith("swin") and size != (224, 224) else {}
         model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if adamw else None
         self.model = torch.compile(model, fullgraph=True, dynamic=False, mode=compile) if compile else model
@@ -69,6 +70,29 @@ def add_compile_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", nargs="?", const="default", choices=modes, help="torch.compile, in this mode")
 
 
+def publish_time_per_pixel(args: argparse.Namespace, pixels: int) -> None:
+    """Nanoseconds a pixel of the input for images of several sizes, of about so many pixels in all."""
+    rows = []
+    for name in args.models:
+        for precision in args.precisions:
+            times: list[list[float]] = []
+            batches = [max(1, pixels // side**2) for side in args.sides]
+            for side, batch in zip(args.sides, batches, strict=True):
+                run = Run(name, batch, (side, side), args.compile)
+                milliseconds = [run.milliseconds(t, precision == "float16", args.repeats) for t in (False, True)]
+                times.append([1e6 * ms / (batch * side**2) for ms in milliseconds])
+                del run
+                torch.cuda.empty_cache()
+            best = [min(column) for column in zip(*times, strict=True)]
+            for side, batch, of_side in zip(args.sides, batches, times, strict=True):
+                cells = [f"{t:.2f} ({t / b:.2f} ×)" for t, b in zip(of_side, best, strict=True)]
+                rows.append([f"{name}, {precision}", f"{batch}×{side}²", *cells])
+    text = "Nanoseconds a pixel of the input; in brackets the ratio to the best size. Training: forward and backward."
+    command = " ".join(["python benchmarks/throughput.py", *shown_arguments()])
+    head = ["model", "images", "inference", "training"]
+    publish("Time a pixel", "time-per-pixel", [text, table(head, rows)], command, args.commit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -77,6 +101,10 @@ def main() -> None:
     parser.add_argument("--peer", default=PEER)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, nargs="+", default=[224], help="side of square images, or height and width")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", help="instead: the time a pixel of square images of these sides, as many of "
+        "them as have the pixels of --batch images of --size"
+    )  # fmt: skip
     parser.add_argument("--precisions", nargs="+", default=["float32", "float16"], choices=["float32", "float16"])
     parser.add_argument("--repeats", type=int, default=5, help="of five batches in a row each")
     add_compile_option(parser)
@@ -90,6 +118,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    if args.sides:
+        publish_time_per_pixel(args, args.batch * height * width)
+        return
     columns = [(training, precision) for training in (False, True) for precision in args.precisions]
     rows = []
     peer: list[float] = []

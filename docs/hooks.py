@@ -3,6 +3,7 @@
 * README.md, CHANGELOG.md and other pages of the repository are pages of the site, and so are the measured results in
   benchmarks/results/ and the notebooks.
 * A link to a file or folder of the repository leads to a page that shows it.
+* A page that makes its reader's browser fetch something from another host is a warning, too.
 * The pages of the API reference come from `extra.api` in mkdocs.yml. A public name without a docstring, or one
   that a package exports and no page shows, is a warning, which a strict build counts as an error.
 """
@@ -32,6 +33,8 @@ def site_path(path: str) -> str:
     """Where the page of the file or folder `path` of the repository is among the sources of the site."""
     if path == "README.md":
         return "index.md"
+    if path.endswith("/README.md"):
+        return path.replace("/README.md", ".md")
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if path.endswith(".ipynb"):
@@ -43,9 +46,9 @@ def site_path(path: str) -> str:
 
 def repository_path(file: File) -> str:
     """The inverse of `site_path`, for pages with links."""
-    if file.src_uri == "index.md":
-        return "README.md"
-    return file.src_uri if file.generated_by else f"docs/{file.src_uri}"
+    if not file.generated_by:
+        return f"docs/{file.src_uri}"
+    return next((path for path in PAGES if site_path(path) == file.src_uri), file.src_uri)
 
 
 def targets(markdown: str, path: str) -> list[str]:
@@ -77,12 +80,21 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     return text, resources["outputs"]
 
 
+def results() -> dict[Path, str]:
+    """The reports in benchmarks/results/ with their titles; several of one title also have the names of their files."""
+    reports = sorted((ROOT / RESULTS).glob("*.md"))
+    titles = [re.search(r"^# (.*)$", path.read_text(), re.MULTILINE)[1] for path in reports]
+    return {
+        path: title if titles.count(title) == 1 else f"{title}: {path.stem}"
+        for path, title in zip(reports, titles, strict=True)
+    }
+
+
 def results_page() -> str:
-    """A table of everything in benchmarks/results/: what, where, when and by which command it was measured."""
+    """A table of everything in benchmarks/results/: what, where and when it was measured."""
     rows = []
-    for path in sorted((ROOT / RESULTS).glob("*.md")):
+    for path, title in results().items():
         text = " ".join(path.read_text().split())
-        title = re.search(r"^# (.*)$", path.read_text(), re.MULTILINE)[1]
         hardware = re.search(r"Measured on (?:an |one )?(.*?)(?:;| in one run|, \d+ cores)", text)[1]
         date = re.search(r"\d{4}-\d\d-\d\d", text)[0]
         rows.append(f"| [{title}](results/{path.name}) | {hardware} | {date} |")
@@ -100,10 +112,9 @@ def api_page(title: str, modules: list[str]) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the results into the navigation, and check the docstrings."""
-    results = [f"{RESULTS}/{path.name}" for path in sorted((ROOT / RESULTS).glob("*.md"))]
     for entry in config.nav:
         if "Benchmarks" in entry:
-            entry["Benchmarks"] += results
+            entry["Benchmarks"] += [{title: f"{RESULTS}/{path.name}"} for path, title in results().items()]
     check_docstrings([module for _, modules in config.extra["api"].values() for module in modules])
     return config
 
@@ -120,7 +131,7 @@ def check_docstrings(modules: list[str]) -> None:
             log.warning("%s:%s: %s has no docstring", item.filepath, item.lineno, item.path)
         if item.is_class:
             for member in item.members.values():
-                if member.is_function and not member.name.startswith("_"):
+                if member.is_function and not member.name.startswith("_") and not inherits_docstring(item, member.name):
                     check(member)
 
     def find_hidden(package: griffe.Module) -> None:
@@ -129,7 +140,7 @@ def check_docstrings(modules: list[str]) -> None:
             if not member.is_module and member.canonical_path not in shown:
                 log.warning("%s is exported by %s, and on no page of the API reference", name, package.path)
         for child in package.modules.values():
-            if child.is_package and not child.name.startswith("_"):
+            if child.is_subpackage and not child.name.startswith("_"):
                 find_hidden(child)
 
     for module in modules:
@@ -138,6 +149,15 @@ def check_docstrings(modules: list[str]) -> None:
                 check(member.final_target if member.is_alias else member)
     for package in packages:
         find_hidden(package)
+
+
+def inherits_docstring(item: griffe.Class, method: str) -> bool:
+    """Whether a base class in this project says what the method does."""
+    return any(
+        method in base.members and base.members[method].has_docstring or inherits_docstring(base, method)
+        for base in item.resolved_bases
+        if isinstance(base, griffe.Class)
+    )
 
 
 def public(module: griffe.Module) -> list[griffe.Object | griffe.Alias]:
@@ -157,7 +177,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(file)
 
     texts = {path: (ROOT / path).read_text() for path in PAGES}
-    texts |= {f"{RESULTS}/{path.name}": path.read_text() for path in sorted((ROOT / RESULTS).glob("*.md"))}
+    texts |= {f"{RESULTS}/{path.name}": path.read_text() for path in results()}
     texts["benchmarks/index.md"] = results_page()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text, pictures = notebook_page(path)
@@ -203,3 +223,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{there}#{anchor}" if anchor else there
 
     return CODE_OR_LINK.sub(replace, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn of scripts, styles, fonts, pictures and frames from other hosts, which a browser fetches by itself."""
+    fetched = re.findall(
+        r"<(?:script|img|iframe|source|video|audio)\b[^>]*?\bsrc=[\"']?((?:https?:)?//[^\"'\s>]+)", output
+    )
+    for link in re.findall(r"<link\b[^>]*>", output):
+        if re.search(r"rel=[\"']?(stylesheet|preload|preconnect|icon|manifest)", link):
+            fetched += re.findall(r"href=[\"']?((?:https?:)?//[^\"'\s>]+)", link)
+    for address in fetched:
+        log.warning("%s fetches %s from another host", page.file.src_uri, address)
+    return output

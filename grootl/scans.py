@@ -3,7 +3,7 @@
 Everything is float32 (float64 for float64). The symbols: u (Batch, L, D), the inputs; dt (Batch, L, D), the steps
 before softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the decay a_t = exp(-exp(A_log)
 delta_t) and the input x_t = delta_t B_t u_t have N states for each of D channels. No function here makes a
-(Batch, L, D, N) tensor.
+(Batch, L, D, N) tensor of a long prompt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ __all__ = ["MASKED_STEP", "continue_scan", "final_state", "prefix_scan"]
 
 MASKED_STEP = -1e4
 """The step before softplus of a token that a scan passes unchanged: its decay is 1 and its input 0."""
+
+# How many values of (Batch, L, D, N) tensors are in memory at a time, unless those of one state are more.
+_VALUES_AT_ONCE = 1 << 24
 
 # A step this small does not decay any state, and the quotient of two steps remains in the range of float32.
 _SMALLEST_STEP = -30.0
@@ -46,7 +49,7 @@ def prefix_scan(
     if tree is None:
         return y
     edge_dt = _edge_steps(dt, edge_decay)
-    return y + tree_scale * _scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "up")
+    return y.add(_scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "up"), alpha=tree_scale)
 
 
 def final_state(
@@ -133,10 +136,13 @@ def _scan_with_decays_of(
 def _decayed_sum(steps: Tensor, u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor) -> Tensor:
     """sum over t of exp(-exp(A_log) steps_t) x_t, (Batch, D, N): x_t after decays whose steps sum up to `steps`."""
     delta_u, rate = delta * u, -A_log.to(delta.dtype).exp()
+    at_once = max(1, _VALUES_AT_ONCE // max(1, steps.numel()))
     states = [
-        torch.einsum("bld,bl->bd", torch.exp(steps * rate[:, n]) * delta_u, B[..., n]) for n in range(rate.shape[1])
+        # (Batch, n, 1, L) times (Batch, n, L, D), a row of states for each channel.
+        B_.mT.unsqueeze(2) @ (torch.exp(steps.unsqueeze(1) * rate_.T.unsqueeze(1)) * delta_u.unsqueeze(1))
+        for rate_, B_ in zip(rate.split(at_once, dim=1), B.split(at_once, dim=2), strict=True)
     ]
-    return torch.stack(states, dim=-1)
+    return torch.cat(states, dim=1).squeeze(2).mT
 
 
 def _continue_chain(

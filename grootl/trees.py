@@ -55,14 +55,20 @@ def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
     Returns:
         (Batch, (L - 1) * neighbours), in the order of `prompt_edges`; 0 where it has no edge.
     """
-    batch, length, _ = B.shape
+    length = B.shape[1]
+
+    def before(values: Tensor) -> Tensor:
+        """(Batch, neighbours, L, ...): from the largest distance to 1, the values of the tokens before; 1 for none."""
+        padding = values.new_ones(len(values), neighbours, *values.shape[2:])
+        return torch.cat((padding, values[:, :-1]), dim=1).unfold(1, length, 1).movedim(-1, 2)
+
+    def products(vectors: Tensor) -> Tensor:
+        return (vectors.unsqueeze(1) * before(vectors)).sum(-1)
+
     norms = (delta_u.square().sum(-1) * B.square().sum(-1)).sqrt().clamp(min=1e-8)
-    weights = B.new_zeros(batch, length - 1, neighbours)
-    for distance in range(1, min(neighbours, length - 1) + 1):
-        later, earlier = slice(distance, None), slice(None, -distance)
-        products = (delta_u[:, later] * delta_u[:, earlier]).sum(-1) * (B[:, later] * B[:, earlier]).sum(-1)
-        weights[:, distance - 1 :, distance - 1] = torch.exp(-products / (norms[:, later] * norms[:, earlier]))
-    return weights.flip(1).flatten(1)
+    cosines = products(delta_u) * products(B) / (norms.unsqueeze(1) * before(norms))
+    weights = torch.exp(-cosines).flip(1).triu(1)  # the first tokens have fewer tokens before them
+    return weights[..., 1:].flip(2).mT.flatten(1)
 
 
 def prompt_tree(delta_u: Tensor, B: Tensor, edges: Tensor, neighbours: int) -> Tree:

@@ -15,9 +15,10 @@ from .modeling_grootl import GrootLForCausalLM, GrootLMixer
 from .trees import prompt_edges, prompt_tree
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_arcs", "prompt_trees"]
+__all__ = ["draw_arcs", "plot_arcs", "prompt_trees"]
 
 
 @torch.no_grad()
@@ -60,14 +61,22 @@ def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: S
         parents: for each tree, the parent of each token; the root is its own.
         titles: of the trees.
     """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.26 * len(tokens)), 2.2 * len(parents)), layout="constrained")
+    draw_arcs(list(figure.subplots(len(parents), squeeze=False)[:, 0]), tokens, parents, titles)
+    return figure
+
+
+def draw_arcs(
+    axes: Sequence[Axes], tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: Sequence[str]
+) -> None:
+    """The trees of `plot_arcs`, each into axes of its own in one figure, with a colour bar beside them."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
     from matplotlib.patches import Arc
 
-    figure = Figure(figsize=(max(6.0, 0.26 * len(tokens)), 2.2 * len(parents)), layout="constrained")
-    axes = figure.subplots(len(parents), squeeze=False)[:, 0]
     all_depths = [[_depth(of_tree, token) for token in range(len(tokens))] for of_tree in parents]
     norm = Normalize(0, max(1, *map(max, all_depths)))
     for axis, of_tree, depths, title in zip(axes, parents, all_depths, titles, strict=True):
@@ -87,8 +96,8 @@ def plot_arcs(tokens: Sequence[str], parents: Sequence[Sequence[int]], titles: S
         axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=9)
         axis.spines[["top", "left", "right"]].set_visible(False)
     colours = ScalarMappable(norm, "viridis")
-    figure.colorbar(colours, ax=axes, label="edges from the root", shrink=0.8, aspect=30, pad=0.01)
-    return figure
+    bar = {"label": "edges from the root", "shrink": 0.8, "aspect": 30, "pad": 0.01}
+    axes[0].figure.colorbar(colours, ax=axes, **bar)
 
 
 def _depth(parents: Sequence[int], token: int) -> int:

@@ -20,8 +20,10 @@ from torch.utils.flop_counter import register_flop_formula
 from .layers import LayerNorm
 
 __all__ = [
+    "depthwise_convolution_flops",
     "edge_weights_flops",
     "fvcore_handles",
+    "merged_scan_flops",
     "norm_flops",
     "ptflops_hooks",
     "scan_flops",
@@ -53,6 +55,12 @@ def selective_scan_flops(
     return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
 
 
+def merged_scan_flops(x_shape: list[int], dt_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of K scans of one sweep and of the sum of what they give, and of the products for their step sizes."""
+    groups, rank = dt_shape[2:]
+    return groups * prod(x_shape) * (2 + rank)
+
+
 def step_projection_flops(
     x_shape: list[int], dt_shape: list[int], dt_weight_shape: list[int] | None, *args: object, **kwargs: object
 ) -> int:
@@ -65,6 +73,11 @@ def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: objec
     batch, height, width, channels = features_shape
     edges = (height - 1) * width + height * (width - 1)
     return batch * channels * (edges + height * width)
+
+
+def depthwise_convolution_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
+    """Of a depthwise 3x3 convolution: nine for each value."""
+    return 9 * prod(input_shape)
 
 
 def norm_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
@@ -85,8 +98,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "edge_weights": edge_weights_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
+    "merged_scan": merged_scan_flops,
+    "depthwise_conv_silu": depthwise_convolution_flops,
     "gated_norm": two_norms_flops,
     "layer_norm": norm_flops,
+    "add_layer_norm": norm_flops,
 }
 
 

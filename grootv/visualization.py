@@ -6,7 +6,7 @@ it needs matplotlib, and scikit-image for `lab_features`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from matplotlib.typing import ColorType
 from torch import Tensor
 from torch.nn import functional
 
-from grootv.layers import SelectiveSSM
-from grootvl_ops import Tree, build_tree, path_tree, tree_scan
+from grootv.layers import SS2D, SelectiveSSM, TreeSSM, bidirectional, cross, raster, spanning_tree
+from grootvl_ops import Tree, build_tree, tree_scan
 
-SCANS = ("tree", "bidirectional")
+PATHS = {"raster": raster, "bidirectional": bidirectional, "cross": cross}
+SCANS = ("tree", *PATHS)
 # Perceptually uniform; without the light end for lines, which would be lost on the paled photograph.
 LINE_COLOURS = ListedColormap(colormaps["plasma"](np.linspace(0, 0.88, 256)), name="plasma_without_yellow")
 MAP_COLOURS = "magma"
@@ -75,14 +76,14 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
     That is the kernel of the scan (arXiv 2406.02395, Algorithm 1 with every vertex as root): the product of the decays
     along the path between the two pixels, 1 at the chosen pixel itself. In a trained GrootV the decays are made from
     the input, one for each pixel and channel. Here, for illustration, an edge between i and j has the decay
-    exp(-||f_i - f_j|| / temperature), by the same rule in both scans, so that the paths alone make the difference.
+    exp(-||f_i - f_j|| / temperature), by the same rule in every scan, so that the paths alone make the difference.
 
     Args:
         features: (1, H, W, C), floating point.
         pixel: row and column of the impulse.
         temperature: the feature distance over which a response falls to 1/e, positive.
-        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or "bidirectional", along the
-            rows, one after another, in both directions.
+        scan: "tree", along the minimum spanning tree of the features (Euclidean metric), or the paths of
+            `grootv.layers`: "raster", "bidirectional" or "cross". The mean over the four scans of the last.
 
     Returns:
         (H, W) on the CPU, of the dtype of `features`, values in [0, 1], without gradient.
@@ -101,26 +102,84 @@ def scan_affinity(features: Tensor, pixel: tuple[int, int], temperature: float, 
     if scan not in SCANS:
         raise ValueError(f"scan must be one of {', '.join(map(repr, SCANS))}, got {scan!r}")
     features = features.detach().cpu()
-    tree = build_tree(features, "euclidean") if scan == "tree" else path_tree(torch.arange(height * width))
+    scans = PATHS[scan](features) if scan in PATHS else spanning_tree(features, "euclidean")
     flat = features.reshape(height * width, channels)
-    distances = (flat - flat[tree.parent[0].long()]).norm(dim=1)
-    impulse = torch.zeros_like(distances)
+    impulse = torch.zeros_like(flat[:, 0])
     impulse[row * width + column] = 1
-    response = tree_scan(impulse[None, :, None], torch.exp(-distances / temperature)[None, :, None], tree)
+    response = torch.zeros_like(impulse)
+    for tree, direction in scans:
+        decays = torch.exp((flat - flat[tree.parent[0].long()]).norm(dim=1) / -temperature)
+        response += tree_scan(impulse[None, :, None], decays[None, :, None], tree, direction).flatten() / len(scans)
     return response.view(height, width)
 
 
+class MixerCall(NamedTuple):
+    """A mixer of a model, and what it was called with."""
+
+    mixer: SelectiveSSM | SS2D
+    x: Tensor
+    """(B, H, W, dim)."""
+    tree: Tree | None
+    """The tree that it was given, of another block of its stage."""
+
+    def features(self) -> Tensor:
+        """The features that the mixer scans, (B, H, W, D), and builds its tree on unless one is given."""
+        if isinstance(self.mixer, SelectiveSSM):
+            return self.mixer.expand_input(self.x)[0]
+        return self.mixer.act(self.mixer.conv(self.mixer.in_proj(self.x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+    def scans(self) -> list[tuple[Tree, str]]:
+        """The trees and directions of its scans."""
+        if isinstance(self.mixer, SS2D):
+            paths = self.mixer.paths(self.features())
+            fields = zip(*(field.split(1) for field in (paths.parent, paths.order, paths.subtree_size)), strict=True)
+            return [(Tree(*of_path), "down") for of_path in fields]
+        if self.tree is not None and isinstance(self.mixer, TreeSSM):
+            return [(self.tree, self.mixer.direction)]
+        return self.mixer.scans(self.features())
+
+
 @torch.no_grad()
-def mixer_affinity(mixer: SelectiveSSM, x: Tensor, pixel: tuple[int, int]) -> Tensor:
+def mixer_calls(model: Any, images: Tensor) -> list[list[MixerCall]]:
+    """What the mixers of a model are called with, by stage and block.
+
+    Args:
+        model: a GrootV or VMamba with mixers `SelectiveSSM` or `SS2D`.
+        images: (B, 3, H, W), normalised.
+
+    Raises:
+        ValueError: a model with other mixers.
+    """
+    mixers = [[block.mixer for block in stage.blocks] for stage in model.stages]
+    calls: dict[Any, MixerCall] = {}
+
+    def keep(mixer: Any, inputs: tuple, keywords: dict) -> None:
+        calls[mixer] = MixerCall(mixer, inputs[0], keywords.get("tree"))
+
+    others = {type(mixer).__name__ for stage in mixers for mixer in stage if not isinstance(mixer, SelectiveSSM | SS2D)}
+    if others:
+        raise ValueError(f"the mixers {', '.join(sorted(others))} scan no trees")
+    handles = [mixer.register_forward_pre_hook(keep, with_kwargs=True) for stage in mixers for mixer in stage]
+    try:
+        model.stages(model.stem(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [[calls[mixer] for mixer in stage] for stage in mixers]
+
+
+@torch.no_grad()
+def mixer_affinity(mixer: SelectiveSSM | SS2D, x: Tensor, pixel: tuple[int, int], tree: Tree | None = None) -> Tensor:
     """How much of a contribution of the chosen pixel reaches each pixel in the scans of a mixer, which may be trained.
 
     The affinity maps of the paper (arXiv 2406.02395): as `scan_affinity`, but along the trees and directions that the
-    mixer chooses for its input, and with its decays. The mean over channels and states.
+    mixer chooses for its input, and with its decays. The mean over channels and states, and the sum over scans.
 
     Args:
-        mixer: `TreeSSM`, `PathSSM` or another `SelectiveSSM`.
+        mixer: `TreeSSM`, `PathSSM` or another `SelectiveSSM`, or `SS2D`.
         x: (1, H, W, dim), an input of the mixer.
         pixel: row and column of the impulse.
+        tree: that the mixer is given to scan along, if it does not build its own.
 
     Returns:
         (H, W) on the CPU: at most 1, times the number of scans.
@@ -134,18 +193,64 @@ def mixer_affinity(mixer: SelectiveSSM, x: Tensor, pixel: tuple[int, int]) -> Te
     row, column = pixel
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"pixel must lie on the {height} x {width} map, got {tuple(pixel)}")
-    features, _ = mixer.expand_input(x)
-    flat = features.flatten(1, 2)
-    delta = functional.softplus(mixer.dt_proj(mixer.x_proj(flat)[..., : mixer.dt_rank]))
-    impulse = torch.zeros_like(delta)
-    impulse[:, row * width + column] = 1
-    rates = mixer.A_log.exp().view(-1, mixer.d_state)
-    responses = [
-        tree_scan(impulse, torch.exp(-rates[:, n] * delta), tree, direction)
-        for tree, direction in mixer.scans(features)
-        for n in range(mixer.d_state)
-    ]
-    return (torch.stack(responses).sum(0) / mixer.d_state).mean(-1).view(height, width).cpu()
+    call = MixerCall(mixer, x, tree)
+    flat = call.features().flatten(1, 2)
+    projected = mixer.x_proj(flat)
+    response = torch.zeros_like(flat[0, :, 0])
+    for k, (scanned, direction) in enumerate(call.scans()):
+        if isinstance(mixer, SS2D):  # parameters of its own for each scan
+            start = k * (mixer.dt_rank + 2 * mixer.d_state)
+            dt = projected[..., start : start + mixer.dt_rank]
+            step = functional.linear(dt, mixer.dt_weight[k], mixer.dt_bias[k])
+            rates = mixer.A_log[k].exp()
+        else:
+            step, rates = mixer.dt_proj(projected[..., : mixer.dt_rank]), mixer.A_log.exp()
+        delta = functional.softplus(step)
+        impulse = torch.zeros_like(delta)
+        impulse[:, row * width + column] = 1
+        for rate in rates.view(-1, mixer.d_state).unbind(1):
+            response += tree_scan(impulse, torch.exp(-rate * delta), scanned, direction)[0].mean(-1) / mixer.d_state
+    return response.view(height, width).cpu()
+
+
+def receptive_field(
+    model: Any, images: Tensor, stage: int | None = None, pixel: tuple[float, float] = (0.5, 0.5)
+) -> np.ndarray:
+    """The effective receptive field (arXiv 1701.04128): how much a pixel of a map changes with each pixel of the image.
+
+    The absolute gradient of the sum of the pixel's positive channels (the sum of all channels after a norm is
+    constant), summed over the colours and averaged over images.
+
+    Args:
+        model: with timm's `forward_intermediates`.
+        images: (B, 3, H, W), normalised.
+        stage: whose map; None for the last.
+        pixel: row and column, as parts of height and width from 0 to 1.
+
+    Returns:
+        (H, W), with a largest value of 1, or 0 everywhere where nothing has an influence.
+
+    Raises:
+        ValueError: a pixel outside the map.
+    """
+    if not all(0 <= place <= 1 for place in pixel):
+        raise ValueError(f"pixel must be two numbers from 0 to 1, got {tuple(pixel)}")
+    total = torch.zeros(images.shape[2:])
+    for image in images.split(8):
+        image = image.clone().requires_grad_()
+        (features,) = model.forward_intermediates(
+            image, indices=1 if stage is None else [stage], output_fmt="NCHW", intermediates_only=True
+        )
+        row, column = (min(int(place * size), size - 1) for place, size in zip(pixel, features.shape[2:], strict=True))
+        (gradient,) = torch.autograd.grad(features[:, :, row, column].relu().sum(), image)
+        total += gradient.abs().sum((0, 1)).cpu()
+    return (total / total.max().clamp(min=torch.finfo(total.dtype).tiny)).numpy()
+
+
+def field_area(field: np.ndarray, share: float) -> float:
+    """The least part of the image, from 0 to 1, that has `share` of a receptive field."""
+    ordered = np.sort(field.ravel())[::-1].cumsum()
+    return (np.searchsorted(ordered, share * ordered[-1]) + 1) / field.size
 
 
 def draw_tree(
@@ -224,7 +329,7 @@ def plot_tree_and_affinity(
         ValueError, TypeError: as :func:`lab_features` and :func:`scan_affinity`.
     """
     features = lab_features(image, height, width)
-    affinities = {scan: scan_affinity(features, pixel, temperature, scan) for scan in SCANS}
+    affinities = {scan: scan_affinity(features, pixel, temperature, scan) for scan in ("tree", "bidirectional")}
     tree = build_tree(features, "euclidean")
 
     panel_width = 4.6
@@ -333,37 +438,42 @@ def plot_detections(
         ValueError: sizes that do not fit each other, or labels that are no classes.
         TypeError: an image that is not uint8.
     """
-    _check_image(image)
     figure, panels = _truth_and_prediction(image)
     for axes, found in zip(panels, (truth, prediction), strict=True):
-        boxes, labels = np.asarray(found["boxes"], float).reshape(-1, 4), np.asarray(found["labels"], int)
-        masks, scores = found.get("masks"), found.get("scores")
-        if any(part is not None and len(part) != len(boxes) for part in (labels, masks, scores)):
-            raise ValueError(f"labels, masks and scores must be as many as the {len(boxes)} boxes")
-        if not np.isin(labels, np.arange(len(classes))).all():
-            raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
-        axes.imshow(image)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for i in np.argsort(-areas, kind="stable"):
-            number = int(labels[i])
-            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            if masks is not None:
-                axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
-            left, top, right, bottom = boxes[i]
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
-            name = classes[number] if scores is None else f"{classes[number]}  {100 * float(scores[i]):.0f} %"
-            at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
-            axes.text(
-                right if at_right else left,
-                max(top, 0),
-                name,
-                horizontalalignment="right" if at_right else "left",
-                verticalalignment="top" if at_top else "bottom",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
-                **_readable_on(colour),
-            )
-        axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
+        draw_detections(axes, image, found, classes)
     return figure
+
+
+def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarray], classes: Sequence[str]) -> None:
+    """One panel of `plot_detections`, into `axes`: objects in an image."""
+    _check_image(image)
+    boxes, labels = np.asarray(found["boxes"], float).reshape(-1, 4), np.asarray(found["labels"], int)
+    masks, scores = found.get("masks"), found.get("scores")
+    if any(part is not None and len(part) != len(boxes) for part in (labels, masks, scores)):
+        raise ValueError(f"labels, masks and scores must be as many as the {len(boxes)} boxes")
+    if not np.isin(labels, np.arange(len(classes))).all():
+        raise ValueError(f"labels must be from 0 to {len(classes) - 1}, got {labels.tolist()}")
+    axes.imshow(image)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for i in np.argsort(-areas, kind="stable").tolist():
+        number = int(labels[i])
+        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+        if masks is not None:
+            axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
+        left, top, right, bottom = boxes[i]
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
+        name = classes[number] if scores is None else f"{classes[number]}  {100 * float(scores[i]):.0f} %"
+        at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
+        axes.text(
+            right if at_right else left,
+            max(top, 0),
+            name,
+            horizontalalignment="right" if at_right else "left",
+            verticalalignment="top" if at_top else "bottom",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+            **_readable_on(colour),
+        )
+    axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
 
 
 def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Figure:
@@ -380,32 +490,37 @@ def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarr
         ValueError: an image or maps of other shapes.
         TypeError: an image that is not uint8.
     """
+    figure, panels = _truth_and_prediction(image)
+    for axes, labels in zip(panels, (truth, prediction), strict=True):
+        draw_segmentation(axes, image, labels, classes)
+    return figure
+
+
+def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+    """One panel of `plot_segmentation`, into `axes`: the classes of the pixels of an image."""
     from scipy.ndimage import distance_transform_edt
     from skimage.measure import label, regionprops
 
     _check_image(image)
-    figure, panels = _truth_and_prediction(image)
+    labels = np.asarray(labels)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"truth and prediction must be {list(image.shape[:2])}, got {list(labels.shape)}")
     grey = image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    for axes, labels in zip(panels, map(np.asarray, (truth, prediction)), strict=True):
-        if labels.shape != image.shape[:2]:
-            raise ValueError(f"truth and prediction must be {list(image.shape[:2])}, got {list(labels.shape)}")
-        axes.imshow(grey)
-        for number in range(len(classes)):
-            if not (labels == number).any():
-                continue
-            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            axes.imshow(_colour_where(labels == number, colour, 0.6))
-            for region in regionprops(label(labels == number, connectivity=1)):
-                if region.area >= 0.005 * labels.size:
-                    padded: Any = distance_transform_edt(np.pad(region.image, 1))
-                    depth = padded[1:-1, 1:-1]
-                    row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
-                    at = column / labels.shape[1]
-                    side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
-                    outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-                    place = {"horizontalalignment": side, "verticalalignment": "center"}
-                    axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
-    return figure
+    axes.imshow(grey)
+    for number in range(len(classes)):
+        if not (labels == number).any():
+            continue
+        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+        axes.imshow(_colour_where(labels == number, colour, 0.6))
+        for region in regionprops(label(labels == number, connectivity=1)):
+            if region.area >= 0.005 * labels.size:
+                depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
+                row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
+                at = column / labels.shape[1]
+                side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
+                outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
+                place: dict[str, Any] = {"horizontalalignment": side, "verticalalignment": "center"}
+                axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
 
 
 def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:

@@ -177,6 +177,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
                 super().build_extension(extension)
         except (Exception, SystemExit) as error:
             self.errors[part] = first_error("".join(output), error)
+            self.remove_library(part)
             if (part == "cuda" and asked("FORCE_CUDA")) or (part == "cpu" and asked("GROOTVL_REQUIRE_COMPILED")):
                 raise
             without = {
@@ -187,9 +188,18 @@ class BuildExtension(cpp_extension.BuildExtension if torch else object):
             message = f"grootvl_ops: {extension.name} was not built ({self.errors[part]}): {without[part]}"
             print(message, file=sys.stderr)
 
+    def remove_library(self, part: str) -> None:
+        """Remove what an earlier build left in the same place: a wheel takes all that lies there."""
+        for folder in self.folders:
+            for library in Path(folder, "grootvl_ops").glob(f"_C_{part}.*"):
+                library.unlink()
+
     def run(self) -> None:
         self.errors: dict[str, str] = {}
+        self.folders = [self.build_lib, *([os.curdir] if self.inplace else [])]
         cuda = any(extension.name.endswith("_cuda") for extension in self.extensions)
+        if not cuda:
+            self.remove_library("cuda")
         try:
             super().run()
         except Exception as error:  # before the first file was compiled

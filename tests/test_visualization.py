@@ -20,15 +20,21 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
 from training_helpers import environment
 
-from grootv.layers import PathSSM, TreeSSM
+from grootv import GrootV
+from grootv.layers import SS2D, PathSSM, TreeSSM
 from grootv.visualization import (
     RIGHT,
     WRONG,
     draw_tree,
+    field_area,
     lab_features,
     mixer_affinity,
+    mixer_calls,
+    plot_detections,
     plot_predictions,
+    plot_segmentation,
     plot_tree_and_affinity,
+    receptive_field,
     scan_affinity,
     tree_depths,
 )
@@ -180,7 +186,56 @@ def test_wrong_predictions_are_marked(shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(axes.images[0].get_array(), image)
 
 
+def check_text_is_whole(figure: Figure) -> None:
+    """No text is cut by the border of the picture."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in (*axes.texts, axes.title):
+            box = text.get_window_extent()
+            inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+            assert inside and box.y1 <= figure.bbox.y1, text.get_text()
+
+
+def test_detections_beside_the_truth(photo: np.ndarray) -> None:
+    """Titles, a box and a readable label for each object, also for objects in the corners, masks, and no object."""
+    boxes = np.array([[0, 0, 9, 7], [28, 15, 36, 21], [10, 5, 20, 15]])
+    masks = np.zeros((3, 21, 36), bool)
+    masks[2, 5:15, 10:20] = True
+    truth = {"boxes": boxes, "labels": np.array([0, 1, 1]), "masks": masks}
+    figure = plot_detections(photo, truth, {**truth, "scores": np.array([0.999, 0.5, 0.3])}, ["cat", "dog"])
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("truth", "prediction")
+    assert sorted(text.get_text() for text in left.texts) == ["cat", "dog", "dog"]
+    assert sorted(text.get_text() for text in right.texts) == ["cat  100 %", "dog  30 %", "dog  50 %"]
+    drawn = sorted((patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) for patch in left.patches)
+    assert drawn == [(0, 0, 9, 7), (10, 5, 10, 10), (28, 15, 8, 6)]
+    overlay = left.images[1].get_array()  # the largest object comes first
+    assert ((overlay[..., 3] > 0) == masks[2]).all()
+    check_text_is_whole(figure)
+    empty = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
+    assert not plot_detections(photo, truth, empty, ["cat", "dog"]).axes[1].texts
+
+
+def test_segmentation_beside_the_truth(photo: np.ndarray) -> None:
+    """Each region has the name of its class, within it; pixels without a class stay grey."""
+    truth = np.zeros((21, 36), int)
+    truth[5:15, 20:36] = 1
+    truth[:3, :3] = 255
+    figure = plot_segmentation(photo, truth, np.ones_like(truth), ["ground", "cat"])
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("truth", "prediction")
+    assert {text.get_text() for text in left.texts} == {"ground", "cat"}
+    assert [text.get_text() for text in right.texts] == ["cat"]
+    for text in left.texts:
+        column, row = text.get_position()
+        assert truth[row, column] == ["ground", "cat"].index(text.get_text())
+    coloured = sum(image.get_array()[..., 3] > 0 for image in left.images[1:])
+    assert (coloured == (truth != 255)).all()
+    check_text_is_whole(figure)
+
+
 IMAGE = np.zeros((8, 8, 3), np.uint8)
+BOXES = {"boxes": np.zeros((2, 4)), "labels": np.array([0, 2])}
 FEATURES = torch.zeros(1, 4, 4, 3)
 SCORES = np.full((2, 3), 0.3)
 
@@ -197,7 +252,7 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: scan_affinity(FEATURES, (-1, 0), 1.0), ValueError, r"got \(-1, 0\)"),
         (lambda: scan_affinity(FEATURES, (0, 0), 0.0), ValueError, "temperature must be positive, got 0"),
         (lambda: scan_affinity(FEATURES, (0, 0), float("nan")), ValueError, "temperature must be positive, got nan"),
-        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "cross"), ValueError, "one of 'tree', 'bidirectional', got"),
+        (lambda: scan_affinity(FEATURES, (0, 0), 1.0, "zigzag"), ValueError, "scan must be one of .*, got .zigzag."),
         (
             lambda: mixer_affinity(TreeSSM(4), torch.zeros(4, 4, 4), (0, 0)),
             ValueError,
@@ -211,8 +266,97 @@ SCORES = np.full((2, 3), 0.3)
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abcd"), ValueError, r"\[2, 4\] .* got \[2, 3\]"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 3], "abc"), ValueError, r"from 0 to 2, got \[0, 3\]"),
         (lambda: plot_predictions(IMAGE[:2], SCORES, [0, 1], "abc", 0), ValueError, "columns must be at least 1"),
+        (lambda: plot_detections(IMAGE, BOXES, BOXES, "ab"), ValueError, r"from 0 to 1, got \[0, 2\]"),
+        (lambda: plot_detections(IMAGE, {**BOXES, "labels": [0]}, BOXES, "ab"), ValueError, "as many as the 2 boxes"),
+        (lambda: plot_detections(IMAGE[0], BOXES, BOXES, "abc"), ValueError, r"image must be \(H, W, 3\)"),
+        (lambda: plot_segmentation(IMAGE, SCORES, SCORES, "ab"), ValueError, r"must be \[8, 8\], got \[2, 3\]"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def decays_between(decays: np.ndarray, order: list[int], source: int) -> np.ndarray:
+    """What arrives at each pixel of a unit impulse at `source` that follows a path downwards."""
+    arrived = np.zeros_like(decays)
+    value = 0.0
+    for pixel in order:
+        value = value * decays[pixel] + (1.0 if pixel == source else 0.0)
+        arrived[pixel] = value
+    return arrived
+
+
+def cross_orders(height: int, width: int) -> list[list[int]]:
+    rows = np.arange(height * width).reshape(height, width)
+    return [order.tolist() for path in (rows.ravel(), rows.T.ravel()) for order in (path, path[::-1])]
+
+
+def test_affinities_along_paths_follow_their_order(features: torch.Tensor) -> None:
+    height, width = GRID
+    flat = features.reshape(-1, 3).numpy()
+    source = 3 * width + 4
+
+    def along(order: list[int]) -> np.ndarray:
+        entered = np.r_[order[0], order[:-1]]  # where the path comes from
+        decays = np.empty(len(flat))
+        decays[order] = np.exp(-np.linalg.norm(flat[order] - flat[entered], axis=1) / 2)
+        return decays_between(decays, order, source).reshape(GRID)
+
+    orders = cross_orders(height, width)
+    np.testing.assert_allclose(scan_affinity(features, (3, 4), 2.0, "raster"), along(orders[0]))
+    expected = sum(along(order) for order in orders) / 4
+    np.testing.assert_allclose(scan_affinity(features, (3, 4), 2.0, "cross"), expected)
+
+
+@pytest.mark.parametrize("d_state", [1, 2])
+def test_affinity_of_vmambas_mixer_uses_the_parameters_of_each_direction(d_state: int) -> None:
+    torch.manual_seed(0)
+    mixer, x = SS2D(4, expand=2, d_state=d_state).double(), torch.randn(1, *GRID, 4, dtype=torch.float64)
+    torch.nn.init.normal_(mixer.A_log)
+    source = 2 * GRID[1] + 5
+    u = mixer.act(mixer.conv(mixer.in_proj(x).permute(0, 3, 1, 2))).flatten(2)[0].T
+    projected = mixer.x_proj(u).view(len(u), 4, -1)
+    expected = np.zeros(len(u))
+    # Row by row, column by column, then both backwards.
+    for k, number in enumerate((0, 2, 1, 3)):
+        steps = torch.nn.functional.softplus(projected[:, k, : mixer.dt_rank] @ mixer.dt_weight[k].T + mixer.dt_bias[k])
+        for rates in mixer.A_log[k].exp().view(-1, d_state).T:
+            decays = torch.exp(-rates * steps).detach().numpy()
+            for channel in range(8):
+                arrived = decays_between(decays[:, channel], cross_orders(*GRID)[number], source)
+                expected += arrived / 8 / d_state
+    np.testing.assert_allclose(mixer_affinity(mixer, x, (2, 5)), expected.reshape(GRID))
+
+
+def test_mixer_calls_are_what_the_blocks_get(features: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 64, 64)
+    for arguments in ({"tree_per": "stage"}, {"scan": "cross"}):
+        model = GrootV(dims=(8, 16), depths=(2, 1), **arguments).eval()
+        calls = mixer_calls(model, images)
+        assert [len(stage) for stage in calls] == [2, 1]
+        with torch.no_grad():
+            x = model.stem(images)
+            first = model.stages[0].blocks[0]
+            torch.testing.assert_close(calls[0][0].x, first.norm1(x.permute(0, 2, 3, 1)))
+        if "tree_per" in arguments:  # the second block scans the first's tree
+            own, given = (calls[0][block].scans()[0][0] for block in (0, 1))
+            assert torch.equal(own.parent, given.parent) and calls[0][1].tree is not None
+        assert not any(len(module._forward_pre_hooks) for module in model.modules())
+    with pytest.raises(ValueError, match="the mixers Identity scan no trees"):
+        mixer_calls(GrootV(dims=(8,), depths=(1,), mixer=lambda dim, **_: torch.nn.Identity()), images)
+
+
+def test_the_receptive_field_of_a_convolution_is_its_square() -> None:
+    class OneConvolution(torch.nn.Module):
+        def forward_intermediates(self, image: torch.Tensor, **_: object) -> list[torch.Tensor]:
+            weight = torch.ones(1, 3, 3, 3)
+            return [torch.nn.functional.conv2d(image, weight, stride=2, padding=1).abs() + 1]
+
+    field = receptive_field(OneConvolution(), torch.rand(9, 3, 16, 24), pixel=(0.5, 0.25))
+    assert field.shape == (16, 24) and field.max() == 1
+    np.testing.assert_array_equal(np.argwhere(field > 0), [(r, c) for r in (7, 8, 9) for c in (5, 6, 7)])
+    assert field_area(field, 0.5) == pytest.approx(5 / (16 * 24))
+    with pytest.raises(ValueError, match="two numbers from 0 to 1"):
+        receptive_field(OneConvolution(), torch.rand(1, 3, 16, 24), pixel=(2, 0))

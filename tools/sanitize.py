@@ -92,6 +92,19 @@ def scan(tree: Tree, channels: int, dtype: torch.dtype, states: int | None = Non
         backward(grootvl_ops.selective_scan(x, dt, *parameters, B, tree, direction, C if with_C else None))
 
 
+def merged_scan(groups: int, length: int, channels: int, dtype: torch.dtype) -> None:
+    """Several scans of one launch, each along its own path, in both directions, aligned and not."""
+    path = grootvl_ops.path_tree(torch.stack([torch.randperm(length) for _ in range(groups)]).to(DEVICE))
+    dt = randn(2, length, groups, 4, dtype=dtype)
+    shapes = ((groups, channels, 4), (groups, channels), (groups, channels))
+    parameters, skip = [randn(*shape) for shape in shapes], randn(channels)
+    B, C = (randn(2, length, groups, dtype=dtype) for _ in range(2))
+    x = randn(2, length, channels, dtype=dtype)
+    for operand in (x, misaligned(x)):
+        for direction in ("up", "down"):
+            backward(grootvl_ops.merged_scan(operand, dt, *parameters, B, C, path, direction, skip))
+
+
 def sanitize_scans() -> None:
     for batch, height, width, channels, dtype in SCANS:
         scan(grootvl_ops.build_tree(randn(batch, height, width, 8)), channels, dtype)
@@ -103,6 +116,9 @@ def sanitize_scans() -> None:
     tree = grootvl_ops.build_tree(randn(1, 20, 21, 8))
     for with_C in (False, True):
         scan(tree, 40, torch.float32, states=2, with_C=with_C)
+    for length in LENGTHS:
+        for channels, dtype in ((40, torch.float16), (33, torch.float32), (40, torch.float64)):
+            merged_scan(3, length, channels, dtype)
     # A step size for each channel, and rows at addresses that allow no chunks.
     x, dt, decay = (misaligned(randn(1, 420, 40)) for _ in range(3))
     backward(grootvl_ops.tree_scan(x, decay, tree), misaligned)
@@ -141,6 +157,13 @@ def sanitize_norms() -> None:
         for result in results:
             backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
             backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
+            factors = torch.rand(2).to(DEVICE)
+            for maps in ((x, z), (misaligned(x), misaligned(z))):
+                for total, normed in (
+                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result),
+                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result, factors=factors),
+                ):
+                    (total.float() + normed).backward(x.detach().float())
 
 
 def sanitize_mixers() -> None:
@@ -154,7 +177,25 @@ def sanitize_mixers() -> None:
                         backward(mixer(randn(2, height, width, 40)))
 
 
-PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_norms, "mixers": sanitize_mixers}
+def sanitize_convolutions() -> None:
+    """Words of four channels and single ones, rows and columns beyond the edges, and parts of a larger map."""
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8)):
+                x, weight = randn(*size, dtype=dtype), randn(size[-1], 1, 3, 3)
+                of_projection = randn(*size[:3], 2 * size[-1], dtype=dtype)[..., size[-1] :]
+                for dilation in (1, 2):
+                    for view in (x, misaligned(x), of_projection):
+                        grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+
+
+PARTS = {
+    "convolutions": sanitize_convolutions,
+    "scans": sanitize_scans,
+    "trees": sanitize_trees,
+    "norms": sanitize_norms,
+    "mixers": sanitize_mixers,
+}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ All work on channels-last maps (B, H, W, C).
 
 from .norms import LayerNorm
 from .path_ssm import PathSSM
-from .scans import bidirectional, cross, raster, spanning_tree
+from .scans import bidirectional, cross, cross_paths, raster, spanning_tree
 from .selective_ssm import SelectiveSSM
 from .ss2d import SS2D
 from .tree_ssm import TreeSSM
@@ -18,6 +18,7 @@ __all__ = [
     "TreeSSM",
     "bidirectional",
     "cross",
+    "cross_paths",
     "raster",
     "spanning_tree",
 ]

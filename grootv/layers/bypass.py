@@ -3,13 +3,22 @@
 import torch
 from torch import nn
 
-__all__ = ["is_plain"]
+__all__ = ["is_plain", "only_runs"]
 
 # The hooks of all modules.
 _GLOBAL_HOOKS = tuple(
     getattr(torch.nn.modules.module, f"_global_{hooks}")
     for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 )
+
+
+def only_runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` would do nothing but run the `forward` of `kind`, itself and no subclass."""
+    if type(module) is not kind or "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return False
+    return not any(_GLOBAL_HOOKS)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
@@ -24,14 +33,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> 
         kind: The class that it must be an instance of, itself and no subclass.
         device: Where its weight must be.
     """
-    attributes = module.__dict__  # the weight, too, is read from here: nn.Module finds it by a search that takes longer
-    if type(module) is not kind or "forward" in attributes:
+    if not only_runs(module, kind):
         return False
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-        return False
-    if any(_GLOBAL_HOOKS):
-        return False
-    weight = attributes["_parameters"].get("weight")
+    weight = module.__dict__["_parameters"].get("weight")  # nn.Module finds it by a search that takes longer
     if type(weight) is not nn.Parameter and (weight is None or hasattr(weight, "__tensor_flatten__")):
         return False
     return weight.device == device

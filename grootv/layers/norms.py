@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 import grootvl_ops
 
+from .bypass import is_plain, only_runs
 from .tracing import TraceLeaf
 
-__all__ = ["LayerNorm", "PromotedLayerNorm", "norm_for_product"]
+__all__ = ["LayerNorm", "PromotedLayerNorm", "add_and_norm", "norm_for_product"]
 
 
 class LayerNorm(TraceLeaf, nn.LayerNorm):
@@ -36,14 +38,14 @@ class LayerNorm(TraceLeaf, nn.LayerNorm):
             if x.dtype == torch.float32:  # also of a model in half precision, see `SS2D`
                 weight, bias = weight.float(), bias.float()
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        return grootvl_ops.layer_norm(x, self.weight, self.bias, self.eps, self._result_dtype(x))
+        return grootvl_ops.layer_norm(x, self.weight, self.bias, self.eps, self.result_dtype(x.device.type, x.dtype))
 
     @torch.jit.unused
-    def _result_dtype(self, x: Tensor) -> torch.dtype:
-        device = x.device.type
-        if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
-            return x.dtype
-        return torch.get_autocast_dtype(device) if self.autocast_output else torch.float32
+    def result_dtype(self, device_type: str, dtype: torch.dtype) -> torch.dtype:
+        """Of the result for a map of `dtype` on such a device."""
+        if dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return dtype
+        return torch.get_autocast_dtype(device_type) if self.autocast_output else torch.float32
 
 
 class PromotedLayerNorm(nn.LayerNorm):
@@ -59,3 +61,24 @@ def norm_for_product(norm_layer: Callable[..., nn.Module], dim: int, **kwargs) -
     if isinstance(norm, LayerNorm):
         norm.autocast_output = True
     return norm
+
+
+def add_and_norm(norm: nn.Module, drop_path: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """x + drop_path(branch), and norm of this sum, for a map x and a branch of a residual block, (B, ..., C).
+
+    One operation computes both where norm and drop_path are a `LayerNorm` and timm's `DropPath`, or none, and a call of
+    them would do nothing else. Otherwise they are called, with the same result.
+    """
+    drops_paths = only_runs(drop_path, DropPath) or only_runs(drop_path, nn.Identity)
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or not drops_paths
+        or not (isinstance(norm, LayerNorm) and is_plain(norm, LayerNorm, x.device))
+    ):
+        x = x + drop_path(branch)
+        return x, norm(x)
+    factors: Tensor | None = None
+    if drop_path.training and isinstance(drop_path, DropPath):  # what it multiplies images by, it makes of ones
+        factors = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1))).flatten()
+    dtype = norm.result_dtype(x.device.type, torch.promote_types(x.dtype, branch.dtype))
+    return grootvl_ops.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, factors)

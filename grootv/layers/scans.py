@@ -10,7 +10,7 @@ from torch import Tensor
 import grootvl_ops
 from grootvl_ops import Tree
 
-__all__ = ["bidirectional", "cross", "raster", "spanning_tree"]
+__all__ = ["bidirectional", "cross", "cross_paths", "raster", "spanning_tree"]
 
 
 def spanning_tree(
@@ -58,7 +58,12 @@ def cross(features: Tensor) -> list[tuple[Tree, str]]:
     Args:
         features: (B, H, W, any channels), of which only the size and the device matter.
     """
-    return [(path, "down") for path in _paths(features, True)]
+    return [(path, "down") for path in _paths(features, True)[:4]]
+
+
+def cross_paths(features: Tensor) -> Tree:
+    """The four paths of `cross` as one `Tree`, whose fields are (4, L), for `grootvl_ops.merged_scan`."""
+    return _paths(features, True)[4]
 
 
 def _spanning_tree(features: Tensor, metric: str, root: str) -> Tree:
@@ -74,19 +79,26 @@ def _path(order: Tensor, position: Tensor) -> Tree:
 
 
 def _make_paths(height: int, width: int, cross: bool, device: torch.device) -> list[Tree]:
-    """The path row by row; for a cross scan also those column by column, and both backwards, in this order."""
+    """The path row by row; for a cross scan also those column by column, and both backwards, in this order, and then
+    all four as one tree."""
     length = height * width
     rows = torch.arange(length, dtype=torch.int32, device=device)
     if not cross:
         return [_path(rows, rows)]
     columns, position = rows.view(height, width).t().reshape(-1), rows.view(width, height).t().reshape(-1)
     last = length - 1
-    return [
+    paths = [
         _path(rows, rows),
         _path(columns, position),
         _path(rows.flip(0), last - rows),
         _path(columns.flip(0), last - position),
     ]
+    together = Tree(
+        torch.cat([path.parent for path in paths]),
+        torch.cat([path.order for path in paths]),
+        torch.cat([path.subtree_size for path in paths]),
+    )
+    return paths + [together]
 
 
 # The paths of each size and device; the oldest are dropped when there are as many as multi-scale training has sizes.
@@ -131,8 +143,8 @@ def _paths_of_size(features: Tensor, cross: bool) -> list[Tree]:
     batch = features.size(0)
     return [
         Tree(path.parent.expand(batch, -1), path.order.expand(batch, -1), path.subtree_size.expand(batch, -1))
-        for path in paths
-    ]
+        for path in paths[:4]
+    ] + paths[4:]
 
 
 # A traced call would keep the map size that it was traced with; scripted inside a trace, it takes any.

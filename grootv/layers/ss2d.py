@@ -15,7 +15,7 @@ import grootvl_ops
 from grootvl_ops import Tree
 
 from .norms import LayerNorm, norm_for_product
-from .scans import cross
+from .scans import cross_paths
 from .selective_ssm import check_sizes, init_step_bias
 from .tracing import TraceLeaf
 
@@ -35,9 +35,9 @@ class SS2D(TraceLeaf):
         y = sum over k of (sum over n of C_k,n h_n) + D_skip_k u,  each at its own pixel
         output = out_proj(LN(y)).
 
-    All directions read one map: a path says which pixel comes next, and nothing is reordered. Discretisation, states,
-    the sum over the directions and the norm are computed in float32 (float64 for float64 maps), also under autocast and
-    in modules that were cast to a half precision.
+    All directions read one map: a path says which pixel comes next, and nothing is reordered. One operation computes
+    all of them if N is 1. Discretisation, states, the sum over the directions and the norm are computed in float32
+    (float64 for float64 maps), also under autocast and in modules that were cast to a half precision.
 
     Args:
         dim: Channels of the input and output.
@@ -91,13 +91,14 @@ class SS2D(TraceLeaf):
         dimension, and the other parameters of the scan have two or more and decay."""
         return {"D_skip"}
 
-    def scans(self, features: Tensor) -> list[tuple[Tree, str]]:
-        """The paths and directions of the scans, one for each group of parameters; see `grootv.layers.scans`.
+    def paths(self, features: Tensor) -> Tree:
+        """The paths of the scans, one for each group of parameters, as one tree with fields (4, L). All are scanned
+        "down", from the first pixel to the last.
 
         Args:
             features: (B, H, W, D), the map that is scanned.
         """
-        return cross(features)
+        return cross_paths(features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, dim) to (B, H, W, dim).
@@ -110,31 +111,34 @@ class SS2D(TraceLeaf):
         features = self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         B, H, W, D = features.shape
         u = features.reshape(B, H * W, D)
-        y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.scans(features)))
+        y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.paths(features)))
         return self.out_proj(y.to(u.dtype)).view(B, H, W, self.dim)
 
-    def selective_scan(self, u: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+    def selective_scan(self, u: Tensor, projected: Tensor, paths: Tree) -> Tensor:
         """The sum over the directions, skips included.
 
         Args:
             u: (B, L, D), what is scanned.
             projected: (B, L, K (R + 2 N)), for every pixel and direction the step size of low rank R, B and C.
-            scans: K trees over the L pixels and directions.
+            paths: K trees over the L pixels, with fields (K, L), which are scanned "down".
 
         Returns:
             (B, L, D), float32 (float64 for float64 maps): the sum of four scans need not fit into half precision.
         """
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         # One split, whose gradient is one concatenation.
-        operands = projected.split([self.dt_rank, self.d_state, self.d_state] * len(scans), dim=-1)
-        dt_weights, dt_biases, A_logs = self.dt_weight.unbind(0), self.dt_bias.unbind(0), self.A_log.unbind(0)
-        y = u * self.D_skip.to(dtype).sum(0)
-        for k, (tree, direction) in enumerate(scans):
-            dt, B, C = operands[3 * k], operands[3 * k + 1], operands[3 * k + 2]
-            parameters = (dt, dt_weights[k], dt_biases[k], A_logs[k])
-            # In place, these additions are one kernel each, also under autocast, whatever the dtypes.
-            if self.d_state == 1:
-                y.addcmul_(C, grootvl_ops.selective_scan(u, *parameters, B.squeeze(-1), tree, direction))
-            else:
-                y.add_(grootvl_ops.selective_scan(u, *parameters, B, tree, direction, C))
+        by_direction = projected.unflatten(-1, (self.A_log.size(0), self.dt_rank + 2 * self.d_state))
+        dt, B, C = by_direction.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        D_skip = self.D_skip.to(dtype).sum(0)
+        if self.d_state == 1:
+            parameters = (self.dt_weight, self.dt_bias, self.A_log)
+            return grootvl_ops.merged_scan(
+                u, dt, *parameters, B.squeeze(-1), C.squeeze(-1), paths, "down", D_skip, dtype
+            )
+        y = u * D_skip
+        for k in range(self.A_log.size(0)):
+            path = Tree(paths.parent[k : k + 1], paths.order[k : k + 1], paths.subtree_size[k : k + 1])
+            of_group = (dt[:, :, k], self.dt_weight[k], self.dt_bias[k], self.A_log[k], B[:, :, k])
+            # In place, this addition is one kernel, also under autocast, whatever the dtypes.
+            y.add_(grootvl_ops.selective_scan(u, *of_group, path, "down", C[:, :, k]))
         return y

@@ -6,7 +6,7 @@ ConvNeXt's are. Mixers, MLPs and norms see the same memory as (B, H, W, C): betw
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, cast
 
@@ -25,7 +25,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from grootv.layers import LayerNorm, TreeSSM
-from grootv.layers.norms import norm_for_product
+from grootv.layers.bypass import only_runs
+from grootv.layers.linear_gelu import linear_gelu, linear_runs_gelu
+from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn, official_to_own
@@ -137,6 +139,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if linear_runs_gelu(self.fc1, self.act, x):
+                return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -179,10 +184,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tree: Tree | None = None, built: list[Tree] | None = None) -> Tensor:
         """(B, C, H, W) to (B, C, H, W), along `tree` or a tree that is appended to `built` (see `TreeSSM`)."""
         x = to_nhwc(x)
-        mixed = self.norm1(x)
-        mixed = self.mixer(mixed, tree=tree, built=built) if self.takes_tree else self.mixer(mixed)
+        x, normed = self.mix(x, self.norm1(x), tree, built)
+        return to_nchw(x + self.drop_path2(self.mlp(normed)))
+
+    def mix(self, x: Tensor, normed: Tensor, tree: Tree | None, built: list[Tree] | None) -> tuple[Tensor, Tensor]:
+        """The map after the mixer, and what the MLP reads of it, both (B, H, W, C), from the map before the mixer, and
+        what the mixer reads of that."""
+        mixed = self.mixer(normed, tree=tree, built=built) if self.takes_tree else self.mixer(normed)
+        if not torch.jit.is_scripting():  # TorchScript passes no modules
+            return add_and_norm(self.norm2, self.drop_path1, x, mixed)
         x = x + self.drop_path1(mixed)
-        return to_nchw(x + self.drop_path2(self.mlp(self.norm2(x))))
+        return x, self.norm2(x)
 
 
 def tree_list(x: Tensor) -> list[Tree]:
@@ -262,6 +274,9 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), the map of the stage before, to the map of this stage."""
         x = self.downsample(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if not self.grad_checkpointing and all(only_runs(block, Block) for block in self.blocks):
+                return self._forward_across_blocks(x)
         tree: Tree | None = None
         for block in self.blocks:
             keeps_tree = self.share_tree and tree is None
@@ -277,6 +292,19 @@ class Stage(nn.Module):
             else:
                 x = block(x, tree)
         return to_nchw(self.norm(to_nhwc(x)))
+
+    def _forward_across_blocks(self, x: Tensor) -> Tensor:
+        """The same for blocks that need not be called: what ends a block, and the norm that follows, is one step."""
+        x = to_nhwc(x)
+        norms = [*(block.norm1 for block in cast(Iterable[Block], self.blocks)), self.norm]
+        normed, tree = norms[0](x), None
+        for block, next_norm in zip(cast(Iterable[Block], self.blocks), norms[1:], strict=True):
+            built = tree_list(x) if self.share_tree and tree is None else None
+            x, normed = block.mix(x, normed, tree, built)
+            if built is not None:
+                tree = built[0]
+            x, normed = add_and_norm(next_norm, block.drop_path2, x, block.mlp(normed))
+        return to_nchw(normed)
 
 
 class MapHead(nn.Module):

@@ -51,15 +51,16 @@ auto call_below_autograd(const c10::TypedOperatorHandle<Signature>& operation, c
   return call(operation, args...);
 }
 
-// From the gradient of an operation's result and what the operation saved: the gradients of its inputs. These need not
+// From the gradients of an operation's results, what the operation saved, and a setting such as its direction: the
+// gradients of its inputs. These need not
 // have the dtypes of the inputs: autograd converts the ones that are asked for.
-using Gradients = variable_list(const Tensor& grad, const variable_list& saved, const std::string& direction);
+using Gradients = variable_list(const variable_list& grads, const variable_list& saved, const c10::IValue& setting);
 
 // What a node is made from besides its inputs; in one piece, because autograd takes each bare tensor for an input.
 struct Record {
-  const Tensor& result;
+  variable_list results;
   variable_list saved;
-  std::string direction;
+  c10::IValue setting;
 };
 
 // Makes the node of an operation in the graph of autograd, after the operation was computed.
@@ -67,38 +68,47 @@ template <Gradients* gradients>
 struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
   static constexpr bool is_traceable = true;  // for compiled autograd
 
-  static Tensor forward(torch::autograd::AutogradContext* context, at::TensorList /*inputs*/, Record record) {
+  static variable_list forward(torch::autograd::AutogradContext* context, at::TensorList /*inputs*/, Record record) {
     context->save_for_backward(std::move(record.saved));
-    context->saved_data["direction"] = record.direction;
-    return record.result;
+    context->saved_data["setting"] = record.setting;
+    // One of several results may have no gradient; that of a single result is zero then.
+    context->set_materialize_grads(record.results.size() == 1);
+    return record.results;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* context, const variable_list& grads) {
-    const std::string& direction = context->saved_data["direction"].toStringRef();
-    variable_list results = gradients(grads[0], context->get_saved_variables(), direction);
+    variable_list results = gradients(grads, context->get_saved_variables(), context->saved_data["setting"]);
     results.emplace_back();  // for the record
     return results;
   }
 };
 
-// `result`, which can be differentiated for the inputs that require it.
+// `results`, which can be differentiated for the inputs that require it.
 template <Gradients* gradients>
-Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved,
-                      std::string_view direction = {}) {
+variable_list differentiable(const variable_list& results, at::TensorList inputs, at::TensorList saved,
+                             const c10::IValue& setting = {}) {
   for (const Tensor& input : inputs) {
     TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(),
                                 "the operations of torch.ops.grootvl_ops have no forward-mode derivatives: call the "
                                 "functions of the package grootvl_ops, which have");
   }
-  if (!torch::autograd::compute_requires_grad(inputs)) return result;
-  return Differentiable<gradients>::apply(inputs, Record{result, saved.vec(), std::string(direction)});
+  if (!torch::autograd::compute_requires_grad(inputs)) return results;
+  return Differentiable<gradients>::apply(inputs, Record{results, saved.vec(), setting});
 }
 
-variable_list tree_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
+template <Gradients* gradients>
+Tensor differentiable(const Tensor& result, at::TensorList inputs, at::TensorList saved,
+                      const c10::IValue& setting = {}) {
+  return differentiable<gradients>(variable_list{result}, inputs, saved, setting)[0];
+}
+
+variable_list tree_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                  const c10::IValue& direction) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::tree_scan_backward");
-  auto [dx, ddecay] = call(operation, grad, saved[0], saved[1], saved[2], saved[3], saved[4], direction);
+  auto [dx, ddecay] =
+      call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], direction.toStringView());
   return {dx, ddecay};
 }
 
@@ -106,12 +116,15 @@ Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, con
                  const Tensor& subtree_size, std::string_view direction) {
   static const auto operation = find_operation<decltype(tree_scan)>("grootvl_ops::tree_scan");
   const Tensor h = call_below_autograd(operation, x, decay, parent, order, subtree_size, direction);
-  return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size}, direction);
+  return differentiable<tree_scan_gradients>(h, {x, decay}, {x, decay, parent, order, subtree_size},
+                                             std::string(direction));
 }
 
+Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 std::optional<Tensor> optional(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
-variable_list selective_scan_gradients(const Tensor& grad, const variable_list& saved, const std::string& direction) {
+variable_list selective_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                       const c10::IValue& direction) {
   using Optional = const std::optional<Tensor>&;
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional,
@@ -119,8 +132,8 @@ variable_list selective_scan_gradients(const Tensor& grad, const variable_list& 
   static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
   const Tensor &dt_weight = saved[2], &dt_bias = saved[3], &A_log = saved[4], &C = saved[6];
   auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
-      call(operation, grad, saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5], optional(C),
-           saved[7], saved[8], saved[9], direction);
+      call(operation, grads[0], saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5],
+           optional(C), saved[7], saved[8], saved[9], direction.toStringView());
   // Those of the inputs that there are.
   variable_list results{dx, ddt};
   if (dt_weight.defined()) results.push_back(ddt_weight);
@@ -138,7 +151,6 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   static const auto operation = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
   const Tensor h =
       call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, direction);
-  const auto or_undefined = [](const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); };
   variable_list inputs{x, dt};
   if (dt_weight) inputs.push_back(*dt_weight);
   if (dt_bias) inputs.push_back(*dt_bias);
@@ -148,16 +160,72 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   return differentiable<selective_scan_gradients>(
       h, inputs,
       {x, dt, or_undefined(dt_weight), or_undefined(dt_bias), A_log, B, or_undefined(C), parent, order, subtree_size},
-      direction);
+      std::string(direction));
 }
 
-variable_list gated_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
+variable_list merged_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                    const c10::IValue& direction) {
+  using Optional = const std::optional<Tensor>&;
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&, const Tensor&, const Tensor&,
+      Optional, const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view);
+  static const auto operation = find_operation<Signature>("grootvl_ops::merged_scan_backward");
+  const Tensor &dt_bias = saved[3], &D_skip = saved[7];
+  auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
+      call(operation, grads[0], saved[0], saved[1], saved[2], optional(dt_bias), saved[4], saved[5], saved[6],
+           optional(D_skip), saved[8], saved[9], saved[10], saved[11], direction.toStringView());
+  // Those of the inputs that there are.
+  variable_list results{dx, ddt, ddt_weight};
+  if (dt_bias.defined()) results.push_back(dparameters.select(0, 0));
+  results.push_back(dparameters.select(0, 1));
+  results.push_back(dB);
+  results.push_back(dC);
+  if (D_skip.defined()) results.push_back(dparameters.select(0, 2).select(0, 0));
+  return results;
+}
+
+std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
+                                       const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                                       const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,
+                                       const Tensor& order, const Tensor& subtree_size, std::string_view direction,
+                                       std::optional<at::ScalarType> dtype, bool keep) {
+  static const auto operation = find_operation<decltype(merged_scan)>("grootvl_ops::merged_scan");
+  const auto [y, kept] = call_below_autograd(operation, x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, parent, order,
+                                             subtree_size, direction, dtype, keep);
+  variable_list inputs{x, dt, dt_weight};
+  if (dt_bias) inputs.push_back(*dt_bias);
+  inputs.insert(inputs.end(), {A_log, B, C});
+  if (D_skip) inputs.push_back(*D_skip);
+  TORCH_CHECK_VALUE(keep || !torch::autograd::compute_requires_grad(inputs),
+                    "merged_scan must be called with keep=True to be differentiated");
+  return {differentiable<merged_scan_gradients>(y, inputs,
+                                                {x, dt, dt_weight, or_undefined(dt_bias), A_log, B, C,
+                                                 or_undefined(D_skip), parent, order, subtree_size, kept},
+                                                std::string(direction)),
+          kept};
+}
+
+variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
+                                            const c10::IValue& dilation) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t);
+  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
+  auto [dx, dweight] = call(operation, grads[0], saved[0], saved[1], dilation.toInt());
+  return {dx, dweight};
+}
+
+Tensor depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t dilation) {
+  static const auto operation = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
+  const Tensor out = call_below_autograd(operation, x, weight, dilation);
+  return differentiable<depthwise_conv_silu_gradients>(out, {x, weight}, {x, weight}, dilation);
+}
+
+variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
-  auto [dh, dx, dz, dC, dparameters] = call(operation, grad, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-                                            saved[6], saved[7], saved[8], saved[9]);
+  auto [dh, dx, dz, dC, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                            saved[5], saved[6], saved[7], saved[8], saved[9]);
   const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
   return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
 }
@@ -174,10 +242,10 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
       statistics};
 }
 
-variable_list layer_norm_gradients(const Tensor& grad, const variable_list& saved, const std::string&) {
+variable_list layer_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::layer_norm_backward");
-  auto [dx, dparameters] = call(operation, grad, saved[0], saved[1], saved[2]);
+  auto [dx, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2]);
   const variable_list rows = dparameters.unbind();  // weight, bias
   return {dx, rows[0], rows[1]};
 }
@@ -187,6 +255,31 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
   static const auto operation = find_operation<decltype(layer_norm)>("grootvl_ops::layer_norm");
   const auto [out, statistics] = call_below_autograd(operation, x, weight, bias, eps, dtype);
   return {differentiable<layer_norm_gradients>(out, {x, weight, bias}, {x, weight, statistics}), statistics};
+}
+
+variable_list add_layer_norm_gradients(const variable_list& grads, const variable_list& saved,
+                                       const c10::IValue& branch_type) {
+  using Signature =
+      std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                                         const Tensor&, const std::optional<Tensor>&, at::ScalarType);
+  static const auto operation = find_operation<Signature>("grootvl_ops::add_layer_norm_backward");
+  const Tensor& sum = saved[0];
+  const Tensor grad = grads[1].defined() ? grads[1] : at::zeros_like(sum);
+  auto [dx, dbranch, dparameters] = call(operation, grad, optional(grads[0]), sum, saved[1], saved[2],
+                                         optional(saved[3]), static_cast<at::ScalarType>(branch_type.toInt()));
+  const variable_list rows = dparameters.unbind();  // weight, bias
+  return {dx, dbranch.sizes() == dx.sizes() ? dbranch : dx, rows[0], rows[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,
+                                                  const Tensor& bias, double eps, std::optional<at::ScalarType> dtype,
+                                                  const std::optional<Tensor>& factors) {
+  static const auto operation = find_operation<decltype(add_layer_norm)>("grootvl_ops::add_layer_norm");
+  const auto [sum, normed, statistics] = call_below_autograd(operation, x, branch, weight, bias, eps, dtype, factors);
+  const variable_list results = differentiable<add_layer_norm_gradients>(
+      {sum, normed}, {x, branch, weight, bias}, {sum, weight, statistics, factors ? *factors : Tensor()},
+      static_cast<int64_t>(branch.scalar_type()));
+  return {results[0], results[1], statistics};
 }
 
 // A node that raises when a gradient reaches it. PyTorch 2.13 changed how nodes are owned.
@@ -232,10 +325,14 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("tree_scan", TORCH_FN(tree_scan));
   m.impl("selective_scan", TORCH_FN(selective_scan));
+  m.impl("merged_scan", TORCH_FN(merged_scan));
+  m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
+  m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
   for (const char* name :
-       {"tree_scan_backward", "selective_scan_backward", "gated_norm_backward", "layer_norm_backward"}) {
+       {"tree_scan_backward", "selective_scan_backward", "merged_scan_backward", "depthwise_conv_silu_backward",
+        "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

@@ -29,6 +29,12 @@ inline Direction parse_direction(const std::string_view name) {
   return Direction::kDown;
 }
 
+// That of a scan of one sweep.
+inline Direction parse_one_sweep(const std::string_view name) {
+  GROOTVL_CHECK(name == "up" || name == "down", "direction must be 'up' or 'down', got '", name, "'");
+  return parse_direction(name);
+}
+
 inline int64_t num_grid_edges(int64_t height, int64_t width) { return (height - 1) * width + height * (width - 1); }
 
 inline void check_features(const Tensor& features) {
@@ -67,12 +73,15 @@ inline void check_graph(const Tensor& edges, const Tensor& weights, int64_t num_
                 " and ", weights.device());
 }
 
-inline void check_tree(const Tensor& x, const Tensor& parent, const Tensor& order, const Tensor& subtree_size) {
+// `trees`: how many there must be; by default one for each image.
+inline void check_tree(const Tensor& x, const Tensor& parent, const Tensor& order, const Tensor& subtree_size,
+                       std::optional<int64_t> trees = {}) {
   GROOTVL_CHECK(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
   GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
   for (const Tensor* field : {&parent, &order, &subtree_size}) {
-    GROOTVL_CHECK(field->dim() == 2 && field->size(0) == x.size(0) && field->size(1) == x.size(1),
-                  "the tree's fields must be (B, L) for x ", x.sizes(), ", got ", field->sizes());
+    GROOTVL_CHECK(field->dim() == 2 && field->size(0) == trees.value_or(x.size(0)) && field->size(1) == x.size(1),
+                  "the tree's fields must be ", trees ? "(K, L)" : "(B, L)", " for x ", x.sizes(), ", got ",
+                  field->sizes());
     GROOTVL_CHECK(field->scalar_type() == ScalarType::Int, "the tree's fields must be int32, got ",
                   field->scalar_type());
     GROOTVL_CHECK(field->device() == x.device(), "x and the tree must be on one device, got ", x.device(), " and ",
@@ -126,6 +135,26 @@ inline void check_selective_scan(const Tensor& x, const Tensor& dt, const std::o
   check_parameter("A_log", A_log, "x", x, rates);
 }
 
+inline void check_merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
+                              const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                              const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,
+                              const Tensor& order, const Tensor& subtree_size, std::optional<ScalarType> dtype) {
+  GROOTVL_CHECK(dt.dim() == 4 && dt.size(2) > 0 && dt.size(3) > 0, "dt must be (B, L, K, R) with K > 0 and R > 0, got ",
+                dt.sizes());
+  const int64_t groups = dt.size(2);
+  check_tree(x, parent, order, subtree_size, groups);
+  const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2);
+  check_like("dt", dt, "x", x, {batch, length, groups, dt.size(3)});
+  check_like("B", B, "x", x, {batch, length, groups});
+  check_like("C", C, "x", x, {batch, length, groups});
+  check_parameter("dt_weight", dt_weight, "x", x, {groups, channels, dt.size(3)});
+  if (dt_bias) check_parameter("dt_bias", *dt_bias, "x", x, {groups, channels});
+  check_parameter("A_log", A_log, "x", x, {groups, channels});
+  if (D_skip) check_parameter("D_skip", *D_skip, "x", x, {channels});
+  GROOTVL_CHECK(!dtype || *dtype == x.scalar_type() || *dtype == accumulation_type(x),
+                "dtype must be that of x or the one in which it is added up, got ", *dtype, " for ", x.scalar_type());
+}
+
 inline void check_gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, const Tensor& C, const Tensor& D_skip,
                              const Tensor& h_weight, const Tensor& h_bias, const Tensor& out_weight,
                              const Tensor& out_bias) {
@@ -142,11 +171,42 @@ inline void check_gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, 
   check_parameter("out_bias", out_bias, "h", h, {channels});
 }
 
+inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t dilation) {
+  GROOTVL_CHECK(x.dim() == 4, "x must be (B, H, W, D), got ", x.sizes());
+  GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  check_parameter("weight", weight, "x", x, {x.size(3), 1, 3, 3});
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // rows and columns are numbered in 32 bits
+  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit && x.size(2) <= limit,
+                "dilation, height and width must be from 1 to ", limit, ", got ", dilation, " for x ", x.sizes());
+}
+
 inline void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   GROOTVL_CHECK(x.dim() >= 1 && x.size(-1) > 0, "x must be (..., C) with C > 0, got ", x.sizes());
   GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
   check_parameter("weight", weight, "x", x, {x.size(-1)});
   check_parameter("bias", bias, "x", x, {x.size(-1)});
+}
+
+inline void check_layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& statistics) {
+  GROOTVL_CHECK(grad.sizes().equals(x.sizes()) && grad.device() == x.device(), "grad must be as x, ", x.sizes(), " on ",
+                x.device(), ", got ", grad.sizes(), " on ", grad.device());
+  GROOTVL_CHECK(statistics.numel() * x.size(-1) == 2 * x.numel() && statistics.device() == x.device() &&
+                    statistics.scalar_type() == accumulation_type(x),
+                "statistics must be those of the forward pass");
+}
+
+// One factor for each image.
+inline void check_factors(const std::optional<Tensor>& factors, const Tensor& x) {
+  if (!factors) return;
+  GROOTVL_CHECK(x.dim() >= 2, "x must be (B, ..., C) to have factors, got ", x.sizes());
+  check_parameter("factors", *factors, "x", x, {x.size(0)});
+}
+
+inline void check_add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                                 const std::optional<Tensor>& factors) {
+  check_layer_norm(x, weight, bias);
+  check_parameter("branch", branch, "x", x, x.sizes());
+  check_factors(factors, x);
 }
 
 }  // namespace grootvl

@@ -136,12 +136,25 @@ inline Tensor select(const Tensor& tensor, int64_t dim, int64_t index) {
   return call("aten::select", "int", tensor, dim, index);
 }
 
+// `count` of the first dimension from `first` on.
+inline Tensor slice(const Tensor& tensor, int64_t first, int64_t count) {
+  return call("aten::slice", "Tensor", tensor, int64_t{0}, std::optional(first), std::optional(first + count),
+              int64_t{1});
+}
+
 // Another view of the same memory, which begins where `tensor` does.
 inline Tensor strided(const Tensor& tensor, Sizes sizes, Sizes strides) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(), 0, &result));
   return Tensor(result);
+}
+
+// A contiguous tensor in another shape.
+inline Tensor reshaped(const Tensor& tensor, Sizes sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return strided(tensor, sizes, strides);
 }
 
 // (B, L, C) as a matrix (B L, C), without a copy if all pixels have the same distance.
@@ -160,6 +173,27 @@ inline Tensor transpose(const Tensor& matrix) {
 inline Tensor matrix_product(const Tensor& a, const Tensor& b, Sizes sizes) {
   const Tensor result = empty(a, sizes, a.scalar_type());
   call("aten::mm", "out", a, b, strided(result, {a.size(0), b.size(1)}, {b.size(1), 1}));
+  return result;
+}
+
+// (B, L, K, R) as K matrices (B L, R), without a copy if all pixels have the same distance.
+inline Tensor as_matrices(const Tensor& maps) {
+  const bool rows = maps.size(0) == 1 || maps.stride(0) == maps.size(1) * maps.stride(1);
+  const Tensor source = rows ? maps : contiguous(maps);
+  return strided(source, {maps.size(2), maps.size(0) * maps.size(1), maps.size(3)},
+                 {source.stride(2), source.stride(1), source.stride(3)});
+}
+
+// (K, n, m) as (K, m, n).
+inline Tensor transposed_matrices(const Tensor& matrices) {
+  return strided(matrices, {matrices.size(0), matrices.size(2), matrices.size(1)},
+                 {matrices.stride(0), matrices.stride(2), matrices.stride(1)});
+}
+
+// The products of K pairs of matrices, (K, n, r) and (K, r, m), as a contiguous tensor.
+inline Tensor matrix_products(const Tensor& a, const Tensor& b) {
+  const Tensor result = empty(a, {a.size(0), a.size(1), b.size(2)}, a.scalar_type());
+  call("aten::bmm", "out", a, b, result);
   return result;
 }
 

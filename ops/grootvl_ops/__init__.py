@@ -8,14 +8,15 @@ package was installed with a compiler, and on `grootvl_ops.reference` elsewhere;
 
 * `trees`: which tree. From the features of a map, from any graph, or along a path.
 * `scans`: what is scanned, and in which direction.
-* `norms`: the normalisations around a scan.
+* `norms`, `convolutions`: the normalisations around a scan, and the convolution before it.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from ._loading import backend
-from .norms import gated_norm, layer_norm
-from .scans import DIRECTIONS, selective_scan, tree_scan
+from .convolutions import depthwise_conv_silu
+from .norms import add_layer_norm, gated_norm, layer_norm
+from .scans import DIRECTIONS, merged_scan, selective_scan, tree_scan
 from .trees import (
     METRICS,
     Tree,
@@ -32,15 +33,18 @@ __all__ = [
     "DIRECTIONS",
     "METRICS",
     "Tree",
+    "add_layer_norm",
     "backend",
     "build_tree",
     "build_tree_from_edges",
     "build_tree_from_grid",
     "check_tree",
+    "depthwise_conv_silu",
     "edge_weights",
     "gated_norm",
     "grid_edges",
     "layer_norm",
+    "merged_scan",
     "path_tree",
     "selective_scan",
     "tree_scan",

@@ -50,7 +50,13 @@ _register_composite(
     "selective_scan_backward",
     partial(reference.selective_scan_backward, scan=_scan, scan_backward=_scan_backward),
 )
-for _name in ("path_tree", "gated_norm", "gated_norm_backward", "layer_norm", "layer_norm_backward"):
+_register_composite("merged_scan", partial(reference.merged_scan, scan=torch.ops.grootvl_ops.selective_scan))
+_register_composite(
+    "merged_scan_backward",
+    partial(reference.merged_scan_backward, scan_backward=torch.ops.grootvl_ops.selective_scan_backward),
+)
+_FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
+for _name in ("path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
 
 
@@ -125,6 +131,53 @@ def _(
     return dx, ddt, dweight, dparameters, dB, dC
 
 
+@torch.library.register_fake("grootvl_ops::merged_scan")
+def _(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_skip: Tensor | None,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((A_log.shape[0], *x.shape) if keep else (0,))
+
+
+@torch.library.register_fake("grootvl_ops::merged_scan_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *others,
+) -> tuple[Tensor, ...]:
+    dparameters = x.new_empty((3, *A_log.shape), dtype=reference.accumulation_dtype(x.dtype))
+    dx, ddt, dweight, dB, dC = (operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, B, C))
+    return dx, ddt, dweight, dparameters, dB, dC
+
+
+@torch.library.register_fake("grootvl_ops::depthwise_conv_silu")
+def _(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::depthwise_conv_silu_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=reference.accumulation_dtype(x.dtype))
+
+
 @torch.library.register_fake("grootvl_ops::gated_norm")
 def _(h: Tensor, *others) -> tuple[Tensor, Tensor]:
     statistics = h.new_empty((*h.shape[:-1], 4), dtype=reference.accumulation_dtype(h.dtype))
@@ -149,8 +202,51 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tens
     return x.new_empty(x.shape), dparameters
 
 
+@torch.library.register_fake("grootvl_ops::add_layer_norm")
+def _(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((*x.shape[:-1], 2), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), statistics
+
+
+@torch.library.register_fake("grootvl_ops::add_layer_norm_backward")
+def _(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    factors: Tensor | None,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dparameters = x.new_empty((2, x.shape[-1]), dtype=reference.accumulation_dtype(x.dtype))
+    shared = branch_dtype == x.dtype and factors is None
+    return x.new_empty(x.shape), x.new_empty(0 if shared else x.shape, dtype=branch_dtype), dparameters
+
+
 def _save_for_scan(ctx, inputs, output) -> None:
     *tensors, ctx.direction = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _save_for_merged_scan(ctx, inputs, output) -> None:
+    *tensors, ctx.direction, _, keep = inputs
+    if not keep:
+        raise ValueError("merged_scan must be called with keep=True to be differentiated")
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*tensors, kept)
+
+
+def _save_for_convolution(ctx, inputs, output) -> None:
+    *tensors, ctx.dilation = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -158,6 +254,15 @@ def _save_for_norm(ctx, inputs, output) -> None:
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), statistics)
+
+
+def _save_for_added_norm(ctx, inputs, output) -> None:
+    _, branch, weight, *_, factors = inputs
+    total, _, statistics = output
+    ctx.branch_dtype = branch.dtype
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, statistics, factors)
 
 
 def _tree_scan_gradients(ctx, grad: Tensor):
@@ -183,6 +288,28 @@ def _selective_scan_gradients(ctx, grad: Tensor):
     )
 
 
+def _merged_scan_gradients(ctx, grad: Tensor, _):
+    saved = ctx.saved_tensors
+    dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.merged_scan_backward(grad, *saved, ctx.direction)
+    dt_bias, D_skip = saved[3], saved[7]
+    return (
+        dx,
+        ddt,
+        ddt_weight,
+        None if dt_bias is None else dparameters[0],
+        dparameters[1],
+        dB,
+        dC,
+        None if D_skip is None else dparameters[2, 0],
+        *[None] * 6,
+    )
+
+
+def _convolution_gradients(ctx, grad: Tensor):
+    gradients = torch.ops.grootvl_ops.depthwise_conv_silu_backward(grad, *ctx.saved_tensors, ctx.dilation)
+    return *gradients, None
+
+
 def _gated_norm_gradients(ctx, grad: Tensor, _):
     *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
     return *maps, *dparameters, None
@@ -192,6 +319,15 @@ def _layer_norm_gradients(ctx, grad: Tensor, _):
     x, weight, _, statistics = ctx.saved_tensors
     dx, dparameters = torch.ops.grootvl_ops.layer_norm_backward(grad, x, weight, statistics)
     return dx, *dparameters, None, None
+
+
+def _add_layer_norm_gradients(ctx, grad_sum: Tensor | None, grad: Tensor | None, _):
+    total, weight, statistics, factors = ctx.saved_tensors
+    grad = torch.zeros_like(total) if grad is None else grad
+    dx, dbranch, dparameters = torch.ops.grootvl_ops.add_layer_norm_backward(
+        grad, grad_sum, total, weight, statistics, factors, ctx.branch_dtype
+    )
+    return dx, dbranch if dbranch.shape == dx.shape else dx, *dparameters, None, None, None
 
 
 def _no_double_backward(name: str):
@@ -210,8 +346,11 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
     for name, save, gradients in (
         ("tree_scan", _save_for_scan, _tree_scan_gradients),
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
+        ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
+        ("add_layer_norm", _save_for_added_norm, _add_layer_norm_gradients),
     ):
         operation = getattr(getattr(torch.ops, namespace), name).default
         kernel = make_autograd_impl(operation, Info(_backward_fn=gradients, _setup_context_fn=save))

@@ -5,6 +5,9 @@ _SELECTIVE = (
     "Tensor x, Tensor dt, Tensor? dt_weight, Tensor? dt_bias, Tensor A_log, Tensor B, Tensor? C, "
     f'{_TREE}, str direction="both"'
 )
+_MERGED = (
+    f"Tensor x, Tensor dt, Tensor dt_weight, Tensor? dt_bias, Tensor A_log, Tensor B, Tensor C, Tensor? D_skip, {_TREE}"
+)
 _GATED_NORM = (
     "Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias, "
     "Tensor out_weight, Tensor out_bias"
@@ -19,8 +22,17 @@ SCHEMAS = (
     f'tree_scan_backward(Tensor grad, Tensor x, Tensor decay, {_TREE}, str direction="both") -> (Tensor, Tensor)',
     f"selective_scan({_SELECTIVE}) -> Tensor",
     f"selective_scan_backward(Tensor grad, {_SELECTIVE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
+    f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "depthwise_conv_silu(Tensor x, Tensor weight, int dilation) -> Tensor",
+    "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, int dilation) -> (Tensor, Tensor)",
     f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",
     f"gated_norm_backward(Tensor grad, {_GATED_NORM}, Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, "
+    "Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
+    "add_layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor statistics, "
+    "Tensor? factors, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None) -> (Tensor, Tensor)",
     "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor)",
 )

@@ -115,6 +115,13 @@ def selective_scan(*arguments) -> Tensor:
         return reference.selective_scan(*arguments, scan=tree_scan_below)
 
 
+def merged_scan(*arguments) -> Tensor:
+    """`grootvl_ops.merged_scan`, in the order of its schema up to dtype, for any transform."""
+    scan = partial(reference.selective_scan, scan=tree_scan_below)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return reference.merged_scan(*arguments, scan=scan)[0]
+
+
 def gated_norm(*arguments) -> Tensor:
     """`grootvl_ops.gated_norm` for any transform."""
     with torch.autocast(arguments[0].device.type, enabled=False):
@@ -125,6 +132,12 @@ def layer_norm(*arguments) -> Tensor:
     """`grootvl_ops.layer_norm` for any transform."""
     with torch.autocast(arguments[0].device.type, enabled=False):
         return reference.layer_norm(*arguments)[0]
+
+
+def add_layer_norm(*arguments) -> tuple[Tensor, Tensor]:
+    """`grootvl_ops.add_layer_norm`, in the order of its schema, for any transform."""
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return reference.add_layer_norm(*arguments)[:2]
 
 
 def _register_batching(name: str) -> None:

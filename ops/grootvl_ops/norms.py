@@ -7,7 +7,65 @@ from torch import Tensor
 from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
 
-__all__ = ["gated_norm", "layer_norm"]
+__all__ = ["add_layer_norm", "gated_norm", "layer_norm"]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of a map and a branch, and the LayerNorm of this sum: what follows each branch of a residual block.
+
+    On CUDA one kernel computes both in one pass over the maps. For its limit see `gated_norm`.
+
+    Args:
+        x: (..., C), floating point.
+        branch: of x's shape. Of another dtype, x and branch are promoted as in x + branch.
+        weight, bias: (C), of the norm.
+        eps: is added to the variance.
+        dtype: of the normalised map; None for that of the sum. On CUDA it may differ between float32 and a half
+            precision.
+        factors: (B) for x (B, ..., C), what the branch of each image is multiplied by, such as by stochastic depth.
+            They take no gradient.
+
+    Returns:
+        x + factors branch, and its LayerNorm, (..., C) each, computed in float32 (float64 for float64), whether or not
+        under autocast. Bitwise the same in every run. Differentiable once.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or factors that require a gradient.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() < 1:
+        raise ValueError(f"x must be (..., C), got {list(x.shape)}")
+    check_parameter("branch", branch, x, list(x.shape))
+    check_parameter("weight", weight, x, [x.size(-1)])
+    check_parameter("bias", bias, x, [x.size(-1)])
+    if factors is not None:
+        if x.dim() < 2:
+            raise ValueError(f"x must be (B, ..., C) to have factors, got {list(x.shape)}")
+        check_parameter("factors", factors, x, [x.size(0)])
+        if factors.requires_grad:
+            raise ValueError("factors take no gradient, got some that require one: detach them")
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
+        if _transforms.active():
+            x = x.to(torch.promote_types(x.dtype, branch.dtype))
+            return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)
+    x = x.to(torch.promote_types(x.dtype, branch.dtype))
+    out_dtype = x.dtype if dtype is None else dtype
+    one_kernel = not x.is_cuda or branch.dtype == x.dtype or branch.dtype == out_dtype or out_dtype == torch.float32
+    if not (one_kernel and _in_one_pass(x)):
+        if factors is not None:
+            branch = factors.view([-1] + [1] * (x.dim() - 1)) * branch
+        total = x + branch
+        return total, layer_norm(total, weight, bias, eps, dtype)
+    total, normed, _ = torch.ops.grootvl_ops.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)
+    return total, normed
 
 
 def gated_norm(

@@ -11,7 +11,7 @@ from ._loading import built
 from .reference import DIRECTIONS
 from .trees import Tree, check_tree
 
-__all__ = ["DIRECTIONS", "selective_scan", "tree_scan"]
+__all__ = ["DIRECTIONS", "merged_scan", "selective_scan", "tree_scan"]
 
 # In the checked build by default, elsewhere if asked for.
 _CHECK_TREES = os.environ.get("GROOTVL_CHECK_TREES", "1" if built().get("checked") else "0") not in ("", "0")
@@ -128,6 +128,97 @@ def selective_scan(
     )
 
 
+def merged_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    tree: Tree,
+    direction: str = "down",
+    D_skip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum of K selective scans of one x along K trees, each with its own parameters (VMamba, arXiv 2401.10166,
+    section 4.2, where the trees are the four paths of a cross scan):
+
+        delta_k = softplus(dt_weight_k dt_k + dt_bias_k)
+        h_k = tree_scan(delta_k B_k x, exp(-exp(A_log_k) delta_k)) along tree k
+        y = sum_k C_k h_k + D_skip x
+
+    On CUDA all scans are launched together, forward and backward. Where gradients are asked for, K maps like x are kept
+    for the backward pass, which then needs one sweep for each scan.
+
+    Args:
+        x: (B, L, D), floating point: what every scan aggregates.
+        dt: (B, L, K, R), of x's dtype: each pixel's step sizes, of low rank.
+        dt_weight: (K, D, R): from rank to channels.
+        dt_bias: (K, D), or None for none.
+        A_log: (K, D): logarithms of the rates of decay.
+        B, C: (B, L, K), of x's dtype: each pixel's weights of its inputs and of its states.
+        tree: K trees over the L pixels, which all images share: fields (K, L).
+        direction: "down" or "up", of all scans; see `tree_scan`.
+        D_skip: (D), or None for none: what of x passes the scans by.
+        dtype: of the result: x's, or the one in which sums are computed; None for x's. The sum of several scans may not
+            fit into half precision.
+
+    Returns:
+        y, (B, L, D). Each h is rounded to x's dtype; products and sums are computed in float32 (float64 for float64),
+        but for that of dt and dt_weight, which on CUDA is rounded to x's dtype. Bitwise the same in every run.
+        Differentiable once for all but the tree; the gradient of y is rounded to x's dtype.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or an unknown direction.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() != 3 or dt.dim() != 4:
+        raise ValueError(f"x must be (B, L, D) and dt (B, L, K, R), got {list(x.shape)} and {list(dt.shape)}")
+    batch, length, channels = x.shape
+    groups, rank = dt.size(2), dt.size(3)
+    if groups < 1:
+        raise ValueError(f"dt must have at least one group, got {list(dt.shape)}")
+    check_operand("dt", dt, x, [batch, length, groups, rank])
+    check_operand("B", B, x, [batch, length, groups])
+    check_operand("C", C, x, [batch, length, groups])
+    check_parameter("dt_weight", dt_weight, x, [groups, channels, rank])
+    if dt_bias is not None:
+        check_parameter("dt_bias", dt_bias, x, [groups, channels])
+    check_parameter("A_log", A_log, x, [groups, channels])
+    if D_skip is not None:
+        check_parameter("D_skip", D_skip, x, [channels])
+    if direction not in ("up", "down"):
+        raise ValueError(f"direction must be 'up' or 'down', got '{direction}'")
+    if dtype is not None and dtype != x.dtype and (x.dtype == torch.float64 or dtype != torch.float32):
+        raise TypeError(f"dtype must be {x.dtype}, that of x, or the one of its sums, got {dtype}")
+    tree = _checked_tree("x and K = dt.size(2)", tree, [groups, length], x.device, False)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+        if _transforms.active():
+            return _transforms.merged_scan(x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, *tree, direction, dtype)
+    keep = False
+    if torch.is_grad_enabled():
+        for operand in (x, dt, dt_weight, dt_bias, A_log, B, C, D_skip):
+            if operand is not None and operand.requires_grad:
+                keep = True
+    return torch.ops.grootvl_ops.merged_scan(
+        x,
+        dt,
+        dt_weight,
+        dt_bias,
+        A_log,
+        B,
+        C,
+        D_skip,
+        tree.parent,
+        tree.order,
+        tree.subtree_size,
+        direction,
+        dtype,
+        keep,
+    )[0]
+
+
 def _check_direction(direction: str) -> None:
     if direction not in ("both", "up", "down"):
         raise ValueError(f"direction must be 'both', 'up' or 'down', got '{direction}'")
@@ -136,16 +227,19 @@ def _check_direction(direction: str) -> None:
 def _tree_for(x: Tensor, tree: Tree) -> Tree:
     """The tree for each image of x, after a check that it fits."""
     shape = list(x.shape[:2])
-    device = x.device
-    fits = True
+    tree = _checked_tree("x", tree, shape, x.device, True)
+    if tree.parent.size(0) == shape[0] and tree.order.size(0) == shape[0] and tree.subtree_size.size(0) == shape[0]:
+        return tree
+    return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))
+
+
+def _checked_tree(owner: str, tree: Tree, shape: list[int], device: torch.device, or_one: bool) -> Tree:
+    """The tree, whose fields must have a shape, or be those of one tree instead of several if `or_one`."""
     for field in (tree.parent, tree.order, tree.subtree_size):
-        if list(field.shape) != shape:
-            fits = False
-            if field.dim() != 2 or field.size(1) != shape[1] or field.size(0) != 1:
-                raise ValueError(
-                    f"the tree's fields must be (1, L) or (B, L) = {shape} for x {list(x.shape)}, "
-                    f"got {list(field.shape)}"
-                )
+        is_one = or_one and field.dim() == 2 and field.size(0) == 1 and field.size(1) == shape[1]
+        if list(field.shape) != shape and not is_one:
+            allowed = "(1, L) or (B, L)" if or_one else "(K, L)"
+            raise ValueError(f"the tree's fields must be {allowed} = {shape} for {owner}, got {list(field.shape)}")
         if field.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
         if field.device != device:
@@ -156,6 +250,4 @@ def _tree_for(x: Tensor, tree: Tree) -> Tree:
                 check_tree(tree)
             if tree.parent.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps no such tensors
                 tree = Tree(tree.parent.clone(), tree.order.clone(), tree.subtree_size.clone())
-    if fits:
-        return tree
-    return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))
+    return tree

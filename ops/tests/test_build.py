@@ -42,8 +42,12 @@ def broken(sources: Path) -> Path:
 
 
 def test_a_failed_build_says_why(broken):
+    stale = [broken / "grootvl_ops" / f"_C_{part}.abi3.so" for part in ("cpu", "cuda", "autograd")]
+    for library in stale:  # of an earlier build; those of CPU and CUDA could be loaded
+        library.touch()
     done = setup(broken, "build_ext", "--inplace")
     assert done.returncode == 0, done.stderr
+    assert not any(library.exists() for library in stale)
     assert "GROOTVL_REQUIRE_COMPILED=1 makes this an error" in done.stderr
     errors = json.loads((broken / "grootvl_ops" / "_build.json").read_text())["errors"]
     assert errors.keys() == {"cpu", "autograd"}

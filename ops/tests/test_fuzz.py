@@ -214,6 +214,7 @@ def valid_call(case: Case) -> tuple:
         ),
         (grootvl_ops.gated_norm, [x, x, x, x[..., 0], *[torch.randn(4)] * 5, 1e-5]),
         (grootvl_ops.layer_norm, [x, torch.randn(4), torch.randn(4), 1e-5]),
+        (grootvl_ops.add_layer_norm, [x, x.half(), torch.randn(4), torch.randn(4), 1e-5, None, torch.rand(2)]),
     ]
     return case.random.choice(calls)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 
 import oracles
 import pytest
@@ -50,7 +50,23 @@ def run(function, *arguments: Tensor) -> tuple[Tensor, ...]:
     return (out, *torch.autograd.grad(out.square().sum(), arguments))
 
 
-@pytest.fixture(params=["tree_scan", "selective_scan", "gated_norm", "layer_norm"])
+def merged_operands(device: str) -> list[Tensor]:
+    """x, dt, dt_weight, dt_bias, A_log, B, C and D_skip of a merged scan of two groups."""
+    shapes = [(2, 9, 3), (2, 9, 2, 2), (2, 3, 2), (2, 3), (2, 3), (2, 9, 2), (2, 9, 2), (3,)]
+    return [torch.rand(shape, device=device) for shape in shapes]
+
+
+def joined(function: Callable) -> Callable:
+    """A function of which the results are joined to one."""
+
+    @wraps(function)
+    def call(*operands: Tensor) -> Tensor:
+        return torch.cat(function(*operands), -1)
+
+    return call
+
+
+@pytest.fixture(params=["tree_scan", "selective_scan", "merged_scan", "gated_norm", "layer_norm", "add_layer_norm"])
 def operation(request, device) -> tuple[Callable, list[Tensor]]:
     """A differentiable operation, and what it can be differentiated for."""
     maps, vectors = torch.rand(4, 2, 9, 3, device=device), torch.rand(5, 3, device=device)
@@ -58,10 +74,14 @@ def operation(request, device) -> tuple[Callable, list[Tensor]]:
     operands = {
         "tree_scan": [*maps[:2]],
         "selective_scan": [maps[0], dt, dt_weight, *vectors[:2], per_pixel],
+        "merged_scan": merged_operands(device)[:-1],
         "gated_norm": [*maps[:3], per_pixel, *vectors],
         "layer_norm": [maps[0], *vectors[:2]],
+        "add_layer_norm": [*maps[:2], *vectors[:2]],
     }[request.param]
     function = getattr(grootvl_ops, request.param)
+    if request.param == "add_layer_norm":
+        function = joined(function)
     if request.param.endswith("scan"):
         function = partial(function, tree=make_tree("scattered", 2, 9, device))
     return function, [operand.clone().requires_grad_() for operand in operands]
@@ -97,8 +117,19 @@ def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
         "selective_scan": ([maps[0], low_rank, weight, *vectors[:2], per_pixel, None], (*tree, "both")),
         "selective_scan of states": ([maps[0], low_rank, weight, vectors[0], rates, *states], (*tree, "down")),
         "selective_scan of projected steps": ([*maps[:2], None, None, vectors[1], per_pixel, per_pixel], (*tree, "up")),
+        "merged_scan": (merged_operands(device), (*tree, "down", None, True)),
+        "merged_scan without bias and skip": (
+            [o if i not in (3, 7) else None for i, o in enumerate(merged_operands(device))],
+            (*tree, "up", None, True),
+        ),
+        "depthwise_conv_silu": ([maps.view(4, 2, 9, 3), torch.rand(3, 1, 3, 3, device=device)], (2,)),
         "gated_norm": ([*maps[:3], per_pixel, *vectors], (1e-5,)),
         "layer_norm": ([maps[0], *vectors[:2]], (1e-5, None)),
+        "add_layer_norm": ([*maps[:2], *vectors[:2]], (1e-5, None)),
+        "add_layer_norm of half a branch": (
+            [maps[0], maps[1].half(), *vectors[:2]],
+            (1e-5, None, torch.rand(2, device=device)),
+        ),
     }
 
 
@@ -114,12 +145,12 @@ def test_both_registrations_give_the_same_gradients(twin, device, call):
         for namespace in (library, twin):
             leaves = [o if o is None else o.clone().requires_grad_(wanted in (None, i)) for i, o in enumerate(operands)]
             out = getattr(namespace, name)(*leaves, *others)
-            out = out[0] if isinstance(out, tuple) else out
+            outs = [o for o in out if o.requires_grad] if isinstance(out, tuple) else [out]
             asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-            gradients = torch.autograd.grad(out.square().sum(), asked, create_graph=True)
+            gradients = torch.autograd.grad(sum(o.square().sum() for o in outs), asked, create_graph=True)
             with pytest.raises(RuntimeError, match="second derivatives"):
                 torch.autograd.grad(gradients[0].sum(), asked)
-            found.append([out, *gradients])
+            found.append([*outs, *gradients])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -461,6 +492,7 @@ def test_statistics_are_not_differentiable(device):
     h, vector = torch.rand(2, 9, 3, device=device, requires_grad=True), torch.rand(3, device=device, requires_grad=True)
     for out, statistics in (
         library.layer_norm(h, vector, vector, 1e-5),
+        library.add_layer_norm(h, h, vector, vector, 1e-5)[1:],
         library.gated_norm(h, h, h, h[..., 0], *[vector] * 5, 1e-5),
     ):
         assert out.requires_grad and not statistics.requires_grad

@@ -24,8 +24,10 @@ OPERATIONS = (
     *(f"tree_scan {direction}" for direction in DIRECTIONS),
     *(f"selective_scan {direction}" for direction in DIRECTIONS),
     "selective_scan of states",
+    "merged_scan down",
     "gated_norm",
     "layer_norm",
+    "add_layer_norm",
 )
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -37,10 +39,17 @@ def operation(name: str, device: str, shape: str = "scattered", length: int = 7)
     sizes = {
         "tree_scan": [(2, length, D), (2, length, D)],
         "selective_scan": [(2, length, D), (2, length, R), (D, R), (D,), (D,), (2, length)],
+        "merged_scan": [(2, length, D), (2, length, 2, R), (2, D, R), (2, D), (2, D), *[(2, length, 2)] * 2],
         "gated_norm": [*[(2, length, D)] * 3, (2, length), *[(D,)] * 5],
         "layer_norm": [(2, length, D), (D,), (D,)],
+        "add_layer_norm": [(2, length, D), (2, length, D), (D,), (D,)],
     }[kind]
     function = getattr(grootvl_ops, kind)
+    if kind == "add_layer_norm":
+
+        def function(*operands):
+            return torch.cat(grootvl_ops.add_layer_norm(*operands), -1)
+
     if direction == "of states":
         sizes = [*sizes[:4], (D, N), (2, length, N), (2, length, N)]
 

@@ -44,12 +44,15 @@ def test_arcs_lead_to_the_parents():
     from matplotlib.patches import Arc
 
     figure = plot_arcs(list("abcd"), [[1, 2, 3, 3], [3, 3, 3, 3]], ["Chain", "Star"])
-    chain, star = figure.axes
+    chain, star, scale = figure.axes
     ends = [sorted((arc.center[0] - arc.width / 2, arc.center[0] + arc.width / 2) for arc in star.patches)]
     assert ends == [[(0, 3), (1, 3), (2, 3)]]
     assert len(chain.patches) == 3 and all(isinstance(arc, Arc) for arc in chain.patches)
     assert "at most 3 edges" in chain.get_title("left") and "at most 1 edges" in star.get_title("left")
     assert [label.get_text() for label in star.get_xticklabels()] == list("abcd")
+    # One scale for both trees: the arc of the token before the root has the same colour in both.
+    assert chain.patches[2].get_edgecolor() == star.patches[2].get_edgecolor() != chain.patches[0].get_edgecolor()
+    assert scale.get_ylabel() == "edges from the root" and scale.get_ylim() == (0, 3)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grootv  # noqa: F401  registers the models
-from grootv.layers import PathSSM, TreeSSM, bidirectional, cross, raster, scans
+from grootv.layers import PathSSM, TreeSSM, bidirectional, cross, cross_paths, raster, scans
 from grootv.layers.path_ssm import PATH_SCANS
 from grootvl_ops import check_tree, path_tree
 
@@ -99,6 +99,8 @@ def test_paths_are_made_once_for_each_size_and_device():
     assert raster(torch.empty(1, 3, 4, 1))[0][0] is bidirectional(torch.empty(1, 3, 4, 1))[0][0]
     assert cross(torch.empty(2, 4, 3, 1))[0][0] is not made[0][0]
     assert cross(torch.empty(2, 3, 4, 1, device="meta"))[0][0].parent.is_meta
+    together = [torch.cat(fields) for fields in zip(*(path for path, _ in made), strict=True)]
+    assert all(map(torch.equal, cross_paths(torch.empty(2, 3, 4, 1)), together))
     assert len(scans._KEPT) == 4
     for width in range(1, 2 * scans._MAX_KEPT):
         raster(torch.empty(1, 1, width, 1))

@@ -78,7 +78,7 @@ def test_the_sum_of_the_directions_is_computed_in_float32(dtype: torch.dtype, d_
     mixer = make(d_state=d_state)
     u = double(2, 12, DIM).to(dtype)
     projected = double(2, 12, mixer.x_proj.out_features).to(dtype)
-    paths = mixer.scans(u.view(2, *SIZE, DIM))
+    paths = mixer.paths(u.view(2, *SIZE, DIM))
     for skip in (1, 3e4):
         nn.init.constant_(mixer.D_skip, skip)
         y = mixer.selective_scan(u, projected, paths)

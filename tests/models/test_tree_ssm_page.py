@@ -1,18 +1,15 @@
 """The examples of docs/tree-ssm.md run as they stand, with the compiled operations and without them."""
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from documentation_helpers import examples, run_example
+from training_helpers import ROOT
 
 import grootvl_ops
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tree-ssm.md").read_text(), re.DOTALL)
+EXAMPLES = examples(ROOT / "docs" / "tree-ssm.md")
 CHECKS = """
 if "y" in globals(): assert y.isfinite().all()
 if "mix" in globals(): assert mix.grad.abs() > 0
@@ -28,11 +25,7 @@ def test_examples(operations: str, tmp_path: Path) -> None:
         installed = Path(grootvl_ops.__file__).parent
         shutil.copytree(installed, tmp_path / "grootvl_ops", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     code = "".join(f"exec({example + CHECKS!r}, {{}})\n" for example in EXAMPLES)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    result = run_example(code, tmp_path, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == operations
     assert ("runs its slow reference" in result.stderr) == (operations == "reference")

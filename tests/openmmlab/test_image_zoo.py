@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from training_helpers import write_images
 
+from grootv.images import to_rgb
 from grootv.openmmlab.classification.datasets import DamagedDataError, ImageClassificationDataset
-from grootv.openmmlab.classification.images import ImageFolderReader, find_files, image_suffixes, to_rgb
+from grootv.openmmlab.classification.images import ImageFolderReader, find_files, image_suffixes
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))  # 48 rows of 64 grey pixels
 COLOUR = np.stack((RAMP, RAMP[:, ::-1], np.full_like(RAMP, 40)), -1)

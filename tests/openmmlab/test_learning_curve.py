@@ -64,7 +64,7 @@ def test_detection_draws_what_matters_without_the_mark_for_no_objects(
 def test_the_legend_is_beside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [{"loss": 1.0, "iter": 1, "step": 1}, {"accuracy/top1": 50.0, "accuracy/top5": 90.0, "step": 1}]
     figure = drawn_figure(monkeypatch, tmp_path, entries)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
 

@@ -100,6 +100,24 @@ def test_exported_weights_are_the_averaged_ones_and_load_in_timm(run: tuple[Path
     assert accuracy(tested) == accuracy(log)[-1:]
 
 
+def test_a_compiled_run_resumes_and_ends_with_the_weights_of_a_plain_one(
+    run: tuple[Path, Path, str], data: Path, tmp_path: Path
+) -> None:
+    """With averaged weights and clipped gradients, which the config has; without the C++ code, which takes long."""
+    _, plain, _ = run
+    extra = 'compile = dict(backend="aot_eager")\n'
+    arguments = (write_config(tmp_path, data, extra), "--work-dir", tmp_path / "work", "--compile")
+    compiled = run_tool("train.py", *arguments, "--cfg-options", "train_cfg.max_epochs=2").stdout
+    assert "torch.compile(backend='aot_eager')" in compiled
+    assert "resumed epoch: 2" in run_tool("train.py", *arguments, "--resume").stdout
+    expected = torch.load(plain / "epoch_3.pth", weights_only=True)
+    checkpoint = torch.load(tmp_path / "work/epoch_3.pth", weights_only=True)
+    for kind in ("state_dict", "ema_state_dict"):
+        assert checkpoint[kind].keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            torch.testing.assert_close(checkpoint[kind][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_command_line_errors(run: tuple[Path, Path, str], tmp_path: Path) -> None:
     config, work_dir, _ = run
     assert "nothing.pth does not exist" in run_tool("test.py", config, tmp_path / "nothing.pth", code=2).stdout
@@ -133,19 +151,27 @@ def test_two_processes_equal_one_with_twice_the_batch(
     single = run_tool("train.py", config, "--work-dir", tmp_path / "one")
     options = ("--cfg-options", "train_dataloader.batch_size=4")
     double = run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options)
-    accumulated = ("--cfg-options", "train_dataloader.batch_size=4", "optim_wrapper.accumulative_counts=2")
+    accumulated = (*options, "optim_wrapper.accumulative_counts=2")
     scaled = run_tool("train.py", config, "--work-dir", tmp_path / "accumulated", *accumulated)
     for result, factor in ((single, "1 processes x 8"), (double, "2 processes x 4"), (scaled, "1 processes x 4")):
         assert f"{factor} images" in result.stdout and "make 8: scaled by 1." in result.stdout
     assert accuracy(single.stdout) == accuracy(double.stdout)
-    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
+    monkeypatch.setenv("PORT", free_port())
+    compiled = ("--compile", *options, "compile.backend=aot_eager")
+    run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "compiled", *compiled)
+    one, *others = (
+        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"]
+        for kind in ("one", "two", "compiled")
+    )
     for name, value in one.items():
-        torch.testing.assert_close(
-            two[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        for other in others:
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
     monkeypatch.setenv("PORT", free_port())
-    tested = run_tool("dist_test.sh", config, tmp_path / "one/epoch_2.pth", 2, "--work-dir", tmp_path / "test")
+    checkpoint = tmp_path / "one/epoch_2.pth"
+    tested = run_tool("dist_test.sh", config, checkpoint, 2, "--work-dir", tmp_path / "test", *compiled)
     assert accuracy(tested.stdout) == accuracy(single.stdout)[-1:]
 
 
@@ -167,13 +193,19 @@ def test_mixed_precision_on_a_gpu_trains_resumes_and_evaluates(data: Path, tmp_p
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one_with_twice_the_batch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORT", free_port())
     config = write_config(tmp_path, data, DETERMINISTIC)
     run_tool("train.py", config, "--work-dir", tmp_path / "one", gpu=True)
     options = ("--cfg-options", "train_dataloader.batch_size=4")
-    run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / "two", *options, gpu=True)
-    one, two = (torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"] for kind in ("one", "two"))
+    compiled = ("--compile", *options, "compile.backend=aot_eager")
+    for kind, arguments in (("two", options), ("compiled", compiled)):
+        monkeypatch.setenv("PORT", free_port())
+        run_tool("dist_train.sh", config, 2, "--work-dir", tmp_path / kind, *arguments, gpu=True)
+    one, *others = (
+        torch.load(tmp_path / kind / "epoch_2.pth", weights_only=True)["state_dict"]
+        for kind in ("one", "two", "compiled")
+    )
     for name, value in one.items():
-        torch.testing.assert_close(
-            two[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        for other in others:
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )

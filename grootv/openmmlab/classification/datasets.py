@@ -17,7 +17,9 @@ from timm.data import ImageDataset, auto_augment, create_dataset, create_transfo
 from timm.data.readers import img_extensions
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .images import ImageFolderReader, image_suffixes, to_rgb
+from grootv.images import to_rgb
+
+from .images import ImageFolderReader, image_suffixes
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **arguments) -> Image.Image:
@@ -81,7 +83,7 @@ class ImageClassificationDataset(Dataset):
 
     An item is a dict of `inputs` (C, H, W) uint8, `targets` int and `indices` int, the position in the data set.
 
-    Image folders are read by :class:`~.images.ImageFolderReader`, pixels by :func:`~.images.to_rgb`.
+    Image folders are read by :class:`~.images.ImageFolderReader`, pixels by :func:`grootv.images.to_rgb`.
 
     An image that cannot be decoded is logged once, with its path. In training the next readable image replaces it; in
     evaluation a grey image with target -1 replaces it, which the metrics ignore.

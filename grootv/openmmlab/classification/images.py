@@ -1,4 +1,4 @@
-"""Image files: which ones a folder holds, and their pixels as 8-bit RGB."""
+"""Which image files a folder holds."""
 
 import logging
 import os
@@ -6,9 +6,8 @@ import stat
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 from mmengine.logging import print_log
-from PIL import ExifTags, Image
+from PIL import Image
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
@@ -17,21 +16,6 @@ from grootv.models.safe_loading import read_pickle
 
 # Pillow recognises these formats, but needs programs or plug-ins of others to read their pixels.
 _WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-# Formats whose integers of more than 8 bits have 16.
-_SIXTEEN_BIT = {"PNG", "PPM"}
-
-
-# By EXIF orientation.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def image_suffixes() -> set[str]:
     """The suffixes, in lower case, of all files that the installed Pillow reads."""
@@ -41,39 +25,6 @@ def image_suffixes() -> set[str]:
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in _WITHOUT_PIXELS
     }
-
-
-def to_rgb(image: Image.Image, turn: bool = True) -> Image.Image:
-    """The pixels of an image as 8-bit RGB.
-
-    Values of 16 bits are divided by 256, as OpenCV does: their range is 0 to 65535, however much of it an image uses.
-
-    Args:
-        image: of any mode.
-        turn: turn and mirror the image as its EXIF orientation says.
-
-    Raises:
-        ValueError: the image has floating-point or 32-bit pixels, whose range the file does not tell.
-    """
-    kind = image.format
-    image.load()  # which turns some formats already, and then forgets their orientation
-    if turn and (method := _TURNS.get(_orientation(image))) is not None:
-        image = image.transpose(method)
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BIT):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are {'32-bit integers' if image.mode == 'I' else 'floating-point numbers'} of an unknown "
-            f"range; convert it to 8 or 16 bits"
-        )
-    return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data do not damage the pixels
-        return None
 
 
 class ImageFolderReader(Reader):

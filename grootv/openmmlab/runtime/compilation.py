@@ -1,6 +1,11 @@
 """torch.compile in runs of every task."""
 
+import torch
+from mmengine.logging import print_log
 from torch import nn
+
+# Batch statistics of several processes are computed outside of graphs, as in GlooSyncBatchNorm2d.
+nn.SyncBatchNorm.forward = torch.compiler.disable(nn.SyncBatchNorm.forward)
 
 
 def compile_backbone(model: nn.Module, options: bool | dict) -> None:
@@ -8,7 +13,8 @@ def compile_backbone(model: nn.Module, options: bool | dict) -> None:
 
     The backbone stays the same module: its parameters keep their names, also in checkpoints, and copies of it, such as
     averaged weights, are not compiled. Losses, heads and the optimizer are not compiled either: in dense tasks they
-    depend on the number of objects.
+    depend on the number of objects. By torch.compile's default, the graph for a first size of images is followed by
+    graphs whose height and width are symbols; further sizes then need no compilation.
 
     Args:
         model: what has a `backbone`, or wraps such a model as `module`, as in augmentation at test time.
@@ -23,4 +29,7 @@ def compile_backbone(model: nn.Module, options: bool | dict) -> None:
     owner = getattr(model, "module", model)
     if not isinstance(getattr(owner, "backbone", None), nn.Module):
         raise ValueError(f"compile: {type(owner).__name__} has no backbone")
-    owner.backbone.compile(**({} if options is True else options))
+    options = {} if options is True else options
+    owner.backbone.compile(**options)
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    print_log(f"The backbone will be compiled by torch.compile({shown}) in its first steps.", logger="current")

@@ -59,6 +59,8 @@ class GlooSyncBatchNorm2d(nn.BatchNorm2d):
     drop: nn.Module | None = None
     act: nn.Module | None = None
 
+    # torch.compile would lose the exchange between the processes in the backward pass: wrong gradients, silently.
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (B, C, H, W), then apply dropout and activation where the replaced layer had them."""
         output = self._normalise(input) if self.training and self.track_running_stats else super().forward(input)

@@ -46,6 +46,13 @@ GROOTVL_VECTORIZED void layer_norm_row(const scalar_t* x, const Norm<scalar_t>& 
   statistics[0] = mean, statistics[1] = scale;
 }
 
+template <typename scalar_t>
+GROOTVL_VECTORIZED void add_rows(const scalar_t* x, const scalar_t* branch, scalar_t factor, int64_t channels,
+                                 scalar_t* sum) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) sum[c] = x[c] + factor * branch[c];
+}
+
 // `y` is memory for a row.
 template <typename scalar_t>
 GROOTVL_VECTORIZED void gated_norm_row(const scalar_t* h, const scalar_t* x, const scalar_t* z, scalar_t C,
@@ -131,10 +138,43 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x_, const Tensor& weight_, c
   return {to(out, dtype.value_or(x_.scalar_type())), statistics};
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_, const Tensor& branch_, const Tensor& weight_,
+                                                  const Tensor& bias_, double eps, std::optional<ScalarType> dtype,
+                                                  const std::optional<Tensor>& factors_) {
+  check_add_layer_norm(x_, branch_, weight_, bias_, factors_);
+  const auto type = accumulation_type(x_);
+  const auto converted = [&](const Tensor& tensor) { return contiguous(to(tensor, type)); };
+  const Tensor x = converted(x_), branch = converted(branch_), weight = converted(weight_), bias = converted(bias_);
+  const Tensor factors = factors_ ? converted(*factors_) : Tensor();
+  const int64_t channels = x.size(-1), rows = x.numel() / channels;
+  const int64_t image_rows = factors_ ? rows / std::max<int64_t>(1, x.size(0)) : 0;
+  std::vector<int64_t> statistics_shape = x.sizes().vec();
+  statistics_shape.back() = 2;
+  const Tensor sum = empty_like(x), out = empty_like(x), statistics = empty(x, statistics_shape, type);
+  for_accumulation_type(type, [&](auto value) {
+    using scalar_t = decltype(value);
+    const Norm<scalar_t> norm{weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), scalar_t(eps)};
+    const auto *x_data = x.const_data_ptr<scalar_t>(), *branch_data = branch.const_data_ptr<scalar_t>(),
+               *factor_data = factors_ ? factors.const_data_ptr<scalar_t>() : nullptr;
+    auto *sum_data = sum.mutable_data_ptr<scalar_t>(), *out_data = out.mutable_data_ptr<scalar_t>(),
+         *statistics_data = statistics.mutable_data_ptr<scalar_t>();
+    parallel_for(0, rows, rows_of_thread(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        scalar_t* row = sum_data + i * channels;
+        const scalar_t factor = factor_data ? factor_data[i / image_rows] : scalar_t(1);
+        add_rows(x_data + i * channels, branch_data + i * channels, factor, channels, row);
+        layer_norm_row(row, norm, channels, out_data + i * channels, statistics_data + 2 * i);
+      }
+    });
+  });
+  return {to(sum, x_.scalar_type()), to(out, dtype.value_or(x_.scalar_type())), statistics};
+}
+
 }  // namespace
 }  // namespace grootvl
 
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CPU, m) {
   m.impl("gated_norm", TORCH_BOX(&grootvl::gated_norm));
   m.impl("layer_norm", TORCH_BOX(&grootvl::layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&grootvl::add_layer_norm));
 }

@@ -7,11 +7,21 @@ a decay ``a`` for each vertex, which belongs to the edge between that vertex and
 Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D, states N.
 """
 
-from .norms import gated_norm, gated_norm_backward, layer_norm, layer_norm_backward
+from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward
+from .norms import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    gated_norm,
+    gated_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 from .scans import (
     DIRECTIONS,
     accumulation_dtype,
     down_sweep,
+    merged_scan,
+    merged_scan_backward,
     rerooting_sweep,
     selective_scan,
     selective_scan_backward,
@@ -25,6 +35,10 @@ __all__ = [
     "DIRECTIONS",
     "METRICS",
     "accumulation_dtype",
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "depthwise_conv_silu",
+    "depthwise_conv_silu_backward",
     "down_sweep",
     "edge_weights",
     "gated_norm",
@@ -35,6 +49,8 @@ __all__ = [
     "kruskal",
     "layer_norm",
     "layer_norm_backward",
+    "merged_scan",
+    "merged_scan_backward",
     "path_tree",
     "rerooting_sweep",
     "root_tree",

@@ -87,6 +87,54 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, statistics: Ten
     return dx, torch.stack([g * normed, g]).flatten(1, -2).sum(1)
 
 
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + factors branch, of x's dtype, its LayerNorm, and the statistics, as of `layer_norm`. The norm is that of the
+    sum before it is rounded."""
+    accumulation = accumulation_dtype(x.dtype)
+    added = branch.to(accumulation)
+    if factors is not None:
+        added = _of_images(factors, x) * added
+    total = x.to(accumulation) + added
+    normed, statistics = layer_norm(total, weight, bias, eps, dtype or x.dtype)
+    return total.to(x.dtype), normed, statistics
+
+
+def add_layer_norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    factors: Tensor | None,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_layer_norm` for x, for the branch (of no elements if it is that of x), and (2, C) for weight
+    and bias, from those of the norm and of the sum (None: zero)."""
+    accumulation = accumulation_dtype(total.dtype)
+    dx, dparameters = layer_norm_backward(grad, total.to(accumulation), weight, statistics)
+    if grad_sum is not None:
+        dx = grad_sum.to(accumulation) + dx
+    if factors is not None:
+        dbranch = (_of_images(factors, total) * dx).to(branch_dtype).contiguous()
+    elif branch_dtype != total.dtype:
+        dbranch = dx.to(branch_dtype).contiguous()
+    else:
+        dbranch = total.new_empty(0)
+    return dx.to(total.dtype).contiguous(), dbranch, dparameters
+
+
+def _of_images(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.to(accumulation_dtype(like.dtype)).view(-1, *[1] * (like.dim() - 1))
+
+
 def _through_norm(dnormed: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
     """The gradient before a normalisation from the one after it, the result, and the reciprocal deviation."""
     return scale * (dnormed - dnormed.mean(-1, True) - normed * (dnormed * normed).mean(-1, True))

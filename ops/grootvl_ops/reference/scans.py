@@ -238,3 +238,97 @@ def selective_scan_backward(
         torch.stack(dB, dim=-1).view(B.shape).to(B.dtype),
         x.new_empty(0) if C is None else torch.stack(dC, dim=-1).view(C.shape).to(C.dtype),
     )
+
+
+def merged_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_skip: Tensor | None,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+    scan: Callable[..., Tensor] = selective_scan,
+) -> tuple[Tensor, Tensor]:
+    """The sum of C_k h_k over K selective scans of one x, each with its own parameters and tree, and of D_skip x.
+
+    dt: (B, L, K, R); dt_weight: (K, D, R); dt_bias, A_log: (K, D); B, C: (B, L, K); D_skip: (D); the tree's fields:
+    (K, L). Also returns what the backward pass needs, (K, B, L, D), if it is to be kept, else an empty tensor. Here it
+    is h.
+    """
+    sums = accumulation_dtype(x.dtype)
+    x = x.contiguous()
+    y = torch.zeros_like(x, dtype=sums) if D_skip is None else x * D_skip.to(sums)
+    kept = []
+    for k in range(A_log.shape[0]):
+        h = scan(*_group(k, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size), direction)
+        y = torch.addcmul(y, C[..., k, None].to(sums), h.to(sums))
+        if keep:
+            kept.append(h)
+    return y.to(x.dtype if dtype is None else dtype), torch.stack(kept) if keep else x.new_empty(0)
+
+
+def merged_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_skip: Tensor | None,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    kept: Tensor,
+    direction: str,
+    scan_backward: Callable[..., tuple[Tensor, ...]] = selective_scan_backward,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `merged_scan` for x, dt and dt_weight; (3, K, D), for dt_bias, for A_log and, in each of the K
+    rows, for D_skip; for B and C."""
+    dtype = accumulation_dtype(x.dtype)
+    g = grad.to(dtype).contiguous()
+    dx = torch.zeros_like(g) if D_skip is None else g * D_skip.to(dtype)
+    ddt, ddt_weight, dparameters, dB, dC = [], [], [], [], []
+    for k in range(A_log.shape[0]):
+        g_h = (g * C[..., k, None].to(dtype)).to(x.dtype)
+        of_group = scan_backward(
+            g_h, *_group(k, x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size), direction
+        )
+        dx += of_group[0].to(dtype)
+        for gradients, gradient in zip((ddt, ddt_weight, dparameters, dB), of_group[1:5], strict=True):
+            gradients.append(gradient)
+        dC.append((g * kept[k].to(dtype)).sum(-1))
+    dskip = (g * x.to(dtype)).sum((0, 1)).expand(len(dC), -1)
+    return (
+        dx.to(x.dtype),
+        torch.stack(ddt, 2),
+        torch.stack(ddt_weight),
+        torch.cat([torch.stack(dparameters, 1), dskip.unsqueeze(0)]),
+        torch.stack(dB, -1),
+        torch.stack(dC, -1).to(C.dtype),
+    )
+
+
+def _group(
+    k: int,
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    B: Tensor,
+    *tree: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Of the operands of a merged scan those of group k, for `selective_scan` up to the direction."""
+    fields = (field[k : k + 1].expand(x.shape[0], -1) for field in tree)
+    bias = None if dt_bias is None else dt_bias[k]
+    return x, dt[:, :, k], dt_weight[k], bias, A_log[k], B[..., k], None, *fields

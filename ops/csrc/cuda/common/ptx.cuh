@@ -22,6 +22,30 @@ __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, ui
 #endif
 }
 
+// --------------------------------------------------------------------------------------------------------- Arithmetic
+
+// 2^x and 1 / x, each in one instruction of the processor's fast approximations. From C++, the compiler adds some that
+// scale values too small for normal numbers, which these give, and take, as zero.
+__device__ __forceinline__ float exp2_without_denormals(float x) {
+#ifdef GROOTVL_PORTABLE
+  return exp2f(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
+__device__ __forceinline__ float reciprocal_without_denormals(float x) {
+#ifdef GROOTVL_PORTABLE
+  return 1 / x;
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------- Global memory
 
 // Stores a value that will not be read soon, so that the caches need not keep it. Values of 16 bits are stored as

@@ -30,12 +30,97 @@ struct NormData {
   acc_t* dparameters;  // (teams, 5, D)
 };
 
-template <typename acc_t>
-__device__ __forceinline__ acc_t sigmoid(acc_t z) {
-  return fast_divide(acc_t(1), 1 + fast_exp(-z));
+// The parameters of a thread's channels. A thread with one word keeps them in registers; one with several has no room
+// for them, and loads them again from the first-level cache for each pixel.
+template <int kWords, int kVec, typename acc_t>
+struct Parameters {
+  static constexpr bool kKept = kWords == 1;
+  const acc_t* from[kNumParameters];
+  Vector<acc_t, kVec> kept[kKept ? kNumParameters : 1];
+
+  template <typename T>
+  __device__ __forceinline__ Parameters(const NormData<T, acc_t>& data, int channel) {
+#pragma unroll
+    for (int p = 0; p < kNumParameters; ++p) {
+      from[p] = data.parameters[p] + channel;
+      if constexpr (kKept) {
+        for (int i = 0; i < kVec; ++i) kept[p].values[i] = from[p][i];
+      }
+    }
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void operator()(int p, F use) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      Vector<acc_t, kVec> word;
+      if constexpr (kKept) {
+        word = kept[p];
+      } else {
+        word = load<kVec>(from[p] + w * blockDim.x * kVec);
+      }
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) use(w * kVec + i, word.values[i]);
+    }
+  }
+};
+
+enum Parameter { kSkip, kInnerWeight, kInnerBias, kOuterWeight, kOuterBias };
+
+// A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
+template <int kWords, int kVec, typename T>
+struct WordsOfPixel {
+  int64_t row;
+  bool valid;
+  Words<kWords, kVec, T> h, x, z;
+  T C;
+
+  template <typename acc_t>
+  __device__ __forceinline__ WordsOfPixel(const NormData<T, acc_t>& data, int channel, int64_t wanted)
+      : row(min(wanted, data.rows - 1)),
+        valid(wanted < data.rows),
+        h(data.h + row * data.channels + channel),
+        x(data.x + row * data.channels + channel),
+        z(data.z + row * data.z_stride + channel),
+        C(data.C[row * data.C_stride]) {}
+};
+
+template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kernel(NormData<T, acc_t> data) {
+  constexpr int kValues = kWords * kVec;
+  const bool in_map = threadIdx.x * kVec < data.channels;
+  const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
+  using ThisPixel = WordsOfPixel<kWords, kVec, T>;
+  ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+  // All teams of a block take the same number of steps, since they wait for each other.
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
+    const ThisPixel pixel = next;
+    next = ThisPixel(data, channel, first + step + threadIdx.y);
+    const acc_t C = static_cast<acc_t>(pixel.C);
+    acc_t y[kValues], x[kValues];
+    pixel.h.unpack(y);
+    const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    pixel.x.unpack(x);
+    // In the order of the backward pass, which must get the same bits.
+    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
+    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * x[i]; });
+    const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    pixel.z.unpack(x);
+    parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
+    parameters(kOuterBias, [&](int i, acc_t bias) { y[i] = (y[i] + bias) * x[i] * sigmoid(x[i]); });
+    if (!(in_map && pixel.valid)) continue;
+    store_words<kWords, kVec>(data.out + pixel.row * data.channels + channel, y);
+    if (threadIdx.x == 0) {
+      acc_t* statistics = data.statistics + 4 * pixel.row;
+      statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
+    }
+  }
 }
 
-// A thread's channels, with their parameters.
+// A thread's channels in the backward pass, with their parameters. It has one word of them: of more, the gradients of
+// the parameters would not fit into registers.
 template <int kVec, typename acc_t>
 struct Channels {
   int first;
@@ -53,8 +138,8 @@ struct Channels {
   }
 };
 
-// A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
-template <int kVec, typename T, bool kBackward>
+// The same for the backward pass, in which a thread has one word.
+template <int kVec, typename T>
 struct Pixel {
   Vector<T, kVec> h, x, z, grad;
   T C;
@@ -70,54 +155,20 @@ struct Pixel {
     h = load<kVec>(data.h + at);
     x = load<kVec>(data.x + at);
     z = load<kVec>(data.z + row * data.z_stride + channels.first);
-    if constexpr (kBackward) grad = load<kVec>(data.grad + at);
+    grad = load<kVec>(data.grad + at);
     C = data.C[row * data.C_stride];
   }
 };
-
-template <int kThreads, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads) gated_norm_kernel(NormData<T, acc_t> data) {
-  const Channels<kVec, acc_t> channels(data);
-  const int step = gridDim.x * blockDim.y;
-  Pixel<kVec, T, false> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
-  // All teams of a block take the same number of steps, since they wait for each other.
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const Pixel<kVec, T, false> pixel = next;
-    next = Pixel<kVec, T, false>(data, channels, first + step + threadIdx.y);
-    const bool active = channels.active && pixel.valid;
-    acc_t h[kVec], x[kVec], z[kVec], y[kVec];
-    unpack(h, pixel.h);
-    unpack(x, pixel.x);
-    unpack(z, pixel.z);
-    const acc_t C = static_cast<acc_t>(pixel.C);
-    const auto [h_mean, h_scale] = normalise(h, channels.active, data.channels, data.eps);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
-    }
-    const auto [y_mean, y_scale] = normalise(y, channels.active, data.channels, data.eps);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      y[i] = (y[i] * channels.out_weight[i] + channels.out_bias[i]) * z[i] * sigmoid(z[i]);
-    }
-    if (!active) continue;
-    store(data.out + pixel.at, y);
-    if (threadIdx.x == 0) {
-      acc_t* statistics = data.statistics + 4 * pixel.row;
-      statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
-    }
-  }
-}
 
 template <int kThreads, int kVec, typename T, typename acc_t>
 __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
   const Channels<kVec, acc_t> channels(data);
   const int step = gridDim.x * blockDim.y;
   acc_t dparameters[kNumParameters][kVec] = {};
-  Pixel<kVec, T, true> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+  Pixel<kVec, T> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const Pixel<kVec, T, true> pixel = next;
-    next = Pixel<kVec, T, true>(data, channels, first + step + threadIdx.y);
+    const Pixel<kVec, T> pixel = next;
+    next = Pixel<kVec, T>(data, channels, first + step + threadIdx.y);
     const bool active = channels.active && pixel.valid;
     acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
     unpack(h, pixel.h);
@@ -144,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<
       sums[0] += dy[i];
       sums[1] += dy[i] * y[i];
     }
-    team_sum(sums, 0);
+    team_sum<false>(sums, 0);
     acc_t dh[kVec], more[3] = {};
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
@@ -159,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<
       more[1] += dh[i];
       more[2] += dh[i] * h[i];
     }
-    team_sum(more, 1);
+    team_sum<false>(more, 1);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
     if (!active) continue;
@@ -184,7 +235,8 @@ struct NormInputs {
       : h(contiguous(h_)), x(contiguous(x_)), z(rows_of(z_)), C(rows_of(C_)) {
     int p = 0;
     for (const Tensor& parameter : parameters_) {
-      parameters[p++] = contiguous(to(parameter, accumulation_type(h)));
+      const Tensor converted = contiguous(to(parameter, accumulation_type(h)));
+      parameters[p++] = is_aligned(converted.const_data_ptr()) ? converted : clone(converted);
     }
     const int64_t vec = kVectorBytes / h.element_size();
     const auto all_aligned = [&] {
@@ -195,6 +247,18 @@ struct NormInputs {
       h = clone(h), x = clone(x), z = clone(z);
     }
     aligned = all_aligned();
+  }
+
+  // The blocks, of which each multiprocessor runs up to `per_processor`. Threads may have several words, of `word`
+  // channels.
+  TeamLaunch launch(int word, int vec, int per_processor, bool several) const {
+    const int64_t channels = h.size(2);
+    const int words = several && aligned && channels % word == 0 ? words_of_thread(channels / word) : 1;
+    return TeamLaunch("gated_norm", h.size(0) * h.size(1), channels,
+                      words > 1 ? word
+                      : aligned ? vec
+                                : 1,
+                      per_processor, words);
   }
 
   // Whether the row of each pixel begins at a multiple of `vec` values.
@@ -241,9 +305,10 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
     data.out = out.mutable_data_ptr<scalar_t>();
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 16);
-    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
-      gated_norm_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    constexpr int kWord = std::min(kVec, 4);
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 16, true);
+    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
+      gated_norm_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -281,7 +346,7 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    const TeamLaunch launch("gated_norm", data.rows, data.channels, inputs.aligned ? kVec : 1, 8);
+    const TeamLaunch launch = inputs.launch(kVec, kVec, 8, false);
     const Tensor dparameters = empty(h, {launch.teams(), kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
     launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {

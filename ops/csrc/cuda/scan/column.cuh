@@ -6,6 +6,21 @@
 
 namespace grootvl {
 
+// Which channel, map and operand a thread of a grid works on, and which of so many parts of the map.
+struct ColumnItem {
+  int operand, part, channel;
+  int64_t map, tree;
+
+  template <typename T, typename acc_t>
+  __device__ ColumnItem(const ScanData<T, acc_t>& data, int parts) {
+    int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    channel = thread % data.channels, thread /= data.channels;
+    part = thread % parts, thread /= parts;
+    map = thread % data.maps, operand = thread / data.maps;
+    tree = data.tree_of(map);
+  }
+};
+
 template <typename acc_t>
 struct Column {
   const uint32_t* nodes;
@@ -18,10 +33,10 @@ struct Column {
     acc_t beta, a_end, U, P, E;
   };
 
-  __device__ Column(const Pieces& pieces, const RunData<acc_t>& data, int64_t image, int operand, int channel,
-                    int channels)
-      : nodes(pieces.nodes + image * pieces.capacity), channels(channels) {
-    const int64_t offset = image * pieces.capacity * channels + channel;
+  __device__ Column(const Pieces& pieces, const RunData<acc_t>& data, const ColumnItem& item, int channels)
+      : nodes(pieces.nodes + item.tree * pieces.capacity), channels(channels) {
+    const int operand = item.operand;
+    const int64_t offset = item.map * pieces.capacity * channels + item.channel;
     beta = data.beta + offset;
     a_end = data.a_end + offset;
     U = data.U + operand * data.stride + offset;
@@ -62,20 +77,6 @@ struct Column {
   }
 };
 
-// Which channel, image and operand a thread of a grid works on, and which of so many parts of the image.
-struct ColumnItem {
-  int operand, part, channel;
-  int64_t image;
-
-  template <typename T, typename acc_t>
-  __device__ ColumnItem(const ScanData<T, acc_t>& data, int parts) {
-    int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    channel = thread % data.channels, thread /= data.channels;
-    part = thread % parts, thread /= parts;
-    image = thread % data.batch, operand = thread / data.batch;
-  }
-};
-
 // A section, and its runs from `begin` to `end`.
 struct SectionItem : ColumnItem {
   bool valid;  // there is such a section
@@ -84,12 +85,12 @@ struct SectionItem : ColumnItem {
   template <typename T, typename acc_t>
   __device__ SectionItem(const ScanData<T, acc_t>& data, const Plan& plan, int operands)
       : ColumnItem(data, plan.sections.capacity) {
-    valid = operand < operands && part < plan.sections.count(image);
+    valid = operand < operands && part < plan.sections.count(tree);
     if (!valid) return;
-    begin = 0, end = plan.runs.count(image);
+    begin = 0, end = plan.runs.count(tree);
     if (plan.sections.cuts == nullptr) return;
-    begin = plan.sections.begin(image, part);
-    end = plan.sections.end[image * plan.sections.capacity + part];
+    begin = plan.sections.begin(tree, part);
+    end = plan.sections.end[tree * plan.sections.capacity + part];
   }
 };
 

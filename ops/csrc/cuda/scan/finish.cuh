@@ -1,4 +1,4 @@
-// Step 3 of a scan in runs, and the only one of a tree of one run: both sweeps of each run, with what enters it.
+// Step 3 of a scan in runs, and the only one of a tree of one run: the sweeps of each run, with what enters it.
 #pragma once
 
 #include "walk.cuh"
@@ -24,10 +24,10 @@ __device__ __forceinline__ acc_t warp_sums(acc_t (&values)[kTileRows]) {
   return values[0];
 }
 
-// Writes the gradients of a tile's input weights, of which each lane has its channel's share in `shares`.
+// Writes the gradients of the weights of a tile's pixels, of which each lane has its channel's share in `shares`.
 template <typename T, typename acc_t>
-__device__ __forceinline__ void write_input_weight_gradients(const Row<T, acc_t> (&rows)[kTileRows],
-                                                             acc_t (&shares)[kTileRows], acc_t* gradients) {
+__device__ __forceinline__ void write_weight_gradients(const Row<T, acc_t> (&rows)[kTileRows],
+                                                       acc_t (&shares)[kTileRows], acc_t* gradients) {
   const acc_t sum = warp_sums(shares);
   constexpr int kRowLanes = kWarpLanes / kTileRows;
   uint32_t node = rows[0].node;
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   if (!whole_tree) {
     for (int operand = 0; operand < kOperands; ++operand) E[operand] = runs.E[operand * runs.stride + item.at_run];
   }
-  T* out = data.out + item.column;
-  const SumsBetweenSweeps<T, acc_t> sums{on_chip, {data.sums[0] + item.column, data.sums[1] + item.column}};
+  T* out = data.out + item.map_column;
+  const SumsBetweenSweeps<T, acc_t> sums{on_chip, {data.sums[0] + item.map_column, data.sums[1] + item.map_column}};
   if constexpr (pass != Pass::kDown) {
     walk_up<pass, kSelective>(data, plan, item, ring, whole_tree, stacks, E,
                               [&](int operand, uint32_t node, int place, acc_t, acc_t u, acc_t, auto interior) {
@@ -103,17 +103,22 @@ __global__ void __launch_bounds__(kWalkThreads)
   if constexpr (pass == Pass::kUp) return;
 
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
-  constexpr int kSumsPrefetched = kOnChip ? 0 : num_kept(pass);
+  constexpr int kSumsPrefetched = kOnChip ? 0 : num_between_sweeps(pass);
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
-  const T* columns[] = {data.decay_or_raw_delta + item.column, data.x + item.column};
+  const T* columns[] = {decay_or_raw_delta(data, item), data.x + item.column};
   const acc_t* sum_columns[] = {sums.columns[0], sums.columns[1]};
   const TileCopy<T, 1 + kReadsX> row_copy(columns, item.lane_channel(), item.warp_channels, data.channels,
                                           data.aligned);
   const TileCopy<acc_t, kSumsPrefetched> sum_copy(sum_columns, item.lane_channel(), item.warp_channels, data.channels,
                                                   data.aligned);
-  const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
-  T* ddecay_or_raw_delta = data.ddecay_or_raw_delta + item.column;
-  acc_t* dinput_weights = data.dinput_weight + (item.channel_group * data.batch * data.num_vertices + item.rows);
+  const T* input_weights[] = {data.input_weight.of(item.scan, item.rows)};
+  const uint32_t weight_bytes[] = {uint32_t(data.input_weight.vertex_stride * sizeof(T))};
+  T* ddecay_or_raw_delta = data.ddecay_or_raw_delta + item.map_column;
+  acc_t* dinput_weights = data.dinput_weight + item.of_channel_group(data);
+  // A selective scan alone is asked for what a gradient pass needs, and then perhaps for nothing else.
+  constexpr bool kMayKeep = pass == Pass::kDown && kSelective;
+  const bool wants_out = !kMayKeep || data.out != nullptr, keeps = kMayKeep && data.kept != nullptr;
+  T* kept = data.kept + item.map_column;
   const auto discretise = discretisation<kSelective>(data, item);
   acc_t dbias = 0, dA_log = 0, dinput_weight_shares[kTileRows];
   acc_t h[kOperands] = {};  // of the next row's parent
@@ -136,11 +141,11 @@ __global__ void __launch_bounds__(kWalkThreads)
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) {
       acc_t u;
-      if constexpr (num_kept(pass) > 0) {
+      if constexpr (num_between_sweeps(pass) > 0) {
         u = row.sums[operand];
       } else {
         u = static_cast<acc_t>(row.data[1]);
-        if constexpr (kSelective) u *= step.delta * row.input_weight;
+        if constexpr (kSelective) u *= step.delta * row.weights[0];
       }
       stacks[operand].template push_if<kLight>(node, h[operand]);
       from_above[operand] = sweeps_up(pass, operand) ? h[operand] - step.decay * u : h[operand];
@@ -150,7 +155,11 @@ __global__ void __launch_bounds__(kWalkThreads)
     const acc_t result = pass == Pass::kDownBackward ? row.sums[0] : h[kOperands - 1];  // h, or dx in a backward pass
     if constexpr (!kParameterGradients) {
       if (write) {
-        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(result));
+        if (wants_out) store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(result));
+        if (keeps) {
+          store_streaming(at_vertex(kept, vertex, row_bytes),
+                          static_cast<T>(root ? acc_t(0) : step.decay * from_above[0]));
+        }
         if constexpr (is_backward(pass)) {
           store_streaming(at_vertex(ddecay_or_raw_delta, vertex, row_bytes), static_cast<T>(ddecay));
         }
@@ -158,10 +167,10 @@ __global__ void __launch_bounds__(kWalkThreads)
     } else {
       const acc_t x = static_cast<acc_t>(row.data[1]);
       const acc_t dinput = result, by_rate = ddecay * step.decay * discretise.rate;
-      const acc_t draw_delta = (dinput * x * row.input_weight + by_rate) * step.slope;
+      const acc_t draw_delta = (dinput * x * row.weights[0] + by_rate) * step.slope;
       dinput_weight_shares[j] = write ? dinput * x * step.delta : 0;
       if (write) {
-        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(dinput * step.delta * row.input_weight));
+        store_streaming(at_vertex(out, vertex, row_bytes), static_cast<T>(dinput * step.delta * row.weights[0]));
         store_streaming(at_vertex(ddecay_or_raw_delta, vertex, row_bytes), static_cast<T>(draw_delta));
         dbias += draw_delta;
         dA_log += by_rate * step.delta;
@@ -172,15 +181,14 @@ __global__ void __launch_bounds__(kWalkThreads)
   };
   const auto finish_tile = [&](const Row<T, acc_t>(&rows)[kTileRows]) {
     for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
-    if constexpr (kParameterGradients) write_input_weight_gradients(rows, dinput_weight_shares, dinput_weights);
+    if constexpr (kParameterGradients) write_weight_gradients(rows, dinput_weight_shares, dinput_weights);
   };
   walk<Sweep::kDown, kSelective && kReadsX>(item.nodes(plan), item.length(), row_copy, sum_copy, input_weights,
-                                            data.input_weight_stride * sizeof(T), ring, whole_tree, read_on_chip,
-                                            visit_row, finish_tile);
+                                            weight_bytes, ring, whole_tree, read_on_chip, visit_row, finish_tile);
   if constexpr (kParameterGradients) {
     if (!item.active) return;
     data.dparameters[item.at_run] = dbias;
-    data.dparameters[data.batch * plan.runs.capacity * data.channels + item.at_run] = dA_log;
+    data.dparameters[int64_t(data.maps) * plan.runs.capacity * data.channels + item.at_run] = dA_log;
   }
 }
 

@@ -20,7 +20,7 @@ __device__ __forceinline__ void join(const Column<acc_t>& column, int first, int
     stack.template pop_and_add<kLight>(piece.node, sum);
     if (piece.node & kRoot) stack.clear();
   });
-  if (pass == Pass::kUp) return;
+  if (pass == Pass::kUp || pass == Pass::kDownGradient) return;
 
   stack.clear();
   acc_t h = h_above;
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   await_kernels_before();
   const ColumnItem item(data, 1);
   if (item.operand >= num_operands(pass)) return;
-  const Column<acc_t> column(plan.sections, sections, item.image, item.operand, item.channel, data.channels);
-  join<pass>(column, 0, plan.sections.count(item.image), sweeps_up(pass, item.operand), acc_t(0), acc_t(0),
+  const Column<acc_t> column(plan.sections, sections, item, data.channels);
+  join<pass>(column, 0, plan.sections.count(item.tree), sweeps_up(pass, item.operand), acc_t(0), acc_t(0),
              Stack<acc_t>(0, capacity));
 }
 
@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kWalkThreads)
   if (!item.valid) return;
   acc_t E = 0, h_above = 0;
   if (plan.sections.cuts != nullptr) {
-    const int64_t i = item.operand * sections.stride +
-                      (item.image * plan.sections.capacity + item.part) * data.channels + item.channel;
+    const int64_t i =
+        item.operand * sections.stride + (item.map * plan.sections.capacity + item.part) * data.channels + item.channel;
     E = sections.E[i], h_above = sections.h_above()[i];
   }
-  const Column<acc_t> column(plan.runs, runs, item.image, item.operand, item.channel, data.channels);
+  const Column<acc_t> column(plan.runs, runs, item, data.channels);
   join<pass>(column, item.begin, item.end, sweeps_up(pass, item.operand), E, h_above, Stack<acc_t>(0, capacity));
 }
 

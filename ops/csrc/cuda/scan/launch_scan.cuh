@@ -9,6 +9,7 @@
 #include "../common/device.cuh"
 #include "../common/vector.cuh"
 #include "finish.cuh"
+#include "gradients.cuh"
 #include "join.cuh"
 #include "plan.cuh"
 #include "summarise.cuh"
@@ -49,7 +50,7 @@ inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
 template <typename T, typename acc_t>
 bool aligned(const ScanData<T, acc_t>& data) {
   return data.channels * sizeof(T) % kVectorBytes == 0 && is_aligned(data.x) && is_aligned(data.decay_or_raw_delta) &&
-         is_aligned(data.grad) && is_aligned(data.sums[0]) && is_aligned(data.sums[1]);
+         is_aligned(data.grad) && is_aligned(data.kept) && is_aligned(data.sums[0]) && is_aligned(data.sums[1]);
 }
 
 // Calls `run` with the pass of a direction as a constant.
@@ -65,57 +66,104 @@ auto with_pass(Direction direction, Run run) {
   }
 }
 
+// Calls `run` with the gradient pass of a direction as a constant.
+template <typename Run>
+auto with_gradient_pass(Direction direction, Run run) {
+  if (direction == Direction::kUp) return run(std::integral_constant<Pass, Pass::kUpGradient>());
+  return run(std::integral_constant<Pass, Pass::kDownGradient>());
+}
+
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
-  Tensor input_weight;  // (batch, L)
-  Tensor of_channels;   // (2, D): of delta_bias and A_log
+  Tensor input_weight;   // (maps, L), of the accumulation type
+  Tensor output_weight;  // likewise, of a gradient pass
+  Tensor of_channels;    // (2, scans, D): of delta_bias and A_log; in a gradient pass (3, ...), also of dy x
+};
+
+// A grid of so many threads.
+inline unsigned blocks_of(int64_t threads, int threads_of_block) {
+  const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
+  GROOTVL_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
+  return static_cast<unsigned>(count);
+}
+
+// The plan of trees, for one scan of them or for several.
+struct PlannedTrees {
+  Plan plan{};
+  std::vector<Tensor> storage;
+  bool made = false;
+
+  // `x`: any tensor on the device.
+  template <typename T, typename acc_t>
+  const Plan& make(const ScanData<T, acc_t>& data, bool several_runs, const Tensor& x) {
+    if (made && (plan.runs.cuts != nullptr) == several_runs) return plan;
+    *this = {};
+    made = true;
+    const int64_t trees = data.trees, length = data.num_vertices;
+    const cudaStream_t stream = current_stream();
+    const auto indices = [&](int64_t count) {
+      storage.push_back(empty(x, {trees * count}, ScalarType::Int));
+      return storage.back().template mutable_data_ptr<int32_t>();
+    };
+    Pieces &runs = plan.runs, &sections = plan.sections;
+    runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
+    sections.log2_size = several_runs ? choose_log2_section(length, runs.log2_size) : kUncut;
+    const bool several_sections = sections.log2_size < kUncut;
+    // Memory of the pieces, and the tensor of their cuts.
+    const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) -> Tensor {
+      pieces.elements = static_cast<int>(elements);
+      pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
+      if (!several) return {};
+      // Zeros where there are fewer runs than room for them.
+      const Tensor cuts = &pieces == &sections ? zeros(x, {trees * elements}, ScalarType::Int)
+                                               : empty(x, {trees * elements}, ScalarType::Int);
+      storage.push_back(cuts);
+      pieces.cuts = cuts.mutable_data_ptr<int32_t>();
+      pieces.end = indices(pieces.capacity);
+      pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
+      if (&pieces == &runs && several_sections) pieces.first = indices(pieces.capacity);
+      return cuts;
+    };
+    const Tensor run_cuts = make_room(runs, length, several_runs);
+    const Tensor section_cuts = make_room(sections, runs.capacity, several_sections);
+    plan.nodes = reinterpret_cast<uint32_t*>(indices(length));
+    const auto number = [&](Pieces& pieces, const Tensor& cuts) {
+      // Over all trees at once, since cumsum would sum each row of a matrix by one block.
+      storage.push_back(cumsum(cuts, 0, ScalarType::Int));
+      pieces.id = storage.back().template const_data_ptr<int32_t>();
+    };
+    launch(mark_nodes<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    if (several_runs) {
+      number(runs, run_cuts);
+      launch(list_runs<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    }
+    if (several_sections) {
+      number(sections, section_cuts);
+      launch(list_sections, blocks_of(trees * runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, trees);
+    }
+    return plan;
+  }
 };
 
 template <Pass pass, bool kSelective, typename T, typename acc_t>
-ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
+ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& planned) {
   constexpr int kOperands = num_operands(pass);
-  const int64_t batch = data.batch, length = data.num_vertices, channels = data.channels;
+  const int64_t maps = data.maps, length = data.num_vertices, channels = data.channels;
   const ScalarType accumulation = accumulation_type(x);
   constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
-  if (batch * length * channels == 0) {
+  constexpr int kChannelGradients = is_gradient(pass) ? 3 : 2;
+  if (maps * length * channels == 0) {
     if (!kParameterGradients) return {};
-    return {zeros(x, {batch, length}, x.scalar_type()), zeros(x, {2, channels}, accumulation)};
+    const Tensor of_weights = zeros(x, {maps, length}, accumulation);
+    return {of_weights, of_weights, zeros(x, {kChannelGradients, data.scans, channels}, accumulation)};
   }
   GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   const cudaStream_t stream = current_stream();
-  const auto blocks = [](int64_t threads, int threads_of_block) {
-    const int64_t count = (threads + threads_of_block - 1) / threads_of_block;
-    GROOTVL_CHECK(count <= INT32_MAX, "the tensors are too large for one scan");
-    return static_cast<unsigned>(count);
-  };
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
-  const bool several_runs = !in_one_run(batch * groups, length);
-  Plan plan{};
-  plan.runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
-  plan.sections.log2_size = several_runs ? choose_log2_section(length, plan.runs.log2_size) : kUncut;
-  const bool several_sections = plan.sections.log2_size < kUncut;
+  const bool several_runs = !in_one_run(maps * groups, length);
+  const Plan& plan = planned.make(data, several_runs, x);
+  const bool several_sections = plan.sections.cuts != nullptr;
   std::vector<Tensor> storage;
-  Tensor run_cuts, section_cuts;
-  const auto cuts_of = [&](const Pieces& pieces) -> Tensor& { return &pieces == &plan.runs ? run_cuts : section_cuts; };
-  const auto indices = [&](int64_t count) {
-    storage.push_back(empty(x, {batch * count}, ScalarType::Int));
-    return storage.back().mutable_data_ptr<int32_t>();
-  };
-  const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) {
-    pieces.elements = static_cast<int>(elements);
-    pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
-    if (!several) return;
-    // Zeros where there are fewer runs than room for them.
-    storage.push_back(&pieces == &plan.sections ? zeros(x, {batch * elements}, ScalarType::Int)
-                                                : empty(x, {batch * elements}, ScalarType::Int));
-    cuts_of(pieces) = storage.back();
-    pieces.cuts = storage.back().mutable_data_ptr<int32_t>();
-    pieces.end = indices(pieces.capacity);
-    pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
-    if (&pieces == &plan.runs && several_sections) pieces.first = indices(pieces.capacity);
-  };
-  make_room(plan.runs, length, several_runs);
-  make_room(plan.sections, plan.runs.capacity, several_sections);
 
   // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
   // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
@@ -124,43 +172,39 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
   if constexpr (std::is_same_v<T, acc_t>) {
     data.sums[0] = is_backward(pass) ? data.ddecay_or_raw_delta : data.out;
     data.sums[1] = data.out;
-  } else if (num_kept(pass) > 0 && !on_chip) {
-    sums = empty(x, {kOperands, batch, length, channels}, accumulation);
+  } else if (num_between_sweeps(pass) > 0 && !on_chip) {
+    sums = empty(x, {kOperands, maps, length, channels}, accumulation);
     for (int operand = 0; operand < kOperands; ++operand) {
-      data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * batch * length * channels;
+      data.sums[operand] = sums.mutable_data_ptr<acc_t>() + operand * maps * length * channels;
     }
   }
   data.aligned = aligned(data);
 
-  Tensor dinput_weight, dparameters;
+  Tensor dinput_weight, doutput_weight, dparameters;
   if constexpr (kParameterGradients) {
-    dinput_weight = empty(x, {groups, batch, length}, accumulation);
-    // There may be fewer runs than room for them.
-    dparameters = several_runs ? zeros(x, {2, batch * plan.runs.capacity, channels}, accumulation)
-                               : empty(x, {2, batch * plan.runs.capacity, channels}, accumulation);
+    dinput_weight = empty(x, {groups, maps, length}, accumulation);
     data.dinput_weight = dinput_weight.mutable_data_ptr<acc_t>();
+    if (is_gradient(pass)) {
+      doutput_weight = empty_like(dinput_weight);
+      data.doutput_weight = doutput_weight.mutable_data_ptr<acc_t>();
+    }
+    // There may be fewer runs than room for them.
+    const std::vector<int64_t> sizes{kChannelGradients, data.scans, data.batch * plan.runs.capacity, channels};
+    dparameters = several_runs ? zeros(x, sizes, accumulation) : empty(x, sizes, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
-  const Tensor nodes = empty(x, {batch, length}, ScalarType::Int);
-  plan.nodes = reinterpret_cast<uint32_t*>(nodes.mutable_data_ptr<int32_t>());
-  launch(mark_nodes<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
 
   const int log2_run = plan.runs.log2_size;
   const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
-  const unsigned run_blocks = blocks(batch * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
+  const unsigned run_blocks = blocks_of(maps * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
   const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
   const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
   RunData<acc_t> runs{}, sections{};
   if (several_runs) {
-    const auto number = [&](Pieces& pieces) {
-      // Over all images at once, since cumsum would sum each row of a matrix by one block.
-      storage.push_back(cumsum(cuts_of(pieces), 0, ScalarType::Int));
-      pieces.id = storage.back().const_data_ptr<int32_t>();
-    };
     const auto data_of = [&](const Pieces& pieces) {
-      storage.push_back(empty(x, {2 + 3 * kOperands, batch, pieces.capacity, channels}, accumulation));
+      storage.push_back(empty(x, {2 + 3 * kOperands, maps, pieces.capacity, channels}, accumulation));
       RunData<acc_t> result{};
-      result.stride = batch * pieces.capacity * channels;
+      result.stride = maps * pieces.capacity * channels;
       result.beta = storage.back().template mutable_data_ptr<acc_t>();
       result.a_end = result.beta + result.stride;
       result.U = result.a_end + result.stride;
@@ -168,8 +212,6 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
       result.E = result.P + kOperands * result.stride;
       return result;
     };
-    number(plan.runs);
-    launch(list_runs<T, acc_t>, blocks(batch * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
     runs = data_of(plan.runs);
     // Up to 48 KiB, the most that a kernel may use without setting an attribute.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
@@ -177,23 +219,27 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
            capacity);
 
     const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
-    const unsigned section_blocks = blocks(kOperands * batch * plan.sections.capacity * channels, kWalkThreads);
+    const unsigned section_blocks = blocks_of(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
     if (several_sections) {
-      number(plan.sections);
-      launch(list_sections, blocks(batch * plan.runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, batch);
       sections = data_of(plan.sections);
       launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
              sections, capacity);
-      launch(join_sections<pass, T, acc_t>, blocks(kOperands * batch * channels, kWalkThreads), kWalkThreads,
+      launch(join_sections<pass, T, acc_t>, blocks_of(kOperands * maps * channels, kWalkThreads), kWalkThreads,
              join_bytes, stream, data, plan, sections, capacity);
     }
     launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
            capacity);
   }
-  auto finish = finish_runs<false, pass, kSelective, T, acc_t>;
-  if constexpr (pass == Pass::kBoth) {
-    if (on_chip) finish = finish_runs<true, pass, kSelective, T, acc_t>;
-  }
+  const auto finish = [&] {
+    if constexpr (is_gradient(pass)) {
+      return finish_gradients<pass, T, acc_t>;
+    } else {
+      if constexpr (pass == Pass::kBoth) {
+        if (on_chip) return finish_runs<true, pass, kSelective, T, acc_t>;
+      }
+      return finish_runs<false, pass, kSelective, T, acc_t>;
+    }
+  }();
   // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer trees are walked
   // at a time.
   const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
@@ -204,20 +250,39 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x) {
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
   launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
   if (!kParameterGradients) return {};
-  return {to(sum(dinput_weight, 0, accumulation), x.scalar_type()), sum(dparameters, 1, accumulation)};
+  return {sum(dinput_weight, 0, accumulation), is_gradient(pass) ? sum(doutput_weight, 0, accumulation) : Tensor(),
+          sum(dparameters, 2, accumulation)};
 }
 
+// The fields of trees as the kernels read them, (trees, L) contiguous: of one tree that was expanded to a batch, the
+// one.
+struct TreeFields {
+  Tensor parent, order, subtree_size;
+
+  TreeFields(const Tensor& parent_, const Tensor& order_, const Tensor& subtree_size_) {
+    const auto expanded = [](const Tensor& field) { return field.stride(0) == 0 && field.size(0) > 1; };
+    const bool one = expanded(parent_) && expanded(order_) && expanded(subtree_size_);
+    const auto field = [one](const Tensor& all) {
+      return contiguous(one ? strided(all, {1, all.size(1)}, {all.size(1), all.stride(1)}) : all);
+    };
+    parent = field(parent_), order = field(order_), subtree_size = field(subtree_size_);
+  }
+};
+
 template <typename T, typename acc_t>
-ScanData<T, acc_t> scan_data(const Tensor& x, const Tensor& decay, const Tensor& parent, const Tensor& order,
-                             const Tensor& subtree_size) {
-  GROOTVL_CHECK(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "x is too large: ", x.sizes());
+ScanData<T, acc_t> scan_data(const Tensor& x, const Tensor& decay, const TreeFields& tree) {
+  GROOTVL_CHECK(x.size(0) <= INT32_MAX && x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX,
+                "x is too large: ", x.sizes());
   ScanData<T, acc_t> data{};
   data.x = x.const_data_ptr<T>();
   data.decay_or_raw_delta = decay.const_data_ptr<T>();
-  data.parent = parent.const_data_ptr<int32_t>();
-  data.order = order.const_data_ptr<int32_t>();
-  data.subtree_size = subtree_size.const_data_ptr<int32_t>();
-  data.batch = x.size(0);
+  data.parent = tree.parent.const_data_ptr<int32_t>();
+  data.order = tree.order.const_data_ptr<int32_t>();
+  data.subtree_size = tree.subtree_size.const_data_ptr<int32_t>();
+  data.scans = 1;
+  data.batch = data.maps = static_cast<int>(x.size(0));
+  data.trees = static_cast<int>(tree.parent.size(0));
+  data.maps_of_tree = 1;
   data.num_vertices = static_cast<int>(x.size(1));
   data.channels = static_cast<int>(x.size(2));
   return data;

@@ -18,29 +18,29 @@ constexpr uint32_t kChain = 1u << 29;  // its subtree is at least as large as a 
 constexpr uint32_t kRoot = 1u << 30;
 constexpr uint32_t kPast = 1u << 31;  // a copy that fills up the last tile of a run and must change nothing
 
-// Pieces of consecutive elements: runs of vertices in postorder, or sections of runs. All arrays are for each image,
+// Pieces of consecutive elements: runs of vertices in postorder, or sections of runs. All arrays are for each tree,
 // over the elements or over the pieces, of which there are at most `capacity`.
 struct Pieces {
-  int32_t* cuts;      // (batch, elements): 1 where a piece ends; null, as all that follows, if there is only one piece
-  const int32_t* id;  // (batch, elements): pieces of all images that end up to here, itself included
-  int32_t* end;       // (batch, capacity): one past its last element
-  uint32_t* nodes;    // (batch, capacity): its last vertex
-  int32_t* first;     // (batch, capacity): of runs, the one in which the subtree of that vertex begins
+  int32_t* cuts;      // (trees, elements): 1 where a piece ends; null, as all that follows, if there is only one piece
+  const int32_t* id;  // (trees, elements): pieces of all trees that end up to here, itself included
+  int32_t* end;       // (trees, capacity): one past its last element
+  uint32_t* nodes;    // (trees, capacity): its last vertex
+  int32_t* first;     // (trees, capacity): of runs, the one in which the subtree of that vertex begins
   int elements;
   int capacity;
   int log2_size;
 
   // Limited, so that a damaged tree does not lead outside of the arrays.
-  __device__ int count(int64_t image) const {
+  __device__ int count(int64_t tree) const {
     if (cuts == nullptr) return 1;
-    const int found = id[(image + 1) * elements - 1] - before(image);
+    const int found = id[(tree + 1) * elements - 1] - before(tree);
     GROOTVL_ASSERT(found <= capacity);
     return min(found, capacity);
   }
-  __device__ int before(int64_t image) const { return image > 0 ? id[image * elements - 1] : 0; }
-  // Which of its image's pieces an element, the i-th of all images, is in.
-  __device__ int piece(int64_t image, int64_t i) const { return id[i] - cuts[i] - before(image); }
-  __device__ int begin(int64_t image, int piece) const { return piece > 0 ? end[image * capacity + piece - 1] : 0; }
+  __device__ int before(int64_t tree) const { return tree > 0 ? id[tree * elements - 1] : 0; }
+  // Which of its tree's pieces an element, the i-th of all trees, is in.
+  __device__ int piece(int64_t tree, int64_t i) const { return id[i] - cuts[i] - before(tree); }
+  __device__ int begin(int64_t tree, int piece) const { return piece > 0 ? end[tree * capacity + piece - 1] : 0; }
   // Whether a vertex with n vertices in its subtree, and `above` in its parent's, ends a piece.
   __device__ bool cut(int n, bool root, int above) const {
     return n >> log2_size > 0 && (root || n >> log2_size != above >> log2_size);
@@ -48,7 +48,7 @@ struct Pieces {
 };
 
 struct Plan {
-  uint32_t* nodes;  // (batch, L)
+  uint32_t* nodes;  // (trees, L)
   Pieces runs, sections;
 };
 
@@ -64,7 +64,7 @@ __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
   await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
-  if (i >= data.batch * length) return;
+  if (i >= int64_t(data.trees) * length) return;
   const int t = i % length, k = length - 1 - t;  // places in the postorder and in the order
   const int64_t rows = i - t;
   const int32_t* order = data.order + rows;
@@ -95,17 +95,17 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
   const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= data.batch * length || !runs.cuts[i]) return;
-  const int64_t image = i / length, rows = image * length;
-  const int t = i % length, run = runs.piece(image, i);
+  if (i >= int64_t(data.trees) * length || !runs.cuts[i]) return;
+  const int64_t tree = i / length, rows = tree * length;
+  const int t = i % length, run = runs.piece(tree, i);
   GROOTVL_ASSERT(run < runs.capacity);
   if (run >= runs.capacity) return;
   const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
   const int n = data.subtree_size[rows + vertex];
   const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
-  const int first = runs.piece(image, at_first);
+  const int first = runs.piece(tree, at_first);
   GROOTVL_ASSERT(t + 1 >= n && first <= run);
-  const int64_t at = image * runs.capacity + run;
+  const int64_t at = tree * runs.capacity + run;
   const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
   runs.end[at] = t + 1;
   runs.nodes[at] = (node & ~(kPush | kChain)) | (first == run ? kPush : 0) | (chain ? kChain : 0);
@@ -116,18 +116,18 @@ __global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
 }
 
 // The nodes of all sections. Static, since it is the only kernel here that is no template.
-static __global__ void list_sections(Plan plan, int64_t batch) {
+static __global__ void list_sections(Plan plan, int64_t trees) {
   await_kernels_before();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= batch * runs.capacity || !sections.cuts[i]) return;
-  const int64_t image = i / runs.capacity, first = image * runs.capacity + runs.first[i];
-  const int section = sections.piece(image, i);
+  if (i >= trees * runs.capacity || !sections.cuts[i]) return;
+  const int64_t tree = i / runs.capacity, first = tree * runs.capacity + runs.first[i];
+  const int section = sections.piece(tree, i);
   GROOTVL_ASSERT(section < sections.capacity);
   if (section >= sections.capacity) return;
-  const bool leaf = sections.piece(image, first) == section;
-  sections.end[image * sections.capacity + section] = i % runs.capacity + 1;
-  sections.nodes[image * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
+  const bool leaf = sections.piece(tree, first) == section;
+  sections.end[tree * sections.capacity + section] = i % runs.capacity + 1;
+  sections.nodes[tree * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
 }
 
 }  // namespace grootvl

@@ -4,7 +4,7 @@
 // neither registers nor many instructions are spent on rows in flight:
 //
 //     nodes          a ring of kNodeSlots slots of kSlotRows rows, a lane each, 64 to 96 rows before they are needed
-//     input weights  likewise, if the scan has any, up to 64 rows ahead
+//     weights        of pixels likewise, if the scan has any, up to 64 rows ahead
 //     tiles          a ring of kRingTiles tiles: kTileRows rows of kWarpChannels channels, 32 rows ahead
 //
 // Nodes come first, since they say which vertices' rows to copy.
@@ -26,9 +26,9 @@ constexpr int kNodeBytes = sizeof(uint32_t);
 template <typename T, typename acc_t>
 struct Row {
   uint32_t node;
-  T data[3];
+  T data[4];
   acc_t sums[2];
-  acc_t input_weight;
+  acc_t weights[2];
 };
 
 // The nodes of a walk over `count` rows. A slot is named by the first of its rows, `first`, a multiple of kSlotRows.
@@ -69,27 +69,37 @@ struct NodeRing {
   __device__ __forceinline__ uint32_t lane_address(int first) const { return slot(first) + threadIdx.x * kNodeBytes; }
 };
 
-// The input weights of the same rows. They pass through a register, since they may be too small for an asynchronous
-// copy: each lane loads its weight two slots ahead, and stores it one slot ahead.
-template <typename T, typename acc_t>
-struct WeightRing {
-  const T* weights;  // of the image's vertices, so many bytes apart
-  uint32_t weight_bytes;
-  uint32_t memory;
-  T pending{};
-
-  __device__ __forceinline__ void load(uint32_t vertex) { pending = at_vertex(weights, vertex, weight_bytes); }
-  __device__ __forceinline__ void store(int first) const {
-    store_shared(slot(first) + threadIdx.x * uint32_t(sizeof(acc_t)), static_cast<acc_t>(pending));
+// The weights of the same rows, of kWeights kinds. They pass through a register, since they may be too small for an
+// asynchronous copy: each lane loads its row's weights two slots ahead, and stores them one slot ahead.
+template <typename T, typename acc_t, int kWeights>
+class WeightRing {
+ public:
+  // `weights` point to those of the image's first vertex, and the vertices' are so many bytes apart.
+  __device__ WeightRing(const T* const* weights, const uint32_t* weight_bytes, uint32_t memory) : memory_(memory) {
+    for (int m = 0; m < kWeights; ++m) weights_[m] = weights[m], weight_bytes_[m] = weight_bytes[m];
   }
-  __device__ __forceinline__ uint32_t address(int first, int in_slot) const {
-    return slot(first) + in_slot * uint32_t(sizeof(acc_t));
+
+  __device__ __forceinline__ void load(uint32_t vertex) {
+    for (int m = 0; m < kWeights; ++m) pending_[m] = at_vertex(weights_[m], vertex, weight_bytes_[m]);
+  }
+  __device__ __forceinline__ void store(int first) const {
+    for (int m = 0; m < kWeights; ++m) {
+      store_shared(slot(m, first) + threadIdx.x * uint32_t(sizeof(acc_t)), static_cast<acc_t>(pending_[m]));
+    }
+  }
+  __device__ __forceinline__ void read(int first, int in_slot, acc_t (&to)[2]) const {
+    for (int m = 0; m < kWeights; ++m) load_shared(slot(m, first) + in_slot * uint32_t(sizeof(acc_t)), to[m]);
   }
 
  private:
-  __device__ __forceinline__ uint32_t slot(int first) const {
-    return memory + first / kSlotRows % kNodeSlots * uint32_t(kSlotRows * sizeof(acc_t));
+  __device__ __forceinline__ uint32_t slot(int m, int first) const {
+    return memory_ + (m * kNodeSlots + first / kSlotRows % kNodeSlots) * uint32_t(kSlotRows * sizeof(acc_t));
   }
+
+  const T* weights_[kWeights + 1];
+  uint32_t weight_bytes_[kWeights + 1];
+  T pending_[kWeights + 1]{};
+  uint32_t memory_;
 };
 
 // Copies tiles of kMatrices matrices (vertices, channels) of one type to shared memory, and reads them there. A lane
@@ -186,9 +196,9 @@ struct TileRing {
   }
 };
 
-// Shared memory of the rings of a walk: tiles of so many matrices and sums, nodes, and input weights if wanted.
+// Shared memory of the rings of a walk: tiles of so many matrices and sums, nodes, and weights of so many kinds.
 template <typename T, typename acc_t>
-__host__ __device__ constexpr uint32_t ring_bytes(int matrices, int sums, bool weights) {
+__host__ __device__ constexpr uint32_t ring_bytes(int matrices, int sums, int weights) {
   return kRingTiles * kTileRows * kWarpChannels * (matrices * sizeof(T) + sums * sizeof(acc_t)) +
          kNodeSlots * kSlotRows * (kNodeBytes + weights * sizeof(acc_t));
 }

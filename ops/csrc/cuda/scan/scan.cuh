@@ -71,11 +71,19 @@
 // A *selective* scan computes its x and decay from the values of a pixel when it reads them, in float32 or better, so
 // neither is ever stored in memory; its gradients are those of these values (discretise.cuh).
 //
+// Several scans. One launch takes several selective scans of the same x: the states of a state space model, or its
+// directions. Their results are weighed and summed by another kernel (merge.cuh), so y = sum_s C_s h_s. Gradients need
+// one sweep only where a forward pass has kept of each scan what did not come from the vertex itself: in "down"
+// e_v = a_v h_parent, in "up" h_v (gradients.cuh). With g = C_s dy,
+//
+//     down:  dx_v = g_v + sum over the children c of v of a_c dx_c,   a_v da_v = dx_v e_v,          a sweep up
+//     up:    dx_root = g_root,   dx_v = g_v + a_v dx_parent,          a_v da_v = h_v a_v dx_parent, a sweep down
+//
 // clang-format on
 //
 // Files, in the order of their use: plan.cuh cuts the postorder; ring.cuh, stack.cuh and walk.cuh go over the rows of
-// a run; column.cuh goes over runs; summarise.cuh, join.cuh and finish.cuh are the three steps; launch_scan.cuh
-// launches them.
+// a run; column.cuh goes over runs; summarise.cuh, join.cuh and finish.cuh, or gradients.cuh, are the three steps;
+// launch_scan.cuh launches them; merge.cuh sums up maps of several scans.
 #pragma once
 
 #include <cstdint>
@@ -96,54 +104,86 @@ enum class Pass {
   kBothBackward,  // both sweeps for x and for the output's gradient
   kUpBackward,    // u by a sweep up, dx by a sweep down
   kDownBackward,  // dx by a sweep up, h by a sweep down
+  // Of selective scans whose forward pass has kept what one sweep needs.
+  kUpGradient,    // dx by a sweep down
+  kDownGradient,  // dx by a sweep up
 };
 
 constexpr bool is_backward(Pass pass) {
   return pass == Pass::kBothBackward || pass == Pass::kUpBackward || pass == Pass::kDownBackward;
 }
+constexpr bool is_gradient(Pass pass) { return pass == Pass::kUpGradient || pass == Pass::kDownGradient; }
 // The operands are the maps that are swept: x, and in a backward pass the output's gradient. An operand is swept up, or
-// up and down, before one that is swept down alone, so that in kDownBackward the gradient is operand 0.
+// up and down, before one that is swept down alone, so that in kDownBackward the gradient is operand 0. In a gradient
+// pass, the only operand is g.
 constexpr int num_operands(Pass pass) { return is_backward(pass) ? 2 : 1; }
 constexpr int x_operand(Pass pass) { return pass == Pass::kDownBackward ? 1 : 0; }
 constexpr bool sweeps_up(Pass pass, int operand) {
-  return pass == Pass::kBothBackward || (operand == 0 && pass != Pass::kDown);
+  return pass == Pass::kBothBackward || (operand == 0 && pass != Pass::kDown && pass != Pass::kUpGradient);
 }
-// How many operands have values that are kept between a sweep up and a sweep down. Where nothing is swept up, the sweep
-// down reads x itself.
-constexpr int num_kept(Pass pass) { return pass == Pass::kDown || pass == Pass::kUp ? 0 : num_operands(pass); }
+// How many operands have values that are stored between a sweep up and a sweep down. Where nothing is swept up, the
+// sweep down reads x itself.
+constexpr int num_between_sweeps(Pass pass) {
+  return pass == Pass::kDown || pass == Pass::kUp || is_gradient(pass) ? 0 : num_operands(pass);
+}
 // Whether a pass sums up the gradients of the parameters of a selective scan.
-constexpr bool has_parameter_gradients(Pass pass, bool selective) { return selective && is_backward(pass); }
+constexpr bool has_parameter_gradients(Pass pass, bool selective) {
+  return selective && (is_backward(pass) || is_gradient(pass));
+}
 // Whether the sweep down reads x, and of a selective scan the input weights with it.
 constexpr bool reads_x_down(Pass pass, bool selective) {
   return pass == Pass::kDown || has_parameter_gradients(pass, selective);
 }
 
-// The tensors of a pass, (batch, L, D) contiguous unless said otherwise; unused ones are null.
+// Weights of each pixel, (batch, L) for every scan.
+template <typename T>
+struct PixelWeights {
+  const T* data;
+  int64_t vertex_stride;  // from one vertex to the next, also from the last of an image to the first of the next one
+  int64_t scan_stride;
+
+  __device__ const T* of(int scan, int64_t row) const { return data + scan * scan_stride + row * vertex_stride; }
+};
+
+// The tensors of a pass, contiguous; unused ones are null. A launch takes `scans` scans of `batch` images: (batch, L,
+// D) tensors belong to all of its scans, (maps, L, D) tensors have a map for each scan and image, in this order.
 template <typename T, typename acc_t>
 struct ScanData {
-  const T* x;
-  const T* decay_or_raw_delta;  // the decay, or of a selective scan the step size before bias and softplus
-  const T* grad;
-  T* out;  // h or u; in a backward pass dx
-  T* ddecay_or_raw_delta;
+  const T* x;                   // (batch, L, D)
+  const T* decay_or_raw_delta;  // the decay, or of a selective scan the step size before bias and softplus: of all
+  int64_t raw_delta_stride;     // scans (0), or from one scan to the next
+  const T* grad;                // (batch, L, D)
+  T* out;                       // (maps, L, D): h or u; in a backward or gradient pass dx
+  T* kept;                      // (maps, L, D): for a gradient pass
+  T* ddecay_or_raw_delta;       // (maps, L, D)
   // Of a selective scan.
-  const T* input_weight;  // (batch, L), B in the paper; this far from one vertex to the next:
-  int64_t input_weight_stride;
-  const acc_t* delta_bias;  // (D)
-  const acc_t* A_log;       // (D)
-  acc_t* dinput_weight;     // (ceil(D / kWarpChannels), batch, L): each a sum over the channels of a warp
-  acc_t* dparameters;       // (2, batch, runs, D): each a sum over a run, of delta_bias and of A_log
-  acc_t* sums[2];           // each operand's values between the sweeps; may be the outputs' memory, row for row
+  PixelWeights<T> input_weight;   // B in the paper
+  PixelWeights<T> output_weight;  // C, of a gradient pass
+  const acc_t* delta_bias;        // (D) of all scans, or of each:
+  int64_t delta_bias_stride;
+  const acc_t* A_log;     // (scans, D)
+  acc_t* dinput_weight;   // (ceil(D / kWarpChannels), maps, L): each a sum over the channels of a warp
+  acc_t* doutput_weight;  // likewise, of a gradient pass
+  // (2, maps, runs, D): each a sum over a run, of delta_bias and of A_log; in a gradient pass (3, ...), also of dy x.
+  acc_t* dparameters;
+  acc_t* sums[2];  // (maps, L, D): each operand's values between the sweeps; may be the outputs' memory, row for row
+  // (trees, L): the tree of a map is number map / maps_of_tree % trees.
   const int32_t* parent;
   const int32_t* order;
   const int32_t* subtree_size;
-  int64_t batch;
+  int trees;
+  int maps_of_tree;
+  int scans;
+  int batch;
+  int maps;  // scans * batch
   int num_vertices;
   int channels;
   bool aligned;  // rows begin at multiples of 16 bytes
+
+  __device__ int tree_of(int map) const { return map / maps_of_tree % trees; }
 };
 
-// What the kernels hand to each other of runs, or of sections: (batch, capacity, D) each. U, P and E of the second
+// What the kernels hand to each other of runs, or of sections: (maps, capacity, D) each. U, P and E of the second
 // operand follow those of the first, `stride` values further on.
 template <typename acc_t>
 struct RunData {

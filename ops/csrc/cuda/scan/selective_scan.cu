@@ -1,17 +1,22 @@
-// The selective scan on CUDA: discretisation and tree scan in one.
+// The selective scans on CUDA: discretisation and tree scan in one.
 #include "selective_scan.cuh"
 
 namespace grootvl {
 
-Tensor scan_state(const SelectiveInputs& inputs, int64_t state, Direction direction) {
+Tensor scan_states(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction, Tensor* kept,
+                   bool wants_h) {
   const Tensor& x = inputs.x;
-  const Tensor h = empty_like(x);
+  const std::vector<int64_t> sizes{count, x.size(0), x.size(1), x.size(2)};
+  const bool keeps_h = kept != nullptr && direction == Direction::kUp;
+  const Tensor h = wants_h || keeps_h ? empty(x, sizes, x.scalar_type()) : Tensor();
+  if (kept != nullptr) *kept = keeps_h ? h : empty(x, sizes, x.scalar_type());
   for_floating_type(x.scalar_type(), [&](auto value) {
     using scalar_t = decltype(value);
     using acc_t = Accumulation<scalar_t>;
-    auto data = inputs.data<scalar_t, acc_t>(state);
-    data.out = h.mutable_data_ptr<scalar_t>();
-    with_pass<false>(direction, [&](auto pass) { return scan<pass(), true>(data, x); });
+    auto data = inputs.data<scalar_t, acc_t>(first, count);
+    if (wants_h || keeps_h) data.out = h.mutable_data_ptr<scalar_t>();
+    if (kept != nullptr && !keeps_h) data.kept = kept->mutable_data_ptr<scalar_t>();
+    with_pass<false>(direction, [&](auto pass) { return scan<pass(), true>(data, x, inputs.planned); });
   });
   return h;
 }
@@ -25,22 +30,44 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   check_selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size);
   const Direction direction = parse_direction(direction_name);
   const DeviceGuard guard(x);
-  const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, parent, order, subtree_size);
-  const int64_t states = num_states(A_log);
-  if (!C && A_log.dim() == 1) return scan_state(inputs, 0, direction);
+  const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size);
+  const int64_t states = inputs.scans();
+  if (!C && A_log.dim() == 1) return reshaped(scan_states(inputs, 0, 1, direction), x.sizes());
   if (!C) {
     const Tensor result = empty(x, {x.size(0), x.size(1), x.size(2), states}, x.scalar_type());
-    for (int64_t n = 0; n < states; ++n) copy(select(result, -1, n), scan_state(inputs, n, direction));
+    for (int64_t n = 0; n < states; ++n) {
+      copy(select(result, -1, n), reshaped(scan_states(inputs, n, 1, direction), x.sizes()));
+    }
     return result;
   }
-  const Tensor y = zeros(x, x.sizes(), accumulation_type(x));
-  for (int64_t n = 0; n < states; ++n) {
-    add(y, multiply(to(scan_state(inputs, n, direction), y.scalar_type()), state_of(*C, n)));
+  const int64_t at_once = scans_at_once(inputs.x, 1);
+  const Tensor y = empty(x, x.sizes(), at_once < states ? accumulation_type(x) : x.scalar_type());
+  for (int64_t n = 0; n < states; n += at_once) {
+    merge(scan_states(inputs, n, std::min(at_once, states - n), direction), inputs.C, n, x, Tensor(), n > 0, y);
   }
   return to(y, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
+                                       const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
+                                       const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,
+                                       const Tensor& order, const Tensor& subtree_size, std::string_view direction_name,
+                                       std::optional<ScalarType> dtype, bool keep) {
+  check_merged_scan(x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, parent, order, subtree_size, dtype);
+  const Direction direction = parse_one_sweep(direction_name);
+  const DeviceGuard guard(x);
+  const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, true);
+  Tensor kept;
+  const Tensor h = scan_states(inputs, 0, inputs.scans(), direction, keep ? &kept : nullptr);
+  const Tensor y = empty(x, x.sizes(), dtype.value_or(x.scalar_type()));
+  merge(h, inputs.C, 0, inputs.x, D_skip ? contiguous(to(*D_skip, accumulation_type(x))) : Tensor(), false, y);
+  return {y, keep ? kept : empty(x, {0}, x.scalar_type())};
 }
 
 }  // namespace
 }  // namespace grootvl
 
-STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("selective_scan", TORCH_BOX(&grootvl::selective_scan)); }
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("selective_scan", TORCH_BOX(&grootvl::selective_scan));
+  m.impl("merged_scan", TORCH_BOX(&grootvl::merged_scan));
+}

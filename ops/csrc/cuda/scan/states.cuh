@@ -1,4 +1,4 @@
-// Sums over the states of a selective scan, which are scanned one after the other.
+// What belongs to one state, or to some states, of tensors of all.
 #pragma once
 
 #include "../common/device.cuh"
@@ -35,6 +35,18 @@ inline void add(const Tensor& sum, const Tensor& terms) {
         sum.mutable_data_ptr<Accumulation<T>>(), terms.const_data_ptr<T>(), count);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Weights (B, L, scans), or (B, L) of one scan, from sums (scans B, L), in the type of `like`.
+inline Tensor as_weights(const Tensor& sums, const Tensor& like) {
+  const Tensor result = empty_like(like);
+  const int64_t batch = like.size(0), length = like.size(1);
+  if (like.dim() == 2) {
+    copy(result, reshaped(sums, like.sizes()));
+  } else {
+    copy(result, strided(sums, like.sizes(), {length, 1, batch * length}));
+  }
+  return result;
 }
 
 }  // namespace grootvl

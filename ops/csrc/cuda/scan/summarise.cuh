@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   const SectionItem item(data, plan, num_operands(pass));
   if (!item.valid) return;
   const bool up = sweeps_up(pass, item.operand);
-  const Column<acc_t> column(plan.runs, runs, item.image, item.operand, item.channel, data.channels);
+  const Column<acc_t> column(plan.runs, runs, item, data.channels);
   Stack<acc_t> stack(0, capacity);
   acc_t sum = 0, product = 1, factor = 1, a_end = 0, U = 0, from_chain = 0, P = 0;
   column.template walk<Sweep::kUp>(item.begin, item.end, stack, [&](int, const typename Column<acc_t>::Piece& run) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     stack.template pop_and_add<kLight>(run.node, sum);
     if (run.node & kRoot) stack.clear();
   });
-  const int64_t i = (item.image * plan.sections.capacity + item.part) * data.channels + item.channel;
+  const int64_t i = (item.map * plan.sections.capacity + item.part) * data.channels + item.channel;
   if (item.operand == 0) sections.beta[i] = product, sections.a_end[i] = a_end;
   sections.U[item.operand * sections.stride + i] = U;
   sections.P[item.operand * sections.stride + i] = P;

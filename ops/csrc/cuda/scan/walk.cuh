@@ -19,15 +19,18 @@ template <Pass pass, bool kSelective, typename T, typename acc_t>
 __host__ __device__ constexpr uint32_t ring_bytes_of() {
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const uint32_t up = ring_bytes_up<pass, kSelective, T, acc_t>();
-  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_kept(pass), kSelective && kReadsX);
+  const uint32_t down = ring_bytes<T, acc_t>(1 + kReadsX, num_between_sweeps(pass), kSelective && kReadsX);
+  if (is_gradient(pass)) return ring_bytes<T, acc_t>(4, 0, 2);
   return up > down ? up : down;
 }
 
 // The run that a warp walks, and its lane's channel.
 struct RunItem {
-  int64_t rows;    // first row of the image in (batch, L)
-  int64_t column;  // the channel in that row of (batch, L, D)
-  int64_t at_run;  // of run and channel in (batch, runs, D)
+  // Number of the scan, first row of the image in (batch, L), of the map in (maps, L), and of its tree in (trees, L).
+  int scan;
+  int64_t rows, map_rows, tree_rows;
+  int64_t column, map_column;  // the channel in those rows of (batch, L, D) and of (maps, L, D)
+  int64_t at_run;              // of run and channel in (maps, runs, D)
   int begin, end, channel;
   unsigned channel_group;  // number of the warp's group of kWarpChannels channels
   int warp_channels;       // channels in that group, fewer in the last one
@@ -37,25 +40,35 @@ struct RunItem {
   template <typename T, typename acc_t>
   __device__ RunItem(const ScanData<T, acc_t>& data, const Plan& plan) {
     const unsigned groups = (data.channels + kWarpChannels - 1) / kWarpChannels;
-    const unsigned image = blockIdx.x / groups / plan.runs.capacity, run = blockIdx.x / groups % plan.runs.capacity;
+    const unsigned map = blockIdx.x / groups / plan.runs.capacity, run = blockIdx.x / groups % plan.runs.capacity;
+    const int64_t tree = data.tree_of(map);
+    scan = map / data.batch;
     channel_group = blockIdx.x % groups;
     channel = channel_group * kWarpChannels + threadIdx.x;
     warp_channels = min(data.channels - int(channel_group) * kWarpChannels, kWarpChannels);
     active = channel < data.channels;
     channel = min(channel, data.channels - 1);  // idle lanes read with the others, and write nothing
-    rows = int64_t(image) * data.num_vertices;
+    map_rows = int64_t(map) * data.num_vertices;
+    rows = int64_t(map % data.batch) * data.num_vertices;
+    tree_rows = tree * data.num_vertices;
     column = rows * data.channels + channel;
-    at_run = (int64_t(image) * plan.runs.capacity + run) * data.channels + channel;
-    valid = run < plan.runs.count(image);
+    map_column = map_rows * data.channels + channel;
+    at_run = (int64_t(map) * plan.runs.capacity + run) * data.channels + channel;
+    valid = run < plan.runs.count(tree);
     if (!valid) return;
     begin = 0, end = data.num_vertices;
     if (plan.runs.cuts == nullptr) return;
-    begin = plan.runs.begin(image, run);
-    end = plan.runs.end[int64_t(image) * plan.runs.capacity + run];
+    begin = plan.runs.begin(tree, run);
+    end = plan.runs.end[tree * plan.runs.capacity + run];
   }
 
   __device__ __forceinline__ int length() const { return end - begin; }
-  __device__ __forceinline__ const uint32_t* nodes(const Plan& plan) const { return plan.nodes + rows + begin; }
+  __device__ __forceinline__ const uint32_t* nodes(const Plan& plan) const { return plan.nodes + tree_rows + begin; }
+  // Where the map's sums over the warp's channels begin in (groups of channels, maps, L).
+  template <typename T, typename acc_t>
+  __device__ __forceinline__ int64_t of_channel_group(const ScanData<T, acc_t>& data) const {
+    return int64_t(channel_group) * data.maps * data.num_vertices + map_rows;
+  }
   // The number of the lane's channel among those of the warp.
   __device__ __forceinline__ int lane_channel() const { return channel % kWarpChannels; }
 };
@@ -63,30 +76,30 @@ struct RunItem {
 // Goes over the `count` rows of a run, in the direction of a sweep; `nodes` are the run's, in postorder. For each tile
 // it calls `read(row, i)` for every row, which may add what does not pass through the rings; `visit(row, j, i,
 // interior)` for every row in turn; and `finish(rows)`. Here j is the row's place in the tile and i its place in the
-// run. `input_weights`, so many bytes apart, are read if kWeights. `memory` is the shared memory of the rings.
+// run. kWeights kinds of `weights`, so many bytes apart, are read. `memory` is the shared memory of the rings.
 //
 // The last tile is filled up with copies of the last row, marked kPast, with places outside of the run: a walk without
 // branches is faster than one that stops at any row. All lanes of a warp take the same branches. If `long_run`, there
 // is separate code for tiles that have neither a root nor a kPast row, as most have then; for them `interior` is
 // std::true_type. In short runs the two would only compete for the instruction cache.
-template <Sweep sweep, bool kWeights, typename T, int kMatrices, typename acc_t, int kSums, typename Read,
+template <Sweep sweep, int kWeights, typename T, int kMatrices, typename acc_t, int kSums, typename Read,
           typename Visit, typename Finish>
 __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const TileCopy<T, kMatrices>& data,
-                                     const TileCopy<acc_t, kSums>& sums, const T* input_weights,
-                                     uint32_t input_weight_bytes, uint32_t memory, bool long_run, Read read,
+                                     const TileCopy<acc_t, kSums>& sums, const T* const* weights,
+                                     const uint32_t* weight_bytes, uint32_t memory, bool long_run, Read read,
                                      Visit visit, Finish finish) {
   constexpr uint32_t kTilesBytes = kRingTiles * TileRing<T, kMatrices, acc_t, kSums>::kTileBytes,
                      kNodesBytes = kNodeSlots * kSlotRows * kNodeBytes;
   static_assert(kTilesBytes + kNodesBytes + kWeights * kNodeSlots * kSlotRows * sizeof(acc_t) ==
                 ring_bytes<T, acc_t>(kMatrices, kSums, kWeights));
   const NodeRing<sweep> node_ring(nodes, memory + kTilesBytes, count);
-  WeightRing<T, acc_t> weight_ring{input_weights, input_weight_bytes, memory + kTilesBytes + kNodesBytes};
+  WeightRing<T, acc_t, kWeights> weight_ring(weights, weight_bytes, memory + kTilesBytes + kNodesBytes);
   TileRing<T, kMatrices, acc_t, kSums> tile_ring{data, sums, count, memory};
   const auto load_weights = [&](int first) {
-    if constexpr (kWeights) weight_ring.load(node_ring.own(first) & kVertexMask);
+    if constexpr (kWeights > 0) weight_ring.load(node_ring.own(first) & kVertexMask);
   };
   const auto store_weights = [&](int first) {
-    if constexpr (kWeights) weight_ring.store(first);
+    if constexpr (kWeights > 0) weight_ring.store(first);
   };
 
   if constexpr (kSums > 0) __threadfence();  // asynchronous copies are not ordered with the stores of the sums
@@ -121,7 +134,7 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
         load_shared(node_ring.address(slot_first, in_slot + j), rows[j].node);
         flags |= rows[j].node;
         tile_ring.read(j, rows[j]);
-        if constexpr (kWeights) load_shared(weight_ring.address(slot_first, in_slot + j), rows[j].input_weight);
+        weight_ring.read(slot_first, in_slot + j, rows[j].weights);
         read(rows[j], node_ring.place(first + j));
       }
       __syncwarp();  // all lanes have read the tile
@@ -143,10 +156,16 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
 template <bool kSelective, typename T, typename acc_t>
 __device__ __forceinline__ auto discretisation(const ScanData<T, acc_t>& data, const RunItem& item) {
   if constexpr (kSelective) {
-    return Discretisation<acc_t>(data.delta_bias[item.channel], data.A_log[item.channel]);
+    return Discretisation<acc_t>(data.delta_bias[item.scan * data.delta_bias_stride + item.channel],
+                                 data.A_log[int64_t(item.scan) * data.channels + item.channel]);
   } else {
     return GivenDecay<acc_t>();
   }
+}
+
+template <typename T, typename acc_t>
+__device__ __forceinline__ const T* decay_or_raw_delta(const ScanData<T, acc_t>& data, const RunItem& item) {
+  return data.decay_or_raw_delta + item.scan * data.raw_delta_stride + item.column;
 }
 
 // The sweep up a run. E is what the runs below bring. Calls `visit(operand, node, i, decay, u, passed_on, interior)`
@@ -156,12 +175,15 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
                                         uint32_t ring_memory, bool long_run, Stack<acc_t> (&stacks)[2],
                                         const acc_t (&E)[num_operands(pass)], Visit visit) {
   constexpr int kOperands = num_operands(pass);
+  constexpr bool kGradient = is_gradient(pass);  // the operand is the output's gradient, weighed
   const T *x = data.x + item.column, *grad = data.grad + item.column;
-  const T* columns[] = {data.decay_or_raw_delta + item.column, x_operand(pass) == 0 ? x : grad,
+  const T* columns[] = {decay_or_raw_delta(data, item), x_operand(pass) == 0 && !kGradient ? x : grad,
                         x_operand(pass) == 0 ? grad : x};
   const TileCopy<T, 1 + kOperands> rows(columns, item.lane_channel(), item.warp_channels, data.channels, data.aligned);
   const TileCopy<acc_t, 0> no_sums(nullptr, 0, 0, 0, true);
-  const T* input_weights = data.input_weight + item.rows * data.input_weight_stride;
+  const PixelWeights<T>& weights = kGradient ? data.output_weight : data.input_weight;
+  const T* first_weights[] = {weights.of(item.scan, item.rows)};
+  const uint32_t weight_bytes[] = {uint32_t(weights.vertex_stride * sizeof(T))};
   const auto discretise = discretisation<kSelective>(data, item);
   acc_t sum[kOperands];  // over the children of the next vertex
   for (int operand = 0; operand < kOperands; ++operand) sum[operand] = E[operand];
@@ -172,7 +194,7 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
     for (int operand = 0; operand < kOperands; ++operand) own[operand] = static_cast<acc_t>(row.data[1 + operand]);
     if constexpr (kSelective) {
       const auto step = discretise(decay);
-      own[x_operand(pass)] *= step.delta * row.input_weight;
+      own[x_operand(pass)] *= kGradient ? row.weights[0] : step.delta * row.weights[0];
       decay = step.decay;
     }
     if (!interior && node & kRoot) decay = 0;
@@ -190,8 +212,8 @@ __device__ __forceinline__ void walk_up(const ScanData<T, acc_t>& data, const Pl
     }
   };
   walk<Sweep::kUp, kSelective>(
-      item.nodes(plan), item.length(), rows, no_sums, input_weights, data.input_weight_stride * sizeof(T), ring_memory,
-      long_run, [](auto&, int) {}, visit_row,
+      item.nodes(plan), item.length(), rows, no_sums, first_weights, weight_bytes, ring_memory, long_run,
+      [](auto&, int) {}, visit_row,
       [&](const auto&) {
         for (int operand = 0; operand < kOperands; ++operand) stacks[operand].stay_inside();
       });

@@ -1,0 +1,42 @@
+"""A linear layer that also computes the GELU after it, in inference on GPUs."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .bypass import is_plain, only_runs
+
+__all__ = ["linear_gelu", "linear_runs_gelu"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear layer multiplies x."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def linear_runs_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
+    """Whether `linear_gelu` may compute act(linear(x)).
+
+    In inference, in a half precision on CUDA, where calls of the modules would do nothing but what their kind does.
+    """
+    return (
+        not (torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy))
+        and x.is_cuda
+        and _product_dtype(x) in _HALF
+        and is_plain(linear, nn.Linear, x.device)
+        and linear.bias is not None
+        and only_runs(act, nn.GELU)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x weight^T + bias, from the epilogue of the product: the map passes through memory once less.
+
+    cuBLASLt has the approximation by tanh. It differs from exact GELU by less than the rounding of half precision.
+    """
+    x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, weight, bias))
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))

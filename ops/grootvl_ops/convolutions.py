@@ -1,0 +1,44 @@
+"""Convolutions of channels-last maps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _loading, _registration, _transforms  # noqa: F401  the second registers the operations
+from ._checks import check_parameter
+
+__all__ = ["depthwise_conv_silu"]
+
+_ON_CUDA = _loading.has_kernels("cuda")  # here, since compilers do not follow the question
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+    """SiLU of a depthwise 3x3 convolution with zeros around the map: (B, H, W, D) to (B, H, W, D).
+
+    On CUDA, where no gradients are recorded, one kernel computes both. Elsewhere PyTorch's operations run, without
+    autocast: their gradients are faster than those of a kernel that we tried.
+
+    Args:
+        x: (B, H, W, D), floating point; it may be a part of the channels of a larger map.
+        weight: (D, 1, 3, 3), as of `torch.nn.Conv2d` with D groups.
+        dilation: The distance between the pixels that one pixel reads, in both directions.
+
+    Returns:
+        (B, H, W, D) of x's dtype, whether or not under autocast. The kernel computes it in float32 (float64 for
+        float64) and is bitwise the same in every run.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or a dilation less than 1.
+        TypeError: dtypes that do not fit.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be (B, H, W, D), got {list(x.shape)}")
+    check_parameter("weight", weight, x, [x.size(3), 1, 3, 3])
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if x.is_cuda and _ON_CUDA and not (torch.is_grad_enabled() or _transforms.active()):
+        return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
+    with torch.autocast(x.device.type, enabled=False):
+        maps = x.permute(0, 3, 1, 2)
+        out = F.conv2d(maps, weight.to(x.dtype), padding=dilation, dilation=dilation, groups=x.size(3))
+        return F.silu(out).permute(0, 2, 3, 1)

@@ -1,0 +1,115 @@
+"""The depthwise convolution with SiLU against PyTorch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_selective_scan import TOLERANCE, as_columns, assert_near, with_gradients
+from torch import Tensor
+
+import grootvl_ops
+
+library = torch.ops.grootvl_ops
+
+
+def defined(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=dilation, dilation=dilation, groups=len(weight))
+    return F.silu(out).permute(0, 2, 3, 1)
+
+
+def make_operands(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    weight = torch.randn(size[-1], 1, 3, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return [torch.randn(size).to(dtype), weight]
+
+
+def check(device: str, operands: list[Tensor], dilation: int, function=grootvl_ops.depthwise_conv_silu) -> None:
+    dtype = operands[0].dtype
+    grad = torch.randn(operands[0].shape).to(dtype)
+    expected = with_gradients(defined, [o.double() for o in operands], grad.double(), dilation)
+    actual = with_gradients(function, [o.to(device) for o in operands], grad.to(device), dilation)
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    assert_near(actual, expected, dtype)
+    again = with_gradients(function, [o.to(device) for o in operands], grad.to(device), dilation)
+    assert all(map(torch.equal, actual, again))
+
+
+def check_forward(device: str, operands: list[Tensor], dilation: int) -> None:
+    """Of the public function, which has a kernel on CUDA where no gradients are recorded."""
+    x, weight = (o.to(device) for o in operands)
+    with torch.no_grad():
+        found = grootvl_ops.depthwise_conv_silu(x, weight, dilation)
+        assert torch.equal(found, grootvl_ops.depthwise_conv_silu(x, weight, dilation))
+    assert found.dtype == x.dtype
+    assert_near([found], [defined(*(o.double() for o in operands), dilation)], x.dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 1, 1), (2, 1, 7, 4), (2, 7, 1, 8), (2, 6, 5, 3), (3, 7, 9, 40), (1, 3, 40, 160), (2, 33, 35, 12)],
+    ids=str,
+)
+def test_against_the_definition(device, size, dilation, dtype, poisoned_memory):
+    operands = make_operands(size, dtype)
+    check_forward(device, operands, dilation)
+    check(device, operands, dilation, library.depthwise_conv_silu)
+    # PyTorch's gradients: on CUDA those of float32 round to TF32, on a CPU those of bfloat16 were found to be wrong.
+    if dtype == torch.float64 or (dtype == torch.float32 and device == "cpu"):
+        check(device, operands, dilation)
+
+
+def test_large_map(cuda_kernels):
+    check_forward(cuda_kernels, make_operands((3, 121, 118, 160), torch.float16), 1)
+
+
+def test_operands_need_not_be_contiguous_or_aligned(device):
+    x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), torch.float16))
+    expected = library.depthwise_conv_silu(x, weight, 1)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x)
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for view in (as_columns(x), torch.cat([x, x + 1], -1)[..., :8], shifted, channels_first):
+        torch.testing.assert_close(library.depthwise_conv_silu(view, weight, 1), expected)
+    transposed = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(library.depthwise_conv_silu(x, transposed, 1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_gradcheck_and_opcheck(device, dtype):
+    x, weight = (o.to(device) for o in make_operands((2, 3, 4, 4), dtype))
+    for dilation in (1, 2):
+        torch.library.opcheck(library.depthwise_conv_silu_backward.default, (x, x, weight, dilation))
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        torch.library.opcheck(library.depthwise_conv_silu.default, (*leaves, dilation))
+        if dtype == torch.float64:
+            assert torch.autograd.gradcheck(lambda *o, d=dilation: library.depthwise_conv_silu(*o, d), leaves)
+
+
+def test_under_autocast(device):
+    x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), torch.float32))
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            expected = grootvl_ops.depthwise_conv_silu(x, weight)
+            with torch.autocast(device, torch.bfloat16):
+                torch.testing.assert_close(grootvl_ops.depthwise_conv_silu(x, weight), expected, rtol=0, atol=1e-5)
+
+
+def test_nothing_to_do(device):
+    x, weight = (o.to(device) for o in make_operands((0, 3, 4, 5), torch.float32))
+    out, _, dweight = with_gradients(library.depthwise_conv_silu, [x, weight], x, 1)
+    assert out.shape == x.shape and not dweight.any()
+
+
+def test_refuses(device):
+    x, weight = torch.randn(2, 3, 4, 5, device=device), torch.randn(5, 1, 3, 3, device=device)
+    for name, bad in (
+        ("x", x[0]),
+        ("weight", weight[:4]),
+        ("weight", weight[..., :2]),
+        ("weight", weight.long()),
+        ("weight", weight.to("meta")),
+        ("dilation", 0),
+    ):
+        with pytest.raises((ValueError, TypeError), match=name):
+            grootvl_ops.depthwise_conv_silu(**{"x": x, "weight": weight, "dilation": 1, name: bad})
