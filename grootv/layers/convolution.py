@@ -1,5 +1,7 @@
 """When one operation may compute the convolution and the activation before a scan."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -8,7 +10,7 @@ from .bypass import is_plain, only_runs
 __all__ = ["fuses_convolution"]
 
 
-def fuses_convolution(conv: nn.Module, act: nn.Module, device: torch.device) -> bool:
+def fuses_convolution(conv: Any, act: nn.Module, device: torch.device) -> bool:
     """Whether `grootvl_ops.depthwise_conv_silu` may take the weight of `conv` in place of calls of `conv` and `act`."""
     if not (is_plain(conv, nn.Conv2d, device) and only_runs(act, nn.SiLU)):
         return False
