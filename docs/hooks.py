@@ -131,7 +131,7 @@ def check_docstrings(modules: list[str]) -> None:
             log.warning("%s:%s: %s has no docstring", item.filepath, item.lineno, item.path)
         if item.is_class:
             for member in item.members.values():
-                if member.is_function and not member.name.startswith("_"):
+                if member.is_function and not member.name.startswith("_") and not inherits_docstring(item, member.name):
                     check(member)
 
     def find_hidden(package: griffe.Module) -> None:
@@ -149,6 +149,15 @@ def check_docstrings(modules: list[str]) -> None:
                 check(member.final_target if member.is_alias else member)
     for package in packages:
         find_hidden(package)
+
+
+def inherits_docstring(item: griffe.Class, method: str) -> bool:
+    """Whether a base class in this project says what the method does."""
+    return any(
+        method in base.members and base.members[method].has_docstring or inherits_docstring(base, method)
+        for base in item.resolved_bases
+        if isinstance(base, griffe.Class)
+    )
 
 
 def public(module: griffe.Module) -> list[griffe.Object | griffe.Alias]:

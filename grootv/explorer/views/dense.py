@@ -133,7 +133,7 @@ def _names(classes: list[str], count: int) -> list[str]:
     return classes + [f"class {label}" for label in range(len(classes), count)]
 
 
-def _cells(size: tuple[int, int], picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cells(size: tuple[int, int], picture: np.ndarray) -> tuple[np.ndarray, ...]:
     """The rows and columns of an image that are the pixels of a smaller picture of it."""
     rows, columns = (np.linspace(0, full - 1, new).astype(int) for full, new in zip(size, picture.shape, strict=False))
     return np.ix_(rows, columns)
