@@ -135,7 +135,7 @@ def measure(requests: int, repeats: int) -> list[str]:
     return [
         "## Time from a click to the picture, image of 224 × 224 pixels",
         table(head, times),
-        "## Memory of the server (resident set) over requests: views of changing tabs and images, each drawn five times",
+        "## Memory of the server (resident set) over requests: changing views, each drawn five times",
         table(("requests", "MB"), curve),
     ]
 
