@@ -11,7 +11,8 @@ import tempfile
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ QUEUE_SIZE = 32
 KEPT_VIEWS = 16
 """Views whose files can be downloaded; the oldest are dropped."""
 MAX_UPLOAD = "64mb"
+# Gradio has dozens of threads, and each that computed would keep memory of its own: of OpenMP, and of the allocator.
+_COMPUTING = ThreadPoolExecutor(1, "explorer")
 _SAMPLE_CHOICES = [(title, name) for name, title in SAMPLES.items()]
 _TYPES = {"png": "image/png", "svg": "image/svg+xml", "npz": "application/octet-stream"}
 _CSS = """
@@ -125,6 +128,11 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return "This needs more memory than the machine has. Choose a smaller image, input size or model."
     return f"The explorer failed ({type(error).__name__}). The output of the command that started it has the details."
+
+
+def _in_one_thread(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What a function returns, computed in the one thread that computes."""
+    return _COMPUTING.submit(function, *arguments, **keywords).result()
 
 
 def _status(notes: Sequence[str], error: str = "") -> str:
@@ -241,9 +249,9 @@ class Tab:
             shown = {name: Path(path).name for name, path in uploads.items() if path}
             _require_samples(spec, {**arguments, **dict.fromkeys(shown, SAME)})
             progress(0.2, desc="Computing")
-            made = spec.function(**arguments)
+            made = _in_one_thread(spec.function, **arguments)
             progress(0.7, desc="Drawing")
-            key, picture = self.page.views.keep(spec.name, made)
+            key, picture = _in_one_thread(self.page.views.keep, spec.name, made)
         except Exception as error:
             if "has the details" in (said := sentence(error)):
                 _logger.exception("%s failed", spec.name)
@@ -415,7 +423,7 @@ def make_app(folders: Sequence[Path] = (Path(),)) -> FastAPI:
         if kind not in FORMATS:
             raise HTTPException(404, f"Files are {', '.join(FORMATS)}.")
         try:
-            name, content = page.views.file(key, kind)
+            name, content = _in_one_thread(page.views.file, key, kind)
         except KeyError:
             raise HTTPException(404, "This picture is no longer kept. Draw it again on the page.") from None
         disposition = {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -217,6 +217,19 @@ def test_an_upload_is_drawn_and_its_files_and_its_python_agree(
     assert content["png"].stat().st_size == Path("tree.png").stat().st_size
 
 
+def test_two_users_at_once_get_their_own_pictures(page: Page, address: str) -> None:
+    page.goto(f"{address}/?image=flower")
+    other = page.context.new_page()
+    other.goto(f"{address}/?image=chelsea")
+    old = [new_picture(each, None) for each in (page, other)]
+    for each in (page, other):
+        each.locator("#tree-draw").click()
+    new = [new_picture(each, before) for each, before in zip((page, other), old, strict=True)]
+    assert len({*old, *new}) == 4
+    page.wait_for_url(re.compile("image=flower"))
+    other.wait_for_url(re.compile("image=chelsea"))
+
+
 def test_affinities_gather_points(page: Page, address: str) -> None:
     page.goto(f"{address}/?tab=affinity&image=coffee")
     first = new_picture(page, None, "affinity")
