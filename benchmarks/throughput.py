@@ -31,7 +31,7 @@ class Run:
     def __init__(
         self, name: str, batch: int, size: tuple[int, int] = (224, 224), compile: str | None = None, adamw: bool = False
     ) -> None:
-        peer_size = {"img_size": size} if name == PEER and size != (224, 224) else {}
+        peer_size = {"img_size": size} if name.startswith("swin") and size != (224, 224) else {}
         model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if adamw else None
         self.model = torch.compile(model, fullgraph=True, dynamic=False, mode=compile) if compile else model

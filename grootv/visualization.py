@@ -456,12 +456,13 @@ def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarra
     axes.imshow(image)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for i in np.argsort(-areas, kind="stable").tolist():
-        colour = CLASS_COLOURS[labels[i] % len(CLASS_COLOURS)]
+        number = int(labels[i])
+        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
         if masks is not None:
             axes.imshow(_colour_where(np.asarray(masks[i], bool), colour, 0.55))
         left, top, right, bottom = boxes[i]
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=2))
-        name = classes[labels[i]] if scores is None else f"{classes[labels[i]]}  {100 * float(scores[i]):.0f} %"
+        name = classes[number] if scores is None else f"{classes[number]}  {100 * float(scores[i]):.0f} %"
         at_right, at_top = right > 0.8 * image.shape[1], top < 0.1 * image.shape[0]
         axes.text(
             right if at_right else left,
@@ -518,7 +519,7 @@ def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes
                 at = column / labels.shape[1]
                 side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
                 outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-                place = {"horizontalalignment": side, "verticalalignment": "center"}
+                place: dict[str, Any] = {"horizontalalignment": side, "verticalalignment": "center"}
                 axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
 
 

@@ -11,7 +11,8 @@ from golden import fill
 from torch import Tensor, nn
 
 import grootvl_ops
-from grootv.layers import SelectiveSSM, scans
+from grootv.layers import LayerNorm, SelectiveSSM, scans
+from grootv.models.backbone import Mlp
 from grootv.models.released import RELEASES
 from grootvl_ops import reference
 
@@ -125,20 +126,28 @@ def plain_operations(
         tree = [field.expand(x.shape[:2]) for field in tree]
         return reference.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction, scan)
 
+    def add_layer_norm(x, branch, *args):
+        return reference.add_layer_norm(x.to(torch.promote_types(x.dtype, branch.dtype)), branch, *args)[:2]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scans, "_build_tree", build_tree)
         patch.setattr(grootvl_ops, "selective_scan", selective_scan)
         patch.setattr(grootvl_ops, "gated_norm", lambda *args: reference.gated_norm(*args)[0])
         patch.setattr(grootvl_ops, "layer_norm", lambda *args: reference.layer_norm(*args)[0])
+        patch.setattr(grootvl_ops, "add_layer_norm", add_layer_norm)
+        patch.setattr(grootvl_ops, "depthwise_conv_silu", reference.depthwise_conv_silu)
         yield
 
 
 def call_submodules(model: nn.Module) -> None:
-    """Hooks that change nothing, for which mixers call the modules whose weights they would take."""
-    for mixer in (module for module in model.modules() if isinstance(module, SelectiveSSM)):
-        for module in (mixer.dt_proj, mixer.h_norm, mixer.out_norm):
+    """Hooks that change nothing, for which the modules are called whose weights operations would take."""
+    for module in model.modules():
+        if isinstance(module, LayerNorm | Mlp | nn.GELU):
             module.register_forward_hook(lambda _, __, output: output)
-        assert not mixer.fuses_step and not mixer.fuses_norms
+    for mixer in (module for module in model.modules() if isinstance(module, SelectiveSSM)):
+        for module in (mixer.in_proj, mixer.conv, mixer.dt_proj, mixer.h_norm, mixer.out_norm):
+            module.register_forward_hook(lambda _, __, output: output)
+        assert not (mixer.splits_input or mixer.fuses_conv or mixer.fuses_step or mixer.fuses_norms)
 
 
 def replay_graph(step: Callable[[], list[Tensor]], static: Tensor, other: Tensor) -> list[Tensor]:

@@ -177,7 +177,25 @@ def sanitize_mixers() -> None:
                         backward(mixer(randn(2, height, width, 40)))
 
 
-PARTS = {"scans": sanitize_scans, "trees": sanitize_trees, "norms": sanitize_norms, "mixers": sanitize_mixers}
+def sanitize_convolutions() -> None:
+    """Words of four channels and single ones, rows and columns beyond the edges, and parts of a larger map."""
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8)):
+                x, weight = randn(*size, dtype=dtype), randn(size[-1], 1, 3, 3)
+                of_projection = randn(*size[:3], 2 * size[-1], dtype=dtype)[..., size[-1] :]
+                for dilation in (1, 2):
+                    for view in (x, misaligned(x), of_projection):
+                        grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+
+
+PARTS = {
+    "convolutions": sanitize_convolutions,
+    "scans": sanitize_scans,
+    "trees": sanitize_trees,
+    "norms": sanitize_norms,
+    "mixers": sanitize_mixers,
+}
 
 
 def main() -> None:

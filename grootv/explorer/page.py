@@ -51,6 +51,10 @@ _CSS = """
 .files a:focus-visible, button:focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px; }
 .picture img { cursor: crosshair; }
 .picture .icon-button-wrapper { z-index: 2; }
+@media (max-width: 600px) {
+  .picture button, .picture .image-container, .picture .image-frame { justify-content: flex-start; overflow-x: auto; }
+  .picture img { min-width: 620px; max-width: none; }
+}
 """
 _SET_URL = "query => { history.replaceState(null, '', query || location.pathname); return []; }"
 _COPY = """async code => {
@@ -156,7 +160,8 @@ class Tab:
             for each in main:
                 self._control(each)
         if rest:
-            with gr.Accordion("Models and more settings", open=False), gr.Row(equal_height=False):
+            title = "Models and more settings" if any(each.name == "model" for each in rest) else "More settings"
+            with gr.Accordion(title, open=False), gr.Row(equal_height=False):
                 for each in rest:
                     self._control(each)
         with gr.Row():

@@ -69,8 +69,11 @@ def add_and_norm(norm: nn.Module, drop_path: nn.Module, x: Tensor, branch: Tenso
     One operation computes both where norm and drop_path are a `LayerNorm` and timm's `DropPath`, or none, and a call of
     them would do nothing else. Otherwise they are called, with the same result.
     """
-    if isinstance(x, torch.fx.Proxy) or not (
-        is_plain(norm, LayerNorm, x.device) and (only_runs(drop_path, DropPath) or only_runs(drop_path, nn.Identity))
+    drops_paths = only_runs(drop_path, DropPath) or only_runs(drop_path, nn.Identity)
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or not drops_paths
+        or not (isinstance(norm, LayerNorm) and is_plain(norm, LayerNorm, x.device))
     ):
         x = x + drop_path(branch)
         return x, norm(x)

@@ -12,6 +12,7 @@ import grootvl_ops
 from grootvl_ops import Tree
 
 from .bypass import is_plain
+from .convolution import fuses_convolution
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -47,8 +48,10 @@ class SelectiveSSM(TraceLeaf):
 
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
-    `dt_proj`, `h_norm` and `out_norm`. Where a call of one of these does more than apply its weights (hooks, adapters,
-    pruning, parametrizations), the module is called, with the same result; under autocast `dt_proj` then rounds to
+    `dt_proj`, `h_norm` and `out_norm`. In inference on CUDA, one operation computes convolution and activation; else
+    features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
+    more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
+    result; under autocast `dt_proj` then rounds to
     autocast's dtype, as every linear layer that is called does.
 
     Args:
@@ -63,8 +66,8 @@ class SelectiveSSM(TraceLeaf):
     """
 
     # TorchScript asks for these once, when it compiles the module, and leaves out the branches that they exclude.
-    __constants__ = ["splits_input", "fuses_step", "fuses_norms"]
-    __jit_unused_properties__ = ["splits_input", "fuses_step", "fuses_norms"]
+    __constants__ = ["splits_input", "fuses_conv", "fuses_step", "fuses_norms"]
+    __jit_unused_properties__ = ["splits_input", "fuses_conv", "fuses_step", "fuses_norms"]
 
     def __init__(self, dim: int, expand: int = 2, d_state: int = 1, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__()
@@ -145,6 +148,10 @@ class SelectiveSSM(TraceLeaf):
         (B, H, W, D)."""
         if x.dim() != 4 or x.size(3) != self.dim:
             raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if x.is_cuda and not torch.is_grad_enabled() and self.fuses_conv:
+                features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
+                return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         if self.splits_input:  # two products, since halves of one would be copied, and their gradients joined
             of_features, of_gate = self.in_proj.weight.chunk(2)
             features, z = F.linear(x, of_features), F.linear(x, of_gate)
@@ -213,6 +220,11 @@ class SelectiveSSM(TraceLeaf):
     def splits_input(self) -> bool:
         """Whether features and gate are products with halves of the weight of `in_proj`; otherwise it is called."""
         return is_plain(self.in_proj, nn.Linear, self.A_log.device) and self.in_proj.bias is None
+
+    @property
+    def fuses_conv(self) -> bool:
+        """Whether one operation takes the weight of `conv`; otherwise `conv` and `act` are called."""
+        return fuses_convolution(self.conv, self.act, self.A_log.device)
 
     @property
     def fuses_step(self) -> bool:

@@ -6,7 +6,7 @@ ConvNeXt's are. Mixers, MLPs and norms see the same memory as (B, H, W, C): betw
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, cast
 
@@ -296,9 +296,9 @@ class Stage(nn.Module):
     def _forward_across_blocks(self, x: Tensor) -> Tensor:
         """The same for blocks that need not be called: what ends a block, and the norm that follows, is one step."""
         x = to_nhwc(x)
-        norms = [*(block.norm1 for block in self.blocks), self.norm]
+        norms = [*(block.norm1 for block in cast(Iterable[Block], self.blocks)), self.norm]
         normed, tree = norms[0](x), None
-        for block, next_norm in zip(self.blocks, norms[1:], strict=True):
+        for block, next_norm in zip(cast(Iterable[Block], self.blocks), norms[1:], strict=True):
             built = tree_list(x) if self.share_tree and tree is None else None
             x, normed = block.mix(x, normed, tree, built)
             if built is not None:

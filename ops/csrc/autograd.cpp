@@ -29,12 +29,15 @@ c10::TypedOperatorHandle<Signature> find_operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Calls an operation. Kernels on the stable ABI cannot throw PyTorch's error for the end of GPU memory; here theirs is
-// replaced by it.
+// Calls an operation. Kernels on the stable ABI cannot throw PyTorch's errors: the one for wrong values, which PyTorch
+// until 2.14 makes of `std::invalid_argument`, and the one for the end of GPU memory. Here theirs are replaced by
+// these.
 template <class Signature, class... Args>
 auto call(const c10::TypedOperatorHandle<Signature>& operation, const Args&... args) {
   try {
     return operation.call(args...);
+  } catch (const std::invalid_argument& error) {
+    C10_THROW_ERROR(ValueError, error.what());
   } catch (const std::runtime_error& error) {
     constexpr std::string_view out_of_memory = "CUDA out of memory.";
     if (std::string_view(error.what()).substr(0, out_of_memory.size()) != out_of_memory) throw;

@@ -15,8 +15,8 @@ _ON_CUDA = _loading.has_kernels("cuda")  # here, since compilers do not follow t
 def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     """SiLU of a depthwise 3x3 convolution with zeros around the map: (B, H, W, D) to (B, H, W, D).
 
-    On CUDA one kernel computes both, and the gradient computes the convolution again instead of keeping its result.
-    Elsewhere PyTorch's operations run, without autocast.
+    On CUDA, where no gradients are recorded, one kernel computes both. Elsewhere PyTorch's operations run, without
+    autocast: their gradients are faster than those of a kernel that we tried.
 
     Args:
         x: (B, H, W, D), floating point; it may be a part of the channels of a larger map.
@@ -24,8 +24,8 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         dilation: The distance between the pixels that one pixel reads, in both directions.
 
     Returns:
-        (B, H, W, D) of x's dtype, contiguous on CUDA. There it is computed in float32 (float64 for float64) from the
-        weight as it is, whether or not under autocast, is bitwise the same in every run, and differentiable once.
+        (B, H, W, D) of x's dtype, whether or not under autocast. The kernel computes it in float32 (float64 for
+        float64) and is bitwise the same in every run.
 
     Raises:
         ValueError: sizes or devices that do not fit, or a dilation less than 1.
@@ -36,7 +36,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     check_parameter("weight", weight, x, [x.size(3), 1, 3, 3])
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if x.is_cuda and _ON_CUDA and not _transforms.active():
+    if x.is_cuda and _ON_CUDA and not (torch.is_grad_enabled() or _transforms.active()):
         return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
     with torch.autocast(x.device.type, enabled=False):
         maps = x.permute(0, 3, 1, 2)

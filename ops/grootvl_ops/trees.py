@@ -160,8 +160,22 @@ def build_tree_from_edges(edges: Tensor, weights: Tensor, num_vertices: int, roo
     if num_vertices < 1:
         raise ValueError(f"num_vertices must be at least 1, got {num_vertices}")
     _check_weights_and_root(weights, num_vertices, root)
-    parent, order, subtree_size = torch.ops.grootvl_ops.graph_tree(edges, _comparable(weights), num_vertices, root)
+    weights = _comparable(weights)
+    if torch.jit.is_scripting():
+        parent, order, subtree_size = torch.ops.grootvl_ops.graph_tree(edges, weights, num_vertices, root)
+    else:
+        parent, order, subtree_size = _graph_tree(edges, weights, num_vertices, root)
     return Tree(parent, order, subtree_size)
+
+
+def _graph_tree(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The operation. Its kernels look at the edges; PyTorch since 2.15 makes their ValueError a RuntimeError."""
+    try:
+        return torch.ops.grootvl_ops.graph_tree(edges, weights, num_vertices, root)
+    except RuntimeError as error:
+        if str(error).startswith(("edges must", "the graph is not connected")):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def _size(height: int, width: int, frames: int) -> str:

@@ -1,6 +1,7 @@
 """Layers for other networks: mixers against a plain recomputation, and with submodules that are more than plain."""
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from grootv.layers import LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tr
 from grootv.layers.bypass import is_plain
 from grootv.layers.norms import PromotedLayerNorm
 from grootv.models import GrootV
+from grootv.models.backbone import Mlp, Stage
 from grootvl_ops import Tree, build_tree, path_tree
 
 DIM, SIZE = 20, (3, 4)  # dt_proj then has a rank of 2
@@ -551,3 +553,79 @@ def test_the_operations_are_called_on_this_device(monkeypatch: pytest.MonkeyPatc
     make()(double(1, *SIZE, DIM))
     LayerNorm(4)(torch.ones(4))
     assert calls == ["selective_scan", "gated_norm", "layer_norm"]
+
+
+# Steps of blocks that are one operation
+
+
+def make_stage(drop_path: float = 0.0, tree_per: str = "block") -> Stage:
+    torch.manual_seed(0)
+    return Stage(8, 16, 3, True, 4.0, [drop_path] * 3, tree_per=tree_per, dtype=torch.float64)
+
+
+def hook(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Hooks that change nothing, and the list of the modules that were called."""
+    called: list[nn.Module] = []
+    for module in modules:
+        module.register_forward_hook(lambda m, *_: called.append(m))
+    return called
+
+
+@pytest.mark.parametrize("tree_per", ["block", "stage"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("which", ["blocks", "norm1", "norm2", "drop_path1", "drop_path2", "norm", "mlp"])
+def test_stages_call_what_has_hooks(which: str, drop_path: float, tree_per: str, device: str) -> None:
+    """With the same result and gradients, the random choices of stochastic depth included."""
+    fused, hooked = (make_stage(drop_path, tree_per).to(device) for _ in range(2))
+    modules = [hooked.norm] if which == "norm" else list(hooked.blocks)
+    if which not in ("norm", "blocks"):
+        modules = [getattr(block, which) for block in modules]
+    called = hook(modules)
+    results = []
+    for stage in (fused, hooked):
+        x = double(6, 8, 6, 4).to(device).requires_grad_()
+        torch.manual_seed(3)
+        output = stage(x)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *stage.parameters()])])
+    assert called == modules
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_stages_are_blocks_one_after_the_other(device: str) -> None:
+    stage, x = make_stage().to(device), double(2, 8, 6, 4).to(device)
+    expected = stage.downsample(x)
+    for block in stage.blocks:
+        expected = block(expected)
+    expected = stage.norm(expected.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(stage(x), expected, rtol=1e-9, atol=1e-10)
+    stage.grad_checkpointing = True
+    torch.testing.assert_close(stage(x), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_images_that_skip_a_branch() -> None:
+    """Stochastic depth of (almost) one: blocks are the identity."""
+    stage = make_stage(0.999999)
+    x = double(2, 8, 6, 4)
+    expected = stage.norm(stage.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(stage.train()(x), expected)
+    assert not torch.allclose(stage.eval()(x), expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gelu_of_the_product(dtype: torch.dtype, tolerance: float, autocast: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    mlp, x = Mlp(64, 256).cuda(), torch.randn(2, 5, 7, 64, device="cuda")
+    exact = mlp.double()(x.double())
+    mlp = mlp.to(torch.float32 if autocast else dtype)
+    with torch.autocast("cuda", dtype, enabled=autocast):
+        given = x if autocast else x.to(dtype)
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            found = mlp(given)
+        recorded = mlp(given)
+    assert "aten::_addmm_activation" in {event.key for event in profile.key_averages()}
+    assert found.dtype == recorded.dtype == dtype and recorded.requires_grad
+    for result in (found, recorded):
+        assert (result.double() - exact).abs().max() <= tolerance * exact.abs().max()

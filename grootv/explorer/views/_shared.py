@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from PIL import Image as PILImage
 
 from grootv.models.grootv import SCANS
@@ -17,7 +18,7 @@ from grootv.visualization import MAP_COLOURS, MixerCall, mixer_affinity, mixer_c
 from ..inputs import MODELS, Classifier
 from ..view import Choice, Field, Image, Number, PathText, Point
 
-POINT_COLOUR = "#2ec4ff"
+IMAGE_POINT, MAP_POINT = "#c1272d", "#2ec4ff"
 _SHOWN_PIXELS = 600_000
 _LOWEST = 1e-3
 _WIDEST = 6.0
@@ -96,7 +97,7 @@ def make_figure(image: np.ndarray, rows: int, columns: int, width: float = 11.0)
 def show_image(axes: Axes, image: np.ndarray, points: Sequence[Point] = (), title: str = "") -> None:
     """A photograph with points marked."""
     axes.imshow(image)
-    finish(axes, image, points, title, "#c1272d")
+    finish(axes, image, points, title, IMAGE_POINT)
 
 
 def show_affinity(
@@ -107,16 +108,17 @@ def show_affinity(
     norm = LogNorm(_LOWEST, 1) if scale == "log" else Normalize(0, 1)
     floor = _LOWEST if scale == "log" else 0
     drawn = axes.imshow(np.maximum(affinity, floor), cmap=MAP_COLOURS, norm=norm, extent=(0, width, height, 0))
-    finish(axes, image, [point], title, POINT_COLOUR)
+    finish(axes, image, [point], title, MAP_POINT)
     return drawn
 
 
-def finish(axes: Axes, image: np.ndarray, points: Sequence[Point], title: str, colour: str) -> None:
+def finish(axes: Axes, image: np.ndarray, points: Sequence[Point], title: str, colour: str = IMAGE_POINT) -> None:
     """Mark points, take ticks away, set the title and the aspect ratio."""
     height, width = image.shape[:2]
     for number, (row, column) in enumerate(points, 1):
         place = column * width, row * height
-        axes.plot(*place, "+", color=colour, markersize=14, markeredgewidth=2.2, clip_on=True)
+        outline = [withStroke(linewidth=4, foreground="white" if colour == IMAGE_POINT else "black")]
+        axes.plot(*place, "+", color=colour, markersize=14, markeredgewidth=2, path_effects=outline)
         if len(points) > 1:
             axes.annotate(str(number), place, (5, 5), textcoords="offset points", color=colour, weight="bold")
     axes.set(xticks=[], yticks=[])

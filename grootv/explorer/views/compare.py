@@ -73,7 +73,7 @@ def plot_comparison(
         tree = call.scans()[0][0]
         picture = shown(pixels)
         draw_tree(top, picture, tree, height, width)
-        finish(top, picture, [point], f"{number}: {classifier.title}", "#c1272d")
+        finish(top, picture, [point], f"{number}: {classifier.title}")
         affinity = affinity_of(call, point)
         drawn = show_affinity(middle, picture, affinity, point, scale, f"affinity, {height} × {width}")
         scores = class_scores(classifier, pixels, size)

@@ -63,7 +63,7 @@ def plot_dense(image: str = "china", config: str = "", checkpoint: str = "", thr
     show_image(photo, picture, (), "image")
     draw = _draw_instances if task == "mmdet" else _draw_regions
     data, words = draw(result, found, picture, pixels.shape[:2], classes, threshold)
-    finish(result, picture, [], Path(config).stem, "")
+    finish(result, picture, [], Path(config).stem)
     return View(figure, data, words, [*notes, words])
 
 
@@ -124,7 +124,7 @@ def _draw_regions(
     names = _names(classes, len(areas))
     draw_segmentation(axes, picture, labels[_cells(size, picture)], names)
     largest = np.argsort(-areas, kind="stable")[:NAMED].tolist()
-    shares = [f"{names[label]} {100 * areas[label]:.1f} %" for label in largest if areas[label] > 0]
+    shares = [f"{names[label]}: {100 * areas[label]:.1f} %" for label in largest if areas[label] > 0]
     return {"labels": labels}, f"Largest parts of the image: {', '.join(shares)}."
 
 
@@ -133,7 +133,7 @@ def _names(classes: list[str], count: int) -> list[str]:
     return classes + [f"class {label}" for label in range(len(classes), count)]
 
 
-def _cells(size: tuple[int, int], picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cells(size: tuple[int, int], picture: np.ndarray) -> tuple[np.ndarray, ...]:
     """The rows and columns of an image that are the pixels of a smaller picture of it."""
     rows, columns = (np.linspace(0, full - 1, new).astype(int) for full, new in zip(size, picture.shape, strict=False))
     return np.ix_(rows, columns)

@@ -13,6 +13,7 @@ from ..inputs import Classifier, load_classifier, read_image
 from ..view import Choice, Point, Points, Spec, View
 from ._shared import (
     IMAGE,
+    MAP_POINT,
     SCALE,
     SIZE,
     STAGE,
@@ -96,7 +97,7 @@ def draw_classes(axes: Axes, classifier: Classifier, scores: np.ndarray, count: 
     """Bars of the most probable classes, and the same in words."""
     best = np.argsort(-scores, kind="stable")[:count]
     names = [_short(classifier.classes[int(index)]) for index in best]
-    words = [f"{name} {100 * score:.1f} %" for name, score in zip(names, scores[best], strict=True)]
+    words = [f"{name}: {100 * score:.1f} %" for name, score in zip(names, scores[best], strict=True)]
     bars = axes.barh(range(len(best)), 100 * scores[best], color="#56b4e9", height=0.7)
     axes.set(xlim=(0, 100 * scores[best].max()), yticks=[], xlabel="probability in %")
     for bar, label in zip(bars, words, strict=True):
@@ -119,19 +120,20 @@ def _trees(classifier: Classifier, pixels: np.ndarray, stage: int, point: Point,
     columns = min(len(blocks), 5)
     lines = -(-len(blocks) // columns)
     figure, axes = make_figure(picture, 2 * lines, columns)
-    for panel in axes.flat[:]:
+    for panel in axes.flat:
         panel.set_axis_off()
     for number, call in enumerate(blocks):
         line, column = divmod(number, columns)
         top, bottom = axes[2 * line, column], axes[2 * line + 1, column]
-        top.set_axis_on(), bottom.set_axis_on()
+        top.set_axis_on()
+        bottom.set_axis_on()
         height, width = call.x.shape[1:3]
         scans = call.scans()
         draw_tree(top, picture, scans[0][0], height, width)
         what = (
             "tree" if getattr(call.mixer, "metric", None) else "path" if len(scans) == 1 else f"path 1 of {len(scans)}"
         )
-        finish(top, picture, [point], f"block {number + 1}: {what}, {height} × {width}", "#c1272d")
+        finish(top, picture, [point], f"block {number + 1}: {what}, {height} × {width}")
         affinity = affinity_of(call, point)
         drawn = show_affinity(bottom, picture, affinity, point, scale, "affinity to the point")
         data |= {
@@ -148,7 +150,11 @@ def _trees(classifier: Classifier, pixels: np.ndarray, stage: int, point: Point,
 def _fields(classifier: Classifier, pixels: np.ndarray, point: Point, size: int, **_: object) -> View:
     images, picture, data = classifier.prepare(pixels, size), shown(pixels), {}
     stages = len(classifier.net.stages)
-    figure, (axes,) = make_figure(picture, 1, stages)
+    lines = -(-stages // 2)
+    figure, grid = make_figure(picture, lines, -(-stages // lines), 9.0)
+    axes = grid.ravel()[:stages]
+    for panel in grid.ravel()[stages:]:
+        panel.remove()
     sizes = []
     for stage, panel in enumerate(axes):
         field = receptive_field(classifier.net, images, stage, point)
@@ -163,9 +169,9 @@ def _fields(classifier: Classifier, pixels: np.ndarray, point: Point, size: int,
             picture,
             [point],
             f"stage {stage + 1}\n90 % in {100 * field_area(field, 0.9):.1f} % of the image",
-            "#2ec4ff",
+            MAP_POINT,
         )
-    figure.colorbar(drawn, ax=axes[-1], label="influence (gradient)", pad=0.02)
+    figure.colorbar(drawn, ax=list(axes), label="gradient, relative to the largest", pad=0.02, shrink=0.8)
     alt = f"Effective receptive fields of {classifier.title}. {'; '.join(sizes)} of the image."
     return View(figure, data, alt, [], [(panel, picture.shape[:2]) for panel in axes])
 

@@ -76,7 +76,7 @@ def plot_tree(
     figure = Figure(figsize=(drawn_width, min(max(1.6, (drawn_width - 1) * ratio), 9.0) + 0.6), layout="constrained")
     axes = figure.subplots()
     lines = draw_tree(axes, picture, tree, height, width, color_by)
-    finish(axes, picture, [], f"{title}; root: square", "")
+    finish(axes, picture, [], f"{title}; root: square")
     if zoom > 1:
         lines.set(linewidths=np.asarray(lines.get_linewidth()) * zoom**0.5)
         top, bottom = _part(picture.shape[0], zoom, centre[0])

@@ -1,10 +1,10 @@
-// Depthwise 3x3 convolution of channels-last maps, then SiLU, and its gradients.
+// Depthwise 3x3 convolution of channels-last maps, then SiLU.
 //
 // A thread has kVec neighbouring channels of kRows output rows. It goes from column to column, so that it loads each
 // value of these rows and the two beside them once, for all the outputs that need it. A convolution with dilation d is
 // one without in each of d x d maps, which consist of every d-th row and column.
 
-#include <tuple>
+#include <initializer_list>
 
 #include "../../checks.h"
 #include "../common/device.cuh"
@@ -18,7 +18,8 @@ constexpr int kTaps = 3;  // in each direction
 constexpr int kRows = 2;
 constexpr int kInputRows = kRows + kTaps - 1;
 constexpr int kThreads = 128;
-constexpr int kBackwardBlocks = 3;     // that a multiprocessor runs at a time; the registers suffice for no more
+constexpr int kBlocks = 4;             // that a multiprocessor runs at a time
+constexpr int kAhead = 2;              // columns that are loaded before they are needed
 constexpr int64_t kStripColumns = 16;  // about; more would leave too few threads, fewer load more columns twice
 
 // Maps (B, H, W, D), of which x may have a stride from one pixel to the next.
@@ -28,13 +29,10 @@ struct ConvData {
   int64_t x_stride;
   const acc_t* weight;  // (D, 3, 3)
   T* out;
-  const T* grad;   // backward: of the result; `out` is then the gradient of what SiLU takes
-  acc_t* dweight;  // (teams, D, 3, 3)
   int height, width, channels, dilation;
   int strips_across, strips_down;  // of each of the dilation^2 maps
   int strip_columns;
   int64_t strips;  // in all
-  int teams;       // of threads, each with all channels of a strip
 };
 
 // A part of kRows rows of a map, of every `dilation`-th row and column.
@@ -104,7 +102,7 @@ struct Rows {
 
 // The weights of a thread's channels.
 template <int kVec, typename acc_t>
-__device__ __forceinline__ void load_weights(acc_t (&weight)[kTaps][kTaps][kVec], const acc_t* from, bool flipped) {
+__device__ __forceinline__ void load_weights(acc_t (&weight)[kTaps][kTaps][kVec], const acc_t* from) {
   acc_t flat[kVec * kTaps * kTaps];
 #pragma unroll
   for (int k = 0; k < kTaps * kTaps; ++k) {
@@ -116,15 +114,13 @@ __device__ __forceinline__ void load_weights(acc_t (&weight)[kTaps][kTaps][kVec]
   for (int tap = 0; tap < kTaps * kTaps; ++tap) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const int source = flipped ? kTaps * kTaps - 1 - tap : tap;
-      weight[tap / kTaps][tap % kTaps][i] = flat[i * kTaps * kTaps + source];
+      weight[tap / kTaps][tap % kTaps][i] = flat[i * kTaps * kTaps + tap];
     }
   }
 }
 
-// The convolution, then SiLU; or with kGradient the gradient of the convolution for its input, without SiLU.
-template <int kVec, bool kGradient, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads) conv_kernel(ConvData<T, acc_t> data) {
+template <int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads, kBlocks) conv_kernel(ConvData<T, acc_t> data) {
   const int words = data.channels / kVec;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t number = thread / words;
@@ -132,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(ConvData<T, acc_t> data)
   const int channel = (thread - number * words) * kVec;
   const Strip strip(data, number);
   acc_t weight[kTaps][kTaps][kVec];
-  load_weights<kVec>(weight, data.weight + int64_t(channel) * kTaps * kTaps, kGradient);
+  load_weights<kVec>(weight, data.weight + int64_t(channel) * kTaps * kTaps);
 
   // The sums of three columns: that on the left of the values, theirs, and that on the right.
   acc_t sums[kTaps][kRows][kVec] = {};
@@ -148,123 +144,45 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(ConvData<T, acc_t> data)
         data.out + ((strip.image * data.height + row) * data.width + strip.first_column) * data.channels + channel;
   }
   const int64_t out_stride = int64_t{data.dilation} * data.channels;
-  auto next = rows.next();
+  typename Rows<kInputRows, kVec, T>::Column pending[kAhead];
+#pragma unroll
+  for (int ahead = 0; ahead < kAhead; ++ahead) pending[ahead] = rows.next();
   const int columns = min(strip.columns, (data.width - strip.first_column + data.dilation - 1) / data.dilation);
-#pragma unroll 3
-  for (int c = -1; c <= columns; ++c) {
-    const auto values = next;
-    next = rows.next();
+  for (int first = -1; first <= columns; first += kAhead) {
 #pragma unroll
-    for (int r = 0; r < kInputRows; ++r) {
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      const int column = first + ahead;
+      if (column > columns) break;
+      const auto values = pending[ahead];
+      pending[ahead] = rows.next();
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const acc_t value = values.template value<acc_t>(r, i);
+      for (int r = 0; r < kInputRows; ++r) {
 #pragma unroll
-        for (int out = 0; out < kRows; ++out) {
-          if (r < out || r >= out + kTaps) continue;
+        for (int i = 0; i < kVec; ++i) {
+          const acc_t value = values.template value<acc_t>(r, i);
 #pragma unroll
-          for (int side = 0; side < kTaps; ++side) sums[side][out][i] += weight[r - out][kTaps - 1 - side][i] * value;
+          for (int out = 0; out < kRows; ++out) {
+            if (r < out || r >= out + kTaps) continue;
+#pragma unroll
+            for (int side = 0; side < kTaps; ++side) sums[side][out][i] += weight[r - out][kTaps - 1 - side][i] * value;
+          }
         }
       }
-    }
-    if (c >= 1) {
 #pragma unroll
       for (int out = 0; out < kRows; ++out) {
         acc_t result[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          const acc_t sum = sums[0][out][i];
-          result[i] = kGradient ? sum : sum * sigmoid(sum);
+          result[i] = sums[0][out][i] * sigmoid(sums[0][out][i]);
+          sums[0][out][i] = sums[1][out][i];
+          sums[1][out][i] = sums[2][out][i];
+          sums[2][out][i] = 0;
         }
+        if (column < 1) continue;  // there is no column on the left
         if (inside[out]) store(out_row[out], result);
         out_row[out] += out_stride;
       }
     }
-#pragma unroll
-    for (int out = 0; out < kRows; ++out) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        sums[0][out][i] = sums[1][out][i];
-        sums[1][out][i] = sums[2][out][i];
-        sums[2][out][i] = 0;
-      }
-    }
-  }
-}
-
-// The gradients of what SiLU takes, and of the weights: each team of threads adds up those of its strips.
-template <int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks) activation_and_weight_kernel(ConvData<T, acc_t> data) {
-  const int words = data.channels / kVec;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t team = thread / words;
-  if (team >= data.teams) return;
-  const int channel = (thread - team * words) * kVec;
-  acc_t weight[kTaps][kTaps][kVec], dweight[kTaps][kTaps][kVec] = {};
-  load_weights<kVec>(weight, data.weight + int64_t(channel) * kTaps * kTaps, false);
-  const T* map = data.x + channel;
-  for (int64_t number = team; number < data.strips; number += data.teams) {
-    const Strip strip(data, number);
-    Rows<kInputRows, kVec, T> rows(data.x + channel, data.x_stride, data, strip, strip.first_row - data.dilation,
-                                   strip.first_column - data.dilation);
-    Rows<kRows, kVec, T> grads(data.grad + channel, data.channels, data, strip, strip.first_row, strip.first_column);
-    typename Rows<kInputRows, kVec, T>::Column window[kTaps];
-#pragma unroll
-    for (int side = 0; side < kTaps; ++side) window[side] = rows.next();
-    auto grad = grads.next();
-    T* out_row = data.out + (grads.row[0] - data.grad) - grads.column_stride;
-    const int64_t down = int64_t{data.dilation} * data.width * data.channels;
-    const int columns = min(strip.columns, (data.width - strip.first_column + data.dilation - 1) / data.dilation);
-    for (int c = 0; c < columns; ++c) {
-      const auto next = rows.next();
-      const auto next_grad = grads.next();
-#pragma unroll
-      for (int out = 0; out < kRows; ++out) {
-        acc_t sum[kVec] = {};
-#pragma unroll
-        for (int r = 0; r < kTaps; ++r) {
-#pragma unroll
-          for (int side = 0; side < kTaps; ++side) {
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) {
-              sum[i] += weight[r][side][i] * window[side].template value<acc_t>(out + r, i);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          const acc_t gate = sigmoid(sum[i]);
-          sum[i] = grad.template value<acc_t>(out, i) * gate * (1 + sum[i] * (1 - gate));
-        }
-#pragma unroll
-        for (int r = 0; r < kTaps; ++r) {
-#pragma unroll
-          for (int side = 0; side < kTaps; ++side) {
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) {
-              dweight[r][side][i] += sum[i] * window[side].template value<acc_t>(out + r, i);
-            }
-          }
-        }
-        if (grads.inside[out]) store(out_row + out * down, sum);
-      }
-      out_row += grads.column_stride;
-      window[0] = window[1];
-      window[1] = window[2];
-      window[2] = next;
-      grad = next_grad;
-    }
-  }
-  acc_t* to = data.dweight + (team * data.channels + channel) * kTaps * kTaps;
-#pragma unroll
-  for (int k = 0; k < kTaps * kTaps; ++k) {
-    acc_t word[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const int place = k * kVec + i, tap = place % (kTaps * kTaps);
-      word[i] = dweight[tap / kTaps][tap % kTaps][place / (kTaps * kTaps)];
-    }
-    store(to + k * kVec, word);
   }
 }
 
@@ -338,55 +256,11 @@ Tensor depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t dilati
     data.out = out.mutable_data_ptr<scalar_t>();
     inputs.with_words<scalar_t>({&out}, [&](auto vec) {
       const unsigned blocks = blocks_of(data.strips * (data.channels / vec()));
-      conv_kernel<vec(), false><<<blocks, kThreads, 0, current_stream()>>>(data);
+      conv_kernel<vec()><<<blocks, kThreads, 0, current_stream()>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
-}
-
-std::tuple<Tensor, Tensor> depthwise_conv_silu_backward(const Tensor& grad_, const Tensor& x, const Tensor& weight,
-                                                        int64_t dilation) {
-  check_depthwise_conv(x, weight, dilation);
-  check_like("grad", grad_, "x", x, x.sizes());
-  const DeviceGuard guard(x);
-  const ConvInputs inputs(x, weight, dilation);
-  const Tensor grad = contiguous(grad_), before = empty_like(x), dx = empty_like(x);
-  const ScalarType accumulation = accumulation_type(x);
-  if (x.numel() == 0) return {dx, zeros(x, weight.sizes(), accumulation)};
-  Tensor dweight;
-  for_floating_type(x.scalar_type(), [&](auto value) {
-    using scalar_t = decltype(value);
-    using acc_t = Accumulation<scalar_t>;
-    auto data = inputs.data<scalar_t, acc_t>();
-    data.grad = grad.const_data_ptr<scalar_t>();
-    data.out = before.mutable_data_ptr<scalar_t>();
-    inputs.with_words<scalar_t>({&grad}, [&](auto vec) {
-      const int64_t words = data.channels / vec(),
-                    most = int64_t{kBackwardBlocks} * kThreads * current_limits().multiprocessors;
-      data.teams = static_cast<int>(std::clamp<int64_t>(most / words, 1, data.strips));
-      const auto sizes = weight.sizes();
-      const Tensor parts = empty(x, {data.teams, sizes[0], sizes[1], sizes[2], sizes[3]}, accumulation);
-      data.dweight = parts.mutable_data_ptr<acc_t>();
-      activation_and_weight_kernel<vec()><<<blocks_of(data.teams * words), kThreads, 0, current_stream()>>>(data);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-      dweight = sum(parts, 0, accumulation);
-    });
-    data.x = before.const_data_ptr<scalar_t>();
-    data.x_stride = data.channels;
-    data.out = dx.mutable_data_ptr<scalar_t>();
-    const auto launch = [&](auto vec) {
-      const unsigned blocks = blocks_of(data.strips * (data.channels / vec()));
-      conv_kernel<vec(), true><<<blocks, kThreads, 0, current_stream()>>>(data);
-    };
-    if (data.channels % kChannelsOfThread<scalar_t> == 0) {  // what was allocated here is aligned
-      launch(std::integral_constant<int, kChannelsOfThread<scalar_t>>());
-    } else {
-      launch(std::integral_constant<int, 1>());
-    }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {dx, dweight};
 }
 
 }  // namespace
@@ -394,5 +268,4 @@ std::tuple<Tensor, Tensor> depthwise_conv_silu_backward(const Tensor& grad_, con
 
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
   m.impl("depthwise_conv_silu", TORCH_BOX(&grootvl::depthwise_conv_silu));
-  m.impl("depthwise_conv_silu_backward", TORCH_BOX(&grootvl::depthwise_conv_silu_backward));
 }

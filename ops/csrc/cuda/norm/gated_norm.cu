@@ -27,7 +27,7 @@ struct NormData {
   // Backward; `statistics` are read then.
   const T* grad;
   T *dh, *dx, *dz, *dC;
-  acc_t* dparameters;  // (blocks, 5, D)
+  acc_t* dparameters;  // (teams, 5, D)
 };
 
 // The parameters of a thread's channels. A thread with one word keeps them in registers; one with several has no room
@@ -68,27 +68,21 @@ struct Parameters {
 enum Parameter { kSkip, kInnerWeight, kInnerBias, kOuterWeight, kOuterBias };
 
 // A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
-template <int kWords, int kVec, typename T, bool kBackward>
-struct Pixel {
-  Words<kWords, kVec, T> h, x, z, grad;
-  T C;
-  int64_t row, at;
+template <int kWords, int kVec, typename T>
+struct WordsOfPixel {
+  int64_t row;
   bool valid;
+  Words<kWords, kVec, T> h, x, z;
+  T C;
 
   template <typename acc_t>
-  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, int channel, int64_t wanted)
-      : Pixel(data, channel, min(wanted, data.rows - 1), wanted < data.rows) {}
-
-  template <typename acc_t>
-  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, int channel, int64_t row_, bool valid_)
-      : h(data.h + row_ * data.channels + channel),
-        x(data.x + row_ * data.channels + channel),
-        z(data.z + row_ * data.z_stride + channel),
-        grad((kBackward ? data.grad : data.h) + row_ * data.channels + channel),
-        C(data.C[row_ * data.C_stride]),
-        row(row_),
-        at(row_ * data.channels + channel),
-        valid(valid_) {}
+  __device__ __forceinline__ WordsOfPixel(const NormData<T, acc_t>& data, int channel, int64_t wanted)
+      : row(min(wanted, data.rows - 1)),
+        valid(wanted < data.rows),
+        h(data.h + row * data.channels + channel),
+        x(data.x + row * data.channels + channel),
+        z(data.z + row * data.z_stride + channel),
+        C(data.C[row * data.C_stride]) {}
 };
 
 template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
@@ -97,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
   const bool in_map = threadIdx.x * kVec < data.channels;
   const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
   const Parameters<kWords, kVec, acc_t> parameters(data, channel);
-  using ThisPixel = Pixel<kWords, kVec, T, false>;
+  using ThisPixel = WordsOfPixel<kWords, kVec, T>;
   ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
@@ -108,15 +102,16 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
     pixel.h.unpack(y);
     const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
     pixel.x.unpack(x);
-    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= C * weight; });
-    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] += C * bias; });
+    // In the order of the backward pass, which must get the same bits.
+    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
+    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
     parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * x[i]; });
     const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
     pixel.z.unpack(x);
     parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kOuterBias, [&](int i, acc_t bias) { y[i] = (y[i] + bias) * x[i] * sigmoid(x[i]); });
     if (!(in_map && pixel.valid)) continue;
-    store_words<kWords, kVec>(data.out + pixel.at, y);
+    store_words<kWords, kVec>(data.out + pixel.row * data.channels + channel, y);
     if (threadIdx.x == 0) {
       acc_t* statistics = data.statistics + 4 * pixel.row;
       statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
@@ -124,82 +119,110 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
   }
 }
 
-template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backward_kernel(NormData<T, acc_t> data) {
-  constexpr int kValues = kWords * kVec;
-  const bool in_map = threadIdx.x * kVec < data.channels;
-  const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
-  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
-  acc_t dparameters[kNumParameters][kValues] = {};
-  using ThisPixel = Pixel<kWords, kVec, T, true>;
-  ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+// A thread's channels in the backward pass, with their parameters. It has one word of them: of more, the gradients of
+// the parameters would not fit into registers.
+template <int kVec, typename acc_t>
+struct Channels {
+  int first;
+  bool active;
+  acc_t skip[kVec], h_weight[kVec], h_bias[kVec], out_weight[kVec], out_bias[kVec];
+
+  template <typename T>
+  __device__ explicit Channels(const NormData<T, acc_t>& data) : first(threadIdx.x * kVec) {
+    active = first < data.channels;
+    first = active ? first : 0;
+    acc_t* const all[kNumParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
+    for (int p = 0; p < kNumParameters; ++p) {
+      for (int i = 0; i < kVec; ++i) all[p][i] = data.parameters[p][first + i];
+    }
+  }
+};
+
+// The same for the backward pass, in which a thread has one word.
+template <int kVec, typename T>
+struct Pixel {
+  Vector<T, kVec> h, x, z, grad;
+  T C;
+  int64_t row, at;
+  bool valid;
+
+  template <typename acc_t>
+  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, const Channels<kVec, acc_t>& channels,
+                                   int64_t wanted) {
+    valid = wanted < data.rows;
+    row = valid ? wanted : data.rows - 1;
+    at = row * data.channels + channels.first;
+    h = load<kVec>(data.h + at);
+    x = load<kVec>(data.x + at);
+    z = load<kVec>(data.z + row * data.z_stride + channels.first);
+    grad = load<kVec>(data.grad + at);
+    C = data.C[row * data.C_stride];
+  }
+};
+
+template <int kThreads, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
+  const Channels<kVec, acc_t> channels(data);
+  const int step = gridDim.x * blockDim.y;
+  acc_t dparameters[kNumParameters][kVec] = {};
+  Pixel<kVec, T> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const ThisPixel pixel = next;
-    next = ThisPixel(data, channel, first + step + threadIdx.y);
-    const bool active = in_map && pixel.valid;
+    const Pixel<kVec, T> pixel = next;
+    next = Pixel<kVec, T>(data, channels, first + step + threadIdx.y);
+    const bool active = channels.active && pixel.valid;
+    acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
+    unpack(h, pixel.h);
+    unpack(x, pixel.x);
+    unpack(z, pixel.z);
+    unpack(dy, pixel.grad);
     const acc_t C = static_cast<acc_t>(pixel.C);
     const acc_t* statistics = data.statistics + 4 * pixel.row;
     const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
-    acc_t h[kValues], x[kValues], z[kValues], dy[kValues];
-    pixel.h.unpack(h);
-    pixel.x.unpack(x);
-    pixel.z.unpack(z);
-    pixel.grad.unpack(dy);
 
-    // After the loops h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
-    acc_t y[kValues], sums[2] = {};
+    // After the loop h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
+    acc_t y[kVec], sums[2] = {};
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) h[i] = (h[i] - h_mean) * h_scale;
-    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] = h[i] * weight; });
-    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
-    parameters(kSkip, [&](int i, acc_t skip) { y[i] = (y[i] + skip * x[i] - y_mean) * y_scale; });
-    acc_t outer[kValues];
-    parameters(kOuterWeight, [&](int i, acc_t weight) { outer[i] = y[i] * weight; });
-    parameters(kOuterBias, [&](int i, acc_t bias) {
+    for (int i = 0; i < kVec; ++i) {
+      h[i] = (h[i] - h_mean) * h_scale;
+      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
+      y[i] = (y[i] - y_mean) * y_scale;
       const acc_t gate = sigmoid(z[i]), silu = z[i] * gate;
       const acc_t grad = active ? dy[i] : acc_t(0);
-      z[i] = grad * (outer[i] + bias) * (gate + silu * (1 - gate));
-      dparameters[kOuterWeight][i] += grad * silu * y[i];
-      dparameters[kOuterBias][i] += grad * silu;
-      dy[i] = grad * silu;
-    });
-    parameters(kOuterWeight, [&](int i, acc_t weight) {
-      dy[i] *= weight;
+      z[i] = grad * (y[i] * channels.out_weight[i] + channels.out_bias[i]) * (gate + silu * (1 - gate));
+      dparameters[3][i] += grad * silu * y[i];
+      dparameters[4][i] += grad * silu;
+      dy[i] = grad * silu * channels.out_weight[i];
       sums[0] += dy[i];
       sums[1] += dy[i] * y[i];
-    });
-    team_sum<(kWords > 1)>(sums, 0);
-
-    // The gradient of C, and that of the normalised h with its sums.
-    acc_t more[3] = {};
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      dy[i] = active ? y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels) : acc_t(0);
-      dparameters[kSkip][i] += dy[i] * x[i];
-      dparameters[kInnerWeight][i] += dy[i] * C * h[i];
-      dparameters[kInnerBias][i] += dy[i] * C;
     }
-    parameters(kInnerBias, [&](int i, acc_t bias) { more[0] += dy[i] * bias; });
-    parameters(kSkip, [&](int i, acc_t skip) { x[i] = dy[i] * skip; });
-    parameters(kInnerWeight, [&](int i, acc_t weight) {
-      more[0] += dy[i] * h[i] * weight;
-      dy[i] *= C * weight;
-      more[1] += dy[i];
-      more[2] += dy[i] * h[i];
-    });
-    team_sum<(kWords > 1)>(more, 1);
+    team_sum<false>(sums, 0);
+    acc_t dh[kVec], more[3] = {};
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) dy[i] = h_scale * (dy[i] - (more[1] + h[i] * more[2]) / data.channels);
+    for (int i = 0; i < kVec; ++i) {
+      dy[i] = y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels);
+      const acc_t masked = active ? dy[i] : acc_t(0), dnormed = masked * C;  // of LN(h)
+      dparameters[0][i] += masked * x[i];
+      dparameters[1][i] += dnormed * h[i];
+      dparameters[2][i] += dnormed;
+      dh[i] = dnormed * channels.h_weight[i];
+      x[i] = masked * channels.skip[i];
+      more[0] += masked * (h[i] * channels.h_weight[i] + channels.h_bias[i]);
+      more[1] += dh[i];
+      more[2] += dh[i] * h[i];
+    }
+    team_sum<false>(more, 1);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
     if (!active) continue;
-    store_words<kWords, kVec>(data.dh + pixel.at, dy);
-    store_words<kWords, kVec>(data.dx + pixel.at, x);
-    store_words<kWords, kVec>(data.dz + pixel.at, z);
+    store(data.dh + pixel.at, dh);
+    store(data.dx + pixel.at, x);
+    store(data.dz + pixel.at, z);
     if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[0]);
   }
-  acc_t* to = data.dparameters + int64_t(blockIdx.x) * kNumParameters * data.channels;
-#pragma unroll
+  if (!channels.active) return;
+  const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   for (int p = 0; p < kNumParameters; ++p) {
-    store_block_sums<kThreads, kWords, kVec>(to + p * data.channels, dparameters[p], data.channels);
+    store(data.dparameters + (team * kNumParameters + p) * data.channels + channels.first, dparameters[p]);
   }
 }
 
@@ -226,10 +249,12 @@ struct NormInputs {
     aligned = all_aligned();
   }
 
-  // The blocks, of which each multiprocessor runs up to `per_processor`; words of several are of `word` channels.
-  TeamLaunch launch(int word, int vec, int per_processor) const {
-    const int words = aligned && h.size(2) % word == 0 ? words_of_thread(h.size(2) / word) : 1;
-    return TeamLaunch("gated_norm", h.size(0) * h.size(1), h.size(2),
+  // The blocks, of which each multiprocessor runs up to `per_processor`. Threads may have several words, of `word`
+  // channels.
+  TeamLaunch launch(int word, int vec, int per_processor, bool several) const {
+    const int64_t channels = h.size(2);
+    const int words = several && aligned && channels % word == 0 ? words_of_thread(channels / word) : 1;
+    return TeamLaunch("gated_norm", h.size(0) * h.size(1), channels,
                       words > 1 ? word
                       : aligned ? vec
                                 : 1,
@@ -281,7 +306,7 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     constexpr int kWord = std::min(kVec, 4);
-    const TeamLaunch launch = inputs.launch(kWord, kVec, 16);
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 16, true);
     launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
       gated_norm_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
@@ -321,12 +346,11 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    constexpr int kWord = 2;  // the gradients of five parameters of each channel are in registers
-    const TeamLaunch launch = inputs.launch(kWord, kVec, 8);
-    const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
+    const TeamLaunch launch = inputs.launch(kVec, kVec, 8, false);
+    const Tensor dparameters = empty(h, {launch.teams(), kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
-      gated_norm_backward_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
+      gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     totals = sum(dparameters, 0, accumulation);

@@ -145,6 +145,8 @@ struct TeamLaunch {
     blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
   }
 
+  int64_t teams() const { return int64_t{blocks} * block.y; }
+
   // Calls `launch` with the number of threads that a kernel is to be compiled for and the channels of a thread.
   template <int kVec, typename Launch>
   void with_sizes(bool aligned, Launch launch) const {
