@@ -192,12 +192,16 @@ def merged_scan(
         raise ValueError(f"direction must be 'up' or 'down', got '{direction}'")
     if dtype is not None and dtype != x.dtype and (x.dtype == torch.float64 or dtype != torch.float32):
         raise TypeError(f"dtype must be {x.dtype}, that of x, or the one of its sums, got {dtype}")
-    tree = _checked_tree("x and K = dt.size(2)", tree, [groups, length], x.device, False)
+    tree = _checked_tree(x, tree, [groups, length], False)
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
         if _transforms.active():
             return _transforms.merged_scan(x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, *tree, direction, dtype)
     keep = False
-    if torch.is_grad_enabled():
+    differentiable = torch.is_grad_enabled()
+    if not torch.jit.is_scripting():
+        # A traced call is traced once more without gradients, and the two must be the same.
+        differentiable = differentiable or torch.jit.is_tracing()
+    if differentiable:
         for operand in (x, dt, dt_weight, dt_bias, A_log, B, C, D_skip):
             if operand is not None and operand.requires_grad:
                 keep = True
@@ -227,19 +231,22 @@ def _check_direction(direction: str) -> None:
 def _tree_for(x: Tensor, tree: Tree) -> Tree:
     """The tree for each image of x, after a check that it fits."""
     shape = list(x.shape[:2])
-    tree = _checked_tree("x", tree, shape, x.device, True)
+    tree = _checked_tree(x, tree, shape, True)
     if tree.parent.size(0) == shape[0] and tree.order.size(0) == shape[0] and tree.subtree_size.size(0) == shape[0]:
         return tree
     return Tree(tree.parent.expand(shape), tree.order.expand(shape), tree.subtree_size.expand(shape))
 
 
-def _checked_tree(owner: str, tree: Tree, shape: list[int], device: torch.device, or_one: bool) -> Tree:
+def _checked_tree(x: Tensor, tree: Tree, shape: list[int], or_one: bool) -> Tree:
     """The tree, whose fields must have a shape, or be those of one tree instead of several if `or_one`."""
+    device = x.device
     for field in (tree.parent, tree.order, tree.subtree_size):
         is_one = or_one and field.dim() == 2 and field.size(0) == 1 and field.size(1) == shape[1]
         if list(field.shape) != shape and not is_one:
             allowed = "(1, L) or (B, L)" if or_one else "(K, L)"
-            raise ValueError(f"the tree's fields must be {allowed} = {shape} for {owner}, got {list(field.shape)}")
+            raise ValueError(
+                f"the tree's fields must be {allowed} = {shape} for x {list(x.shape)}, got {list(field.shape)}"
+            )
         if field.dtype != torch.int32:
             raise TypeError(f"the tree's fields must be int32, got {field.dtype}")
         if field.device != device:
