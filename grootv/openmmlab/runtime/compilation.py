@@ -4,9 +4,6 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
-# Batch statistics of several processes are computed outside of graphs, as in GlooSyncBatchNorm2d.
-nn.SyncBatchNorm.forward = torch.compiler.disable(nn.SyncBatchNorm.forward)
-
 
 def compile_backbone(model: nn.Module, options: bool | dict) -> None:
     """Compile the backbone of a classifier, detector or segmentor in place, when it is called first.
@@ -30,6 +27,9 @@ def compile_backbone(model: nn.Module, options: bool | dict) -> None:
     if not isinstance(getattr(owner, "backbone", None), nn.Module):
         raise ValueError(f"compile: {type(owner).__name__} has no backbone")
     options = {} if options is True else options
+    # Batch statistics of several processes are computed outside of graphs, as in GlooSyncBatchNorm2d.
+    if not getattr(nn.SyncBatchNorm.forward, "_torchdynamo_disable", False):
+        nn.SyncBatchNorm.forward = torch.compiler.disable(nn.SyncBatchNorm.forward)
     owner.backbone.compile(**options)
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
     print_log(f"The backbone will be compiled by torch.compile({shown}) in its first steps.", logger="current")
