@@ -265,10 +265,13 @@ variable_list add_layer_norm_gradients(const variable_list& grads, const variabl
   static const auto operation = find_operation<Signature>("grootvl_ops::add_layer_norm_backward");
   const Tensor& sum = saved[0];
   const Tensor grad = grads[1].defined() ? grads[1] : at::zeros_like(sum);
-  auto [dx, dbranch, dparameters] = call(operation, grad, optional(grads[0]), sum, saved[1], saved[2],
-                                         optional(saved[3]), static_cast<at::ScalarType>(branch_type.toInt()));
+  const auto type = static_cast<at::ScalarType>(branch_type.toInt());
+  auto [dx, dbranch, dparameters] =
+      call(operation, grad, optional(grads[0]), sum, saved[1], saved[2], optional(saved[3]), type);
   const variable_list rows = dparameters.unbind();  // weight, bias
-  return {dx, dbranch.sizes() == dx.sizes() ? dbranch : dx, rows[0], rows[1]};
+  // Not told by the sizes, which a compiler would then take for constants.
+  const bool shared = type == sum.scalar_type() && !saved[3].defined();
+  return {dx, shared ? dx : dbranch, rows[0], rows[1]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,

@@ -327,7 +327,9 @@ def _add_layer_norm_gradients(ctx, grad_sum: Tensor | None, grad: Tensor | None,
     dx, dbranch, dparameters = torch.ops.grootvl_ops.add_layer_norm_backward(
         grad, grad_sum, total, weight, statistics, factors, ctx.branch_dtype
     )
-    return dx, dbranch if dbranch.shape == dx.shape else dx, *dparameters, None, None, None
+    # Not told by the sizes, which a compiler would then take for constants.
+    shared = ctx.branch_dtype == total.dtype and factors is None
+    return dx, dx if shared else dbranch, *dparameters, None, None, None
 
 
 def _no_double_backward(name: str):
