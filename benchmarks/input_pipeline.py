@@ -26,7 +26,7 @@ from report import publish, shown_arguments, table
 from torch.utils.data import DataLoader, Dataset
 
 import grootv.openmmlab  # noqa: F401  registers the data sets
-from grootv.openmmlab.classification.images import to_rgb
+from grootv.images import to_rgb
 
 CONFIG = Path(__file__).parents[1] / "configs" / "classification" / "_base_" / "imagenet_224.py"
 

@@ -56,16 +56,15 @@ def selective_scan_flops(
 
 
 def merged_scan_flops(x_shape: list[int], dt_shape: list[int], *args: object, **kwargs: object) -> int:
-    """Of K scans of one sweep and of the sum of what they give, and of the products for their step sizes."""
-    groups, rank = dt_shape[2:]
-    return groups * prod(x_shape) * (2 + rank)
+    """Of K scans of one sweep. The sum of what they give is not counted, as it is not in published counts."""
+    return dt_shape[2] * prod(x_shape)
 
 
 def step_projection_flops(
     x_shape: list[int], dt_shape: list[int], dt_weight_shape: list[int] | None, *args: object, **kwargs: object
 ) -> int:
     """Of the product that makes the step size of each channel from one of low rank."""
-    return prod(x_shape) * dt_shape[-1] if dt_weight_shape is not None else 0
+    return x_shape[-1] * prod(dt_shape) if dt_weight_shape is not None else 0
 
 
 def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: object) -> int:
@@ -94,11 +93,15 @@ def _selective_scan_in_all(*args: Any, **kwargs: Any) -> int:
     return selective_scan_flops(*args, **kwargs) + step_projection_flops(*args, **kwargs)
 
 
+def _merged_scan_in_all(*args: Any, **kwargs: Any) -> int:
+    return merged_scan_flops(*args, **kwargs) + step_projection_flops(*args, **kwargs)
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "edge_weights": edge_weights_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
-    "merged_scan": merged_scan_flops,
+    "merged_scan": _merged_scan_in_all,
     "depthwise_conv_silu": depthwise_convolution_flops,
     "gated_norm": two_norms_flops,
     "layer_norm": norm_flops,

@@ -22,7 +22,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grootv.flops import (
+    depthwise_convolution_flops,
     edge_weights_flops,
+    merged_scan_flops,
     norm_flops,
     scan_flops,
     selective_scan_flops,
@@ -35,8 +37,11 @@ _COUNTED: dict[torch._ops.OpOverloadPacket, dict[str, Callable[..., int]]] = {
     torch.ops.grootvl_ops.edge_weights: {"tree": edge_weights_flops},
     torch.ops.grootvl_ops.tree_scan: {"scan": scan_flops},
     torch.ops.grootvl_ops.selective_scan: {"scan": selective_scan_flops, "products": step_projection_flops},
+    torch.ops.grootvl_ops.merged_scan: {"scan": merged_scan_flops, "products": step_projection_flops},
     torch.ops.grootvl_ops.gated_norm: {"norms": two_norms_flops},
     torch.ops.grootvl_ops.layer_norm: {"norms": norm_flops},
+    torch.ops.grootvl_ops.add_layer_norm: {"norms": norm_flops},
+    torch.ops.grootvl_ops.depthwise_conv_silu: {"convolutions": depthwise_convolution_flops},
     torch.ops.aten.native_layer_norm: {"norms": norm_flops},
     # What the counter takes batch normalisation apart into.
     torch.ops.aten._native_batch_norm_legit: {"norms": norm_flops},

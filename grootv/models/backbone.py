@@ -275,7 +275,9 @@ class Stage(nn.Module):
         """(B, C, H, W), the map of the stage before, to the map of this stage."""
         x = self.downsample(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if not self.grad_checkpointing and all(only_runs(block, Block) for block in self.blocks):
+            # A symbolic trace keeps what each block returns.
+            across = not (self.grad_checkpointing or isinstance(x, torch.fx.Proxy))
+            if across and all(only_runs(block, Block) for block in self.blocks):
                 return self._forward_across_blocks(x)
         tree: Tree | None = None
         for block in self.blocks:

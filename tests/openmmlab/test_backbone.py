@@ -235,7 +235,7 @@ def test_checkpointing_recomputes_the_same_gradients(monkeypatch: pytest.MonkeyP
         backbone.eval()
         sum(map.square().sum() for map in backbone(x)).backward()
         gradients.append([p.grad for p in backbone.parameters()])
-    assert len(calls) == 3 + 2 * 3  # each of the three blocks twice with checkpointing
+    assert len(calls) == 2 * 3  # each of the three blocks twice; without checkpointing, the stage passes them by
     for plain_gradient, gradient in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, plain_gradient)
 
