@@ -479,7 +479,8 @@ def draw_detections(axes: Axes, image: np.ndarray, found: Mapping[str, np.ndarra
 def plot_segmentation(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Figure:
     """The classes of the pixels of an image, as annotated on the left and as predicted on the right.
 
-    Regions of at least half a percent of the image have the name of their class. It needs scikit-image and SciPy.
+    The largest region of each class has its name, if it covers half a percent of the image. It needs scikit-image and
+    SciPy.
 
     Args:
         image: (H, W, 3) uint8, sRGB.
@@ -512,15 +513,15 @@ def draw_segmentation(axes: Axes, image: np.ndarray, labels: np.ndarray, classes
             continue
         colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
         axes.imshow(_colour_where(labels == number, colour, 0.6))
-        for region in regionprops(label(labels == number, connectivity=1)):
-            if region.area >= 0.005 * labels.size:
-                depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
-                row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
-                at = column / labels.shape[1]
-                side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
-                outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-                place: dict[str, Any] = {"horizontalalignment": side, "verticalalignment": "center"}
-                axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
+        region = max(regionprops(label(labels == number, connectivity=1)), key=lambda region: region.area)
+        if region.area >= 0.005 * labels.size:
+            depth = np.asarray(distance_transform_edt(np.pad(region.image, 1)))[1:-1, 1:-1]
+            row, column = np.unravel_index(depth.argmax(), depth.shape) + np.array(region.bbox[:2])
+            at = column / labels.shape[1]
+            side = "left" if at < 0.2 else "right" if at > 0.8 else "center"
+            outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
+            place: dict[str, Any] = {"horizontalalignment": side, "verticalalignment": "center"}
+            axes.text(column, row, classes[number], color="white", fontsize=11, path_effects=outline, **place)
 
 
 def _truth_and_prediction(image: np.ndarray) -> tuple[Figure, np.ndarray]:

@@ -62,8 +62,9 @@ def overrides(task: str, data: Path, pretrained: Path) -> list[str]:
 
 
 def make_sheet(folder: Path, sheet: Path, columns: int = 2, gap: int = 16) -> None:
-    """Write the first pictures in `folder` to one picture, in rows."""
+    """Write the first pictures in `folder` to one picture, in rows of similar heights."""
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))[:SHOWN]]
+    pictures.sort(key=lambda picture: picture.height)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     width = max(picture.width for picture in pictures) + gap
     heights = [max(picture.height for picture in row) + gap for row in rows]
