@@ -128,8 +128,8 @@ class Layout(NamedTuple):
     last_inputs: Tensor | None
     """(B, 1, kernel) int64, where each row's last inputs of the convolution are among those before the first token,
     which are as many, and those of the L tokens. None without padding."""
-    chain: Tree | None
-    """The tokens as a chain. None for one token that continues a cache."""
+    chain: Tree
+    """Of `grootl.trees.chain_tree`, as long as the scans need it."""
     edges: Tensor | None
     """Of `grootl.trees.prompt_edges`; None for no tree, and for tokens that continue a cache."""
     readers: StateReaders | None
@@ -148,15 +148,14 @@ def lay_out(config: GrootLConfig, inputs: Tensor, real: Tensor | None, prompts: 
     """
     batch, length = inputs.shape[:2]
     device, num_states = inputs.device, config.state_size
-    padding = last_inputs = chain = edges = readers = None
+    padding = last_inputs = edges = readers = None
     if real is not None:
         padding = ~real.unsqueeze(-1)
         if caches:
             right_padding = real.flip(1).int().argmax(1).where(real.any(1), length)
             last_inputs = (length - right_padding).view(-1, 1, 1) + torch.arange(config.conv_kernel, device=device)
     if prompts is None:
-        if length > 1:
-            chain = chain_tree(continued_length(length, num_states), device)
+        chain = chain_tree(continued_length(length, num_states), device)
         return Layout(True, padding, last_inputs, chain, edges, readers)
     end = (prompts.start + prompts.length).clamp(max=length).expand(batch)
     if caches:
@@ -199,7 +198,7 @@ class GrootLMixer(MambaMixer):
         """
         Args:
             hidden_states: (B, L, hidden size).
-            layout: of these tokens.
+            layout: of these tokens, see `lay_out`.
             cache: the states of the tokens before, if there are any, are read from it, those after the last token
                 written to it.
 
@@ -222,17 +221,16 @@ class GrootLMixer(MambaMixer):
         x = u
         if readers is not None:
             x, dt, B_and_C = readers.append_to(x, dt, B_and_C)
-        x, dt, B_and_C = _wide(x), _wide(dt), _wide(B_and_C)
-        B, C = B_and_C.split(num_states, dim=-1)
+        x, dt, B_and_C, A_log = (_wide(value) for value in (x, dt, B_and_C, self.A_log))
+        B, C = B_and_C.chunk(2, dim=-1)
 
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None and layout.continues else None
-        operands, tree_settings = (x, dt, self.A_log, B, C), (config.tree_scale, config.edge_decay)
+        operands, scale, decay = (x, dt, A_log, B, C), config.tree_scale, config.edge_decay
         if state is not None:
-            y, state = continue_scan(*operands, state, layout.chain, *tree_settings)
+            y, state = continue_scan(*operands, state, layout.chain, scale, decay)
         else:
             num_readers = 0 if readers is None else num_states
-            tree_settings = (config.neighbours, *tree_settings)
-            y, state = prefix_scan(*operands, layout.chain, layout.edges, *tree_settings, num_readers)
+            y, state = prefix_scan(*operands, layout.chain, layout.edges, config.neighbours, scale, decay, num_readers)
         if cache is not None and state is not None:
             cache.update_recurrent_state(state, self.layer_idx)
 
@@ -245,7 +243,7 @@ class GrootLMixer(MambaMixer):
         inputs = u.transpose(1, 2)
         if cache is not None and last_inputs is None:
             inputs = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=kernel).to(u.dtype)
-        elif cache is not None:
+        elif cache is not None and last_inputs is not None:
             before = cache.get_conv_state(self.layer_idx)
             inputs = F.pad(inputs, (kernel, 0)) if before is None else torch.cat((before.to(u.dtype), inputs), dim=-1)
             last = inputs.gather(-1, last_inputs.expand(-1, inputs.shape[1], -1))

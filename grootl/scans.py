@@ -1,9 +1,9 @@
 """What a mixer of GrootL computes between its projections: the chain, the tree, and the states to continue from.
 
-Everything is float32 (float64 for float64), but for A_log, which may be narrower. The symbols: u (Batch, L, D), the
-inputs; dt (Batch, L, D), the steps before softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the
-decay a_t = exp(-exp(A_log) delta_t) and the input x_t = delta_t B_t u_t have N states for each of D channels. No
-function here makes a (Batch, L, D, N) tensor.
+Everything is float32 (float64 for float64). The symbols: u (Batch, L, D), the inputs; dt (Batch, L, D), the steps
+before softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the decay a_t = exp(-exp(A_log)
+delta_t) and the input x_t = delta_t B_t u_t have N states for each of D channels. No function here makes a
+(Batch, L, D, N) tensor.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def continue_scan(
     B: Tensor,
     C: Tensor,
     state: Tensor,
-    chain: Tree | None,
+    chain: Tree,
     tree_scale: float,
     edge_decay: str,
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def continue_scan(
     Args:
         u, dt, A_log, B, C: of the new tokens, see the module.
         state: of `prefix_scan` or of this function. float32.
-        chain: `grootl.trees.chain_tree` of the length of `continued_length`; None for one token.
+        chain: `grootl.trees.chain_tree` of the length of `continued_length`.
         tree_scale: 0 if there was no tree.
         edge_decay: "next" or "own".
 
@@ -147,7 +147,7 @@ def continue_scan(
 
 def _decay(delta: Tensor, A_log: Tensor) -> Tensor:
     """exp(-exp(A_log) delta), (Batch, D, N), of one token's delta (Batch, 1, D)."""
-    return torch.exp(-A_log.to(delta.dtype).exp() * delta.mT)
+    return torch.exp(-A_log.exp() * delta.mT)
 
 
 def _scan_with_decays_of(
@@ -169,11 +169,11 @@ def _continue_chain(
     B: Tensor,
     C: Tensor,
     state: Tensor,
-    chain: Tree | None,
+    chain: Tree,
     gain: float,
 ) -> tuple[Tensor, Tensor]:
     """H_t = exp(-exp(A_log) edge_delta_t) H_(t-1) + gain x_t from the state H_(-1): C . H, and the last H."""
-    if chain is None:
+    if B.shape[1] == 1:
         state = torch.addcmul(_decay(edge_delta, A_log) * state, delta_u.mT, B, value=gain)
         return (state * C).sum(-1).unsqueeze(1), state
     # N tokens before the others, whose inputs are the state, and N behind them that read it.

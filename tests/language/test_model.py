@@ -16,9 +16,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from grootl import GrootLConfig, GrootLForCausalLM, GrootLModel, reference
-from grootl.modeling_grootl import GrootLMixer, Prompts, lay_out
+from grootl.modeling_grootl import GrootLMixer, GrootLRMSNorm, Prompts, lay_out
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -387,6 +388,20 @@ def test_half_precision(dtype):
     half = model.to(dtype)(ids, prompt_length=12).logits
     assert half.dtype == torch.float32
     assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+def test_norms_are_those_of_mamba_and_round_once():
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, theirs = GrootLRMSNorm(48, eps=1e-5), MambaRMSNorm(48, eps=1e-5)
+    for norm in (ours, theirs):
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+        norm.bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ours.weight.double()
+    half_step = torch.finfo(torch.bfloat16).eps / 2 * 1.001
+    assert ((ours(x) - exact).abs() <= half_step * exact.abs()).all()
+    assert not ((theirs(x) - exact).abs() <= half_step * exact.abs()).all()
+    # The last norm takes float32, and gives it.
+    torch.testing.assert_close(ours(x.float()), theirs(x.float()))
 
 
 def test_autocast_trains():

@@ -131,7 +131,7 @@ def test_tokens_that_follow_continue_the_state(parts, tree_scale, edge_decay):
     found, at = [], prompt
     for part in parts:
         now = slice(at, at + part)
-        chain = None if part == 1 else chain_tree(continued_length(part, N), CPU)
+        chain = chain_tree(continued_length(part, N), CPU)
         y, state = continue_scan(u[:, now], dt[:, now], A_log, B[:, now], C[:, now], state, chain, **options)
         found.append(y)
         at += part
