@@ -21,9 +21,11 @@ from transformers.models.mamba.modeling_mamba import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
+from grootvl_ops import Tree
+
 from .configuration_grootl import GrootLConfig
-from .scans import MASKED_STEP, continue_scan, final_state, prefix_scan
-from .trees import prompt_edges, prompt_tree
+from .scans import MASKED_STEP, StateReaders, continue_scan, continued_length, prefix_scan, state_readers
+from .trees import chain_tree, prompt_edges
 
 __all__ = ["GrootLCausalLMOutput", "GrootLForCausalLM", "GrootLMixer", "GrootLModel", "GrootLPreTrainedModel"]
 
@@ -116,11 +118,67 @@ def _checked_prompt_length(
     return lengths.to(device)
 
 
+class Layout(NamedTuple):
+    """What all layers of a forward pass need to know of its tokens, computed once; see `lay_out`."""
+
+    continues: bool
+    """Whether the tokens continue a cache."""
+    padding: Tensor | None
+    """(B, L, 1) bool, which tokens are padding; None if none is."""
+    last_inputs: Tensor | None
+    """(B, 1, kernel) int64, where each row's last inputs of the convolution are among those before the first token,
+    which are as many, and those of the L tokens. None without padding."""
+    chain: Tree
+    """Of `grootl.trees.chain_tree`, as long as the scans need it."""
+    edges: Tensor | None
+    """Of `grootl.trees.prompt_edges`; None for no tree, and for tokens that continue a cache."""
+    readers: StateReaders | None
+    """What reads the states after a prompt; None if no cache wants them."""
+
+
+def lay_out(config: GrootLConfig, inputs: Tensor, real: Tensor | None, prompts: Prompts | None, caches: bool) -> Layout:
+    """The layout of a forward pass.
+
+    Args:
+        config: of the model.
+        inputs: (B, L, ...), for its size and device.
+        real: (B, L) bool, which tokens are not padding; None if all.
+        prompts: None for tokens that continue a cache.
+        caches: whether the states after the last token are wanted.
+    """
+    batch, length = inputs.shape[:2]
+    device, num_states = inputs.device, config.state_size
+    padding = last_inputs = edges = readers = None
+    if real is not None:
+        padding = ~real.unsqueeze(-1)
+        if caches:
+            right_padding = real.flip(1).int().argmax(1).where(real.any(1), length)
+            last_inputs = (length - right_padding).view(-1, 1, 1) + torch.arange(config.conv_kernel, device=device)
+    if prompts is None:
+        chain = chain_tree(continued_length(length, num_states), device)
+        return Layout(True, padding, last_inputs, chain, edges, readers)
+    end = (prompts.start + prompts.length).clamp(max=length).expand(batch)
+    if caches:
+        readers = state_readers(batch, config.intermediate_size, num_states, device)
+        length += num_states
+    if config.tree_scale != 0:
+        edges = prompt_edges(prompts.start.expand(batch), end, length, config.neighbours)
+    return Layout(False, padding, last_inputs, chain_tree(length, device), edges, readers)
+
+
+class GrootLRMSNorm(MambaRMSNorm):
+    """Mamba's norm as one operation of PyTorch. It rounds to the dtype of its input once, Mamba's twice."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+
 class StepProjection(nn.Linear):
     """A linear layer that adds its bias, and returns its result, in float32: decays are exponential in it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _wide(F.linear(x, self.weight)) + _wide(self.bias)
+        return F.linear(x, self.weight) + _wide(self.bias)
 
 
 class GrootLMixer(MambaMixer):
@@ -136,77 +194,62 @@ class GrootLMixer(MambaMixer):
         if initialize_mixer_weights and self.dt_proj.weight.device.type != "meta":
             self.init_mamba_weights()
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: Cache | None = None,
-        real: Tensor | None = None,
-        edges: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """
         Args:
             hidden_states: (B, L, hidden size).
+            layout: of these tokens, see `lay_out`.
             cache: the states of the tokens before, if there are any, are read from it, those after the last token
                 written to it.
-            real: (B, L) bool, which tokens are not padding; None if all.
-            edges: of `grootl.trees.prompt_edges`; None for no tree. Not used for tokens that continue a cache.
 
         Returns:
             (B, L, hidden size).
         """
-        config = self.config
-        padding = None if real is None else ~real.unsqueeze(-1)
-        conv_state = None if cache is None else cache.get_conv_state(self.layer_idx)
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        config, num_states = self.config, self.ssm_state_size
+        padding, readers = layout.padding, layout.readers
 
         u, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         if padding is not None:
             u = u.masked_fill(padding, 0)
-        u = self.act(self._convolve(u, conv_state, cache, real))
+        u = self.act(self._convolve(u, cache, layout.last_inputs)).contiguous()
         if padding is not None:
             u = u.masked_fill(padding, 0)
-        dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
-        dt = _wide(self.dt_proj(dt))
+        dt, B_and_C = self.x_proj(u).split([self.time_step_rank, 2 * num_states], dim=-1)
+        dt = self.dt_proj(dt)
         if padding is not None:
             dt = dt.masked_fill(padding, MASKED_STEP)
-        x, B, C, A_log = (_wide(value) for value in (u, B, C, self.A_log))
+        x = u
+        if readers is not None:
+            x, dt, B_and_C = readers.append_to(x, dt, B_and_C)
+        x, dt, B_and_C, A_log = (_wide(value) for value in (x, dt, B_and_C, self.A_log))
+        B, C = B_and_C.chunk(2, dim=-1)
 
+        state = cache.get_recurrent_state(self.layer_idx) if cache is not None and layout.continues else None
+        operands, scale, decay = (x, dt, A_log, B, C), config.tree_scale, config.edge_decay
         if state is not None:
-            y, state = continue_scan(x, dt, A_log, B, C, state, config.tree_scale, config.edge_decay)
+            y, state = continue_scan(*operands, state, layout.chain, scale, decay)
         else:
-            tree = None
-            if edges is not None:
-                tree = prompt_tree(F.softplus(dt.detach()) * x.detach(), B.detach(), edges, config.neighbours)
-            y = prefix_scan(x, dt, A_log, B, C, tree, config.tree_scale, config.edge_decay)
-            if cache is not None:
-                state = final_state(x, dt, A_log, B, tree, config.tree_scale, config.edge_decay)
+            num_readers = 0 if readers is None else num_states
+            y, state = prefix_scan(*operands, layout.chain, layout.edges, config.neighbours, scale, decay, num_readers)
         if cache is not None and state is not None:
             cache.update_recurrent_state(state, self.layer_idx)
 
-        y = (y + x * _wide(self.D)) * F.silu(_wide(gate))
+        y = torch.addcmul(y, x if readers is None else u, self.D) * F.silu(_wide(gate))
         return self.out_proj(y.to(hidden_states.dtype))
 
-    def _convolve(self, u: Tensor, conv_state: Tensor | None, cache: Cache | None, real: Tensor | None) -> Tensor:
+    def _convolve(self, u: Tensor, cache: Cache | None, last_inputs: Tensor | None) -> Tensor:
         """The causal convolution of u (B, L, D) behind what the cache holds, which is brought up to date."""
         length, kernel = u.shape[1], self.conv_kernel_size
         inputs = u.transpose(1, 2)
-        if conv_state is not None:
-            inputs = torch.cat((conv_state.to(u.dtype), inputs), dim=-1)
-        if cache is not None:
-            cache.update_conv_state(_last_inputs(inputs, real, kernel), self.layer_idx, conv_kernel_size=kernel)
+        if cache is not None and last_inputs is None:
+            inputs = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=kernel).to(u.dtype)
+        elif cache is not None and last_inputs is not None:
+            before = cache.get_conv_state(self.layer_idx)
+            inputs = F.pad(inputs, (kernel, 0)) if before is None else torch.cat((before.to(u.dtype), inputs), dim=-1)
+            last = inputs.gather(-1, last_inputs.expand(-1, inputs.shape[1], -1))
+            cache.update_conv_state(last, self.layer_idx, conv_kernel_size=kernel)
         width = inputs.shape[-1]
         return self.conv1d(inputs)[..., width - length : width].transpose(1, 2)
-
-
-def _last_inputs(inputs: Tensor, real: Tensor | None, kernel: int) -> Tensor:
-    """The last `kernel` inputs (B, D, kernel) of each row's tokens, with zeros before the first, from (B, D, width)."""
-    inputs = F.pad(inputs, (max(kernel - inputs.shape[-1], 0), 0))
-    if real is None:
-        return inputs[..., -kernel:]
-    inputs = F.pad(inputs, (kernel, 0))
-    right_padding = real.flip(1).int().argmax(1).where(real.any(1), real.shape[1])
-    index = inputs.shape[-1] - kernel - right_padding.unsqueeze(-1) + torch.arange(kernel, device=inputs.device)
-    return inputs.gather(-1, index.unsqueeze(1).expand(-1, inputs.shape[1], -1))
 
 
 class GrootLBlock(GradientCheckpointingLayer):
@@ -215,20 +258,14 @@ class GrootLBlock(GradientCheckpointingLayer):
     def __init__(self, config: GrootLConfig, layer_idx: int) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = GrootLRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = GrootLMixer(config, layer_idx, initialize_mixer_weights=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: Cache | None = None,
-        real: Tensor | None = None,
-        edges: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """See `GrootLMixer.forward`."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         hidden_states = self.norm(hidden_states.to(self.norm.weight.dtype))
-        return residual + self.mixer(hidden_states, cache=cache, real=real, edges=edges)
+        return residual + self.mixer(hidden_states, layout, cache=cache)
 
 
 class GrootLPreTrainedModel(MambaPreTrainedModel):
@@ -269,7 +306,7 @@ class GrootLModel(GrootLPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GrootLBlock(config, index) for index in range(config.num_hidden_layers)])
-        self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = GrootLRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -325,21 +362,18 @@ class GrootLModel(GrootLPreTrainedModel):
         if inputs.dim() == 2:
             _check_vocabulary(inputs, config.vocab_size)
             inputs = self.embeddings(inputs)
-        length = inputs.shape[1]
-        edges = real = None
+        real = None
         if prompts is not None:
             real = prompts.real
-            if config.tree_scale != 0:
-                end = (prompts.start + prompts.length).clamp(max=length)
-                edges = prompt_edges(prompts.start.expand_as(end), end, length, config.neighbours)
         elif attention_mask is not None:
             # The mask may cover the tokens that the cache has seen.
-            real = attention_mask[:, -length:] != 0
+            real = attention_mask[:, -inputs.shape[1] :] != 0
+        layout = lay_out(config, inputs, real, prompts, cache is not None)
 
         hidden_states = inputs
         all_hidden_states = ()
         for block in self.layers:
-            hidden_states = block(hidden_states, cache=cache, real=real, edges=edges)
+            hidden_states = block(hidden_states, layout, cache=cache)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
         hidden_states = self.norm_f(hidden_states)

@@ -3,34 +3,71 @@
 Everything is float32 (float64 for float64). The symbols: u (Batch, L, D), the inputs; dt (Batch, L, D), the steps
 before softplus; A_log (D, N); B and C (Batch, L, N). With delta = softplus(dt), the decay a_t = exp(-exp(A_log)
 delta_t) and the input x_t = delta_t B_t u_t have N states for each of D channels. No function here makes a
-(Batch, L, D, N) tensor of a long prompt.
+(Batch, L, D, N) tensor.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grootvl_ops import Tree, selective_scan, tree_scan
+from grootvl_ops import Tree, selective_scan
 
-from .trees import chain_tree
+from .trees import prompt_tree
 
-__all__ = ["MASKED_STEP", "continue_scan", "final_state", "prefix_scan"]
+__all__ = ["MASKED_STEP", "StateReaders", "continue_scan", "continued_length", "prefix_scan", "state_readers"]
 
 MASKED_STEP = -1e4
 """The step before softplus of a token that a scan passes unchanged: its decay is 1 and its input 0."""
-
-# How many values of (Batch, L, D, N) tensors are in memory at a time, unless those of one state are more.
-_VALUES_AT_ONCE = 1 << 24
 
 # A step this small does not decay any state, and the quotient of two steps remains in the range of float32.
 _SMALLEST_STEP = -30.0
 
 
+class StateReaders(NamedTuple):
+    """N tokens behind those of a prompt, at which the outputs of a scan are the prompt's last state: they have no
+    input, decay nothing, and the n-th has the n-th unit vector as C."""
+
+    u: Tensor
+    """(Batch, N, D) float32"""
+    dt: Tensor
+    """(Batch, N, D) float32"""
+    B_and_C: Tensor
+    """(Batch, N, 2 N) float32"""
+
+    def append_to(self, u: Tensor, dt: Tensor, B_and_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, dt and (B | C) of a prompt with these tokens behind it, in float32 (float64 for float64)."""
+        return (
+            torch.cat((u, self.u), dim=1),
+            torch.cat((dt, self.dt), dim=1),
+            torch.cat((B_and_C, self.B_and_C), dim=1),
+        )
+
+
+def state_readers(batch: int, channels: int, num_states: int, device: torch.device) -> StateReaders:
+    """Those of a scan of D channels with N states. They are the same for all layers, so make them once."""
+    u = torch.zeros(1, num_states, channels, device=device)
+    unit_vectors = torch.eye(num_states, 2 * num_states, device=device).roll(num_states, dims=1)
+    readers = StateReaders(u, torch.full_like(u, MASKED_STEP), unit_vectors.unsqueeze(0))
+    return StateReaders(*(value.expand(batch, -1, -1) for value in readers))
+
+
 def prefix_scan(
-    u: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree | None, tree_scale: float, edge_decay: str
-) -> Tensor:
+    u: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chain: Tree,
+    edges: Tensor | None,
+    neighbours: int,
+    tree_scale: float,
+    edge_decay: str,
+    num_readers: int = 0,
+) -> tuple[Tensor, Tensor | None]:
     """y_t = C_t . (h_t + tree_scale s_t), with h along the chain and s up the tree (paper, Algorithm 2):
 
         h_t = a_t h_(t-1) + x_t
@@ -38,44 +75,39 @@ def prefix_scan(
 
     Args:
         u, dt, A_log, B, C: see the module.
-        tree: of `grootl.trees.prompt_tree`; None for the chain alone.
+        chain: `grootl.trees.chain_tree` of the tokens.
+        edges: of `grootl.trees.prompt_edges`, from which the tree is chosen; None for the chain alone.
+        neighbours: as for `prompt_edges`.
         tree_scale: factor of the tree's part.
         edge_decay: "next" or "own".
+        num_readers: N if the last tokens are those of `state_readers`, else 0.
 
     Returns:
-        y: (Batch, L, D).
+        y: (Batch, L, D), without readers.
+        The state after the last token, from which `continue_scan` goes on; None if there are no readers. After the
+        prompt, chain and tree are chains both. With "next" they have the same decays, so their weighted sum
+        H = h + tree_scale s is a state like Mamba's, (Batch, D, N). With "own" they have not, and both are needed: with
+        a tree, (Batch, D, 2 N), h and a s, the tree's state with the decay it leaves the token with.
     """
-    y = selective_scan(u, dt, None, None, A_log, B, chain_tree(u.shape[1], u.device), "down", C)
-    if tree is None:
-        return y
-    edge_dt = _edge_steps(dt, edge_decay)
-    return y.add(_scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "up"), alpha=tree_scale)
+    y = of_chain = selective_scan(u, dt, None, None, A_log, B, chain, "down", C)
+    of_tree = None
+    if edges is not None:
+        delta_u = F.softplus(dt) * u
+        tree = prompt_tree(delta_u, B, edges, neighbours)
+        edge_dt = dt if edge_decay == "own" else dt.roll(-1, dims=1)  # that of the root is not used
+        of_tree = _scan_with_decays_of(edge_dt, delta_u, A_log, B, C, tree, "up")
+        y = of_chain.add(of_tree, alpha=tree_scale)
+    if num_readers == 0:
+        return y, None
+    state = y[:, -num_readers:]
+    if of_tree is not None and edge_decay == "own":
+        state = torch.cat((of_chain[:, -num_readers:], of_tree[:, -num_readers:]), dim=1)
+    return y[:, :-num_readers], state.mT
 
 
-def final_state(
-    u: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, tree: Tree | None, tree_scale: float, edge_decay: str
-) -> Tensor:
-    """The state after the last token, from which `continue_scan` goes on. Arguments: see `prefix_scan`.
-
-    After the prompt, chain and tree are chains both. With "next" they have the same decays, so their weighted sum
-    H = h + tree_scale s is a state like Mamba's. With "own" they have not, and both are needed.
-
-    Returns:
-        (Batch, D, N): H. With a tree and "own": (Batch, D, 2 N), h and a s, the tree's state with the decay it leaves
-        the token with.
-    """
-    delta = F.softplus(dt)
-    chain = _decayed_sum(delta.flip(1).cumsum(1).flip(1) - delta, u, delta, A_log, B)
-    if tree is None:
-        return chain
-    edge_dt = _edge_steps(dt, edge_decay)
-    vertices = torch.arange(u.shape[1], device=u.device).unsqueeze(-1)
-    steps = F.softplus(edge_dt).masked_fill(tree.parent.unsqueeze(-1) == vertices, 0)
-    to_root = tree_scan(steps, torch.ones_like(steps), tree, "down")
-    branch = _decayed_sum(to_root, u, delta, A_log, B)
-    if edge_decay == "next":
-        return chain + tree_scale * branch
-    return torch.cat((chain, _decay(delta[:, -1], A_log) * branch), dim=-1)
+def continued_length(length: int, num_states: int) -> int:
+    """The number of tokens of the chain that `continue_scan` takes for `length` tokens."""
+    return length + 2 * num_states
 
 
 def continue_scan(
@@ -85,80 +117,76 @@ def continue_scan(
     B: Tensor,
     C: Tensor,
     state: Tensor,
+    chain: Tree,
     tree_scale: float,
     edge_decay: str,
 ) -> tuple[Tensor, Tensor]:
-    """The scan of tokens that follow those of `final_state`: all of them continue the chain that hangs off the prompt.
+    """The scan of tokens that follow those of `prefix_scan`: all of them continue the chain that hangs off the prompt.
 
     Args:
         u, dt, A_log, B, C: of the new tokens, see the module.
-        state: of `final_state` or of this function. float32.
+        state: of `prefix_scan` or of this function. float32.
+        chain: `grootl.trees.chain_tree` of the length of `continued_length`.
         tree_scale: 0 if there was no tree.
         edge_decay: "next" or "own".
 
     Returns:
         y, (Batch, L, D), and the state after the last token.
     """
+    delta = F.softplus(dt)
+    delta_u = delta * u
     if edge_decay == "next" or tree_scale == 0:
-        return _continue_chain(u, dt, dt, A_log, B, C, state, 1 + tree_scale)
-    chain, branch = state.chunk(2, dim=-1)
-    y_chain, chain = _continue_chain(u, dt, dt, A_log, B, C, chain, 1)
+        return _continue_chain(delta_u, dt, delta, A_log, B, C, state, chain, 1 + tree_scale)
+    state, branch = state.chunk(2, dim=-1)
+    y, state = _continue_chain(delta_u, dt, delta, A_log, B, C, state, chain, 1)
     previous = torch.cat((torch.full_like(dt[:, :1], MASKED_STEP), dt[:, :-1]), dim=1)
-    y_branch, branch = _continue_chain(u, dt, previous, A_log, B, C, branch, 1)
-    branch = _decay(F.softplus(dt[:, -1]), A_log) * branch
-    return y_chain + tree_scale * y_branch, torch.cat((chain, branch), dim=-1)
-
-
-def _edge_steps(dt: Tensor, edge_decay: str) -> Tensor:
-    """For each token, the step whose decay belongs to the edge to its parent. That of the root is not used."""
-    return dt if edge_decay == "own" else dt.roll(-1, dims=1)
+    y_branch, branch = _continue_chain(delta_u, previous, F.softplus(previous), A_log, B, C, branch, chain, 1)
+    branch = _decay(delta[:, -1:], A_log) * branch
+    return y.add(y_branch, alpha=tree_scale), torch.cat((state, branch), dim=-1)
 
 
 def _decay(delta: Tensor, A_log: Tensor) -> Tensor:
-    """(..., D) to (..., D, N)."""
-    return torch.exp(-A_log.to(delta.dtype).exp() * delta.unsqueeze(-1))
+    """exp(-exp(A_log) delta), (Batch, D, N), of one token's delta (Batch, 1, D)."""
+    return torch.exp(-A_log.exp() * delta.mT)
 
 
 def _scan_with_decays_of(
-    edge_dt: Tensor, u: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree, direction: str
+    edge_dt: Tensor, delta_u: Tensor, A_log: Tensor, B: Tensor, C: Tensor, tree: Tree, direction: str
 ) -> Tensor:
-    """C . h of a selective scan whose decays have other steps, `edge_dt`, than its inputs.
+    """C . h of a selective scan whose decays have other steps, `edge_dt`, than its inputs, delta_u B.
 
-    The operation takes one step for both. It scales inputs by delta', so they come with the factor delta / delta'.
+    The operation takes one step for both. It scales inputs by softplus(edge_dt), so they are divided by it before.
     """
-    if edge_dt is dt:
-        return selective_scan(u, dt, None, None, A_log, B, tree, direction, C)
     edge_dt = edge_dt.clamp(min=_SMALLEST_STEP)
-    scaled = u * (F.softplus(dt) / F.softplus(edge_dt))
-    return selective_scan(scaled, edge_dt, None, None, A_log, B, tree, direction, C)
-
-
-def _decayed_sum(steps: Tensor, u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor) -> Tensor:
-    """sum over t of exp(-exp(A_log) steps_t) x_t, (Batch, D, N): x_t after decays whose steps sum up to `steps`."""
-    delta_u, rate = delta * u, -A_log.to(delta.dtype).exp()
-    at_once = max(1, _VALUES_AT_ONCE // max(1, steps.numel()))
-    states = [
-        # (Batch, n, 1, L) times (Batch, n, L, D), a row of states for each channel.
-        B_.mT.unsqueeze(2) @ (torch.exp(steps.unsqueeze(1) * rate_.T.unsqueeze(1)) * delta_u.unsqueeze(1))
-        for rate_, B_ in zip(rate.split(at_once, dim=1), B.split(at_once, dim=2), strict=True)
-    ]
-    return torch.cat(states, dim=1).squeeze(2).mT
+    return selective_scan(delta_u / F.softplus(edge_dt), edge_dt, None, None, A_log, B, tree, direction, C)
 
 
 def _continue_chain(
-    u: Tensor, dt: Tensor, edge_dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, gain: float
+    delta_u: Tensor,
+    edge_dt: Tensor,
+    edge_delta: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    chain: Tree,
+    gain: float,
 ) -> tuple[Tensor, Tensor]:
-    """H_t = exp(-exp(A_log) softplus(edge_dt_t)) H_(t-1) + gain x_t from the state H_(-1): C . H, and the last H."""
-    delta, edge_delta = F.softplus(dt), F.softplus(edge_dt)
-    if u.shape[1] == 1:
-        x = (delta * u)[:, 0, :, None] * B[:, 0, None, :]
-        state = _decay(edge_delta[:, 0], A_log) * state + gain * x
-        return (state * C[:, 0, None, :]).sum(-1).unsqueeze(1), state
-    tree = chain_tree(u.shape[1], u.device)
-    y = gain * _scan_with_decays_of(edge_dt, u, dt, A_log, B, C, tree, "down")
-    since_start, rate = edge_delta.cumsum(1), -A_log.to(delta.dtype).exp()
-    for n in range(rate.shape[1]):
-        y = y + C[..., n, None] * torch.exp(since_start * rate[:, n]) * state[:, None, :, n]
-    until_end = since_start[:, -1:] - since_start
-    last = _decay(since_start[:, -1], A_log) * state + gain * _decayed_sum(until_end, u, delta, A_log, B)
-    return y, last
+    """H_t = exp(-exp(A_log) edge_delta_t) H_(t-1) + gain x_t from the state H_(-1): C . H, and the last H."""
+    if B.shape[1] == 1:
+        state = torch.addcmul(_decay(edge_delta, A_log) * state, delta_u.mT, B, value=gain)
+        return (state * C).sum(-1).unsqueeze(1), state
+    # N tokens before the others, whose inputs are the state, and N behind them that read it.
+    batch, num_states = B.shape[0], B.shape[2]
+    unit_vectors = torch.eye(num_states, dtype=B.dtype, device=B.device).expand(batch, -1, -1)
+    none = torch.zeros_like(unit_vectors)
+    y = _scan_with_decays_of(
+        F.pad(edge_dt, (0, 0, num_states, num_states), value=_SMALLEST_STEP),
+        F.pad(torch.cat((state.mT, gain * delta_u), dim=1), (0, 0, 0, num_states)),
+        A_log,
+        torch.cat((unit_vectors, B, none), dim=1),
+        torch.cat((none, C, unit_vectors), dim=1),
+        chain,
+        "down",
+    )
+    return y[:, num_states:-num_states], y[:, -num_states:].mT

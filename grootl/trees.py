@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grootvl_ops import Tree, build_tree_from_edges
@@ -30,22 +31,24 @@ def prompt_edges(start: Tensor, end: Tensor, length: int, neighbours: int) -> Te
         neighbours: at least 1.
 
     Returns:
-        (B, (L - 1) * neighbours, 2) int64. Where the graph has fewer edges, the list has edges from a token to itself,
-        which no tree contains.
+        (B, L * neighbours, 2) int32. Where the graph has fewer edges, the list has edges from a token to itself, which
+        no tree contains.
     """
-    later = torch.arange(length - 1, 0, -1, device=start.device).unsqueeze(-1)
-    earlier = later - torch.arange(1, neighbours + 1, device=start.device)
+    later = torch.arange(length - 1, -1, -1, dtype=torch.int32, device=start.device).unsqueeze(-1)
+    distance = torch.arange(1, neighbours + 1, dtype=torch.int32, device=start.device)
+    earlier = later - distance
     in_prompt = (earlier >= start.view(-1, 1, 1)) & (later < end.view(-1, 1, 1))
-    is_chain = earlier == later - 1
-    joined = torch.where(in_prompt | is_chain, earlier, later)
+    in_chain = (distance == 1) & (later > 0)
+    joined = torch.where(in_prompt | in_chain, earlier, later)
     return torch.stack((later.expand_as(joined), joined), dim=-1).flatten(1, 2)
 
 
 @torch.no_grad()
 def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
-    """exp(-cos(x_i, x_j)) for the scan's inputs x_i = (delta u)_i B_i as one vector of D * N values each.
+    """-cos(x_i, x_j) for the scan's inputs x_i = (delta u)_i B_i as one vector of D * N values each.
 
-    x is an outer product, so that the cosine of two tokens is cos((delta u)_i, (delta u)_j) cos(B_i, B_j).
+    The paper's weights are exp(-cos), whose order, and so whose trees, are the same. x is an outer product, so that the
+    cosine of two tokens is ((delta u)_i . (delta u)_j) (B_i . B_j) / (|x_i| |x_j|), with |x_i| = |(delta u)_i| |B_i|.
 
     Args:
         delta_u: (Batch, L, D), the product of step sizes and inputs.
@@ -53,22 +56,15 @@ def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
         neighbours: as for `prompt_edges`.
 
     Returns:
-        (Batch, (L - 1) * neighbours), in the order of `prompt_edges`; 0 where it has no edge.
+        (Batch, L * neighbours), in the order of `prompt_edges`; 0 where a token has fewer tokens before it.
     """
-    length = B.shape[1]
-
-    def before(values: Tensor) -> Tensor:
-        """(Batch, neighbours, L, ...): from the largest distance to 1, the values of the tokens before; 1 for none."""
-        padding = values.new_ones(len(values), neighbours, *values.shape[2:])
-        return torch.cat((padding, values[:, :-1]), dim=1).unfold(1, length, 1).movedim(-1, 2)
-
-    def products(vectors: Tensor) -> Tensor:
-        return (vectors.unsqueeze(1) * before(vectors)).sum(-1)
-
-    norms = (delta_u.square().sum(-1) * B.square().sum(-1)).sqrt().clamp(min=1e-8)
-    cosines = products(delta_u) * products(B) / (norms.unsqueeze(1) * before(norms))
-    weights = torch.exp(-cosines).flip(1).triu(1)  # the first tokens have fewer tokens before them
-    return weights[..., 1:].flip(2).mT.flatten(1)
+    norm = torch.linalg.vector_norm(delta_u, dim=-1, keepdim=True) * torch.linalg.vector_norm(B, dim=-1, keepdim=True)
+    # One tensor for both factors: for short prompts, each operation costs the host more than the device.
+    vectors = torch.cat((delta_u, B / norm.clamp(min=1e-8)), dim=-1)
+    # (Batch, L, neighbours, D + N), from the largest distance to 1: the vectors of the tokens before; 0 for none.
+    before = F.pad(vectors, (0, 0, neighbours, -1)).unfold(1, neighbours, 1).mT
+    in_delta_u, in_B = (vectors.unsqueeze(2) * before).split([delta_u.shape[-1], B.shape[-1]], dim=-1)
+    return (in_delta_u.sum(-1) * in_B.sum(-1)).neg().flip(1, 2).flatten(1)
 
 
 def prompt_tree(delta_u: Tensor, B: Tensor, edges: Tensor, neighbours: int) -> Tree:

@@ -175,6 +175,22 @@ def test_a_cache_that_generate_returned_continues(model):
     assert torch.cat((first.sequences, second[:, 1:]), dim=1).tolist() == whole.tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [None, "left"])
+def test_a_cache_that_was_reset_takes_another_prompt(model, side):
+    """As if it were new, with a tree."""
+    prompts = random_ids(2, 9, seed=1), random_ids(2, 11, seed=2)
+    mask = None if side is None else pad([random_ids(11), random_ids(6)], side)[1]
+    cache = model(prompts[0], use_cache=True).cache
+    cache.reset()
+    again = model(prompts[1], attention_mask=mask, cache=cache, use_cache=True)
+    new = model(prompts[1], attention_mask=mask, use_cache=True)
+    for ours, expected in zip(again.cache.layers, new.cache.layers, strict=True):
+        assert torch.equal(ours.recurrent_states[0], expected.recurrent_states[0])
+        assert torch.equal(ours.conv_states[0], expected.conv_states[0])
+    assert torch.equal(again.logits, new.logits)
+
+
 def test_a_prompt_in_chunks_raises():
     with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
         small_model().generate(random_ids(1, 12), prefill_chunk_size=4, **OPTIONS)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from language_helpers import random_ids, small_model
 
 from grootl import reference
+from grootl.modeling_grootl import Prompts, lay_out
 from grootl.visualization import plot_arcs, prompt_trees
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,8 @@ def test_trees_of_layers_are_those_of_the_definition():
     trees = prompt_trees(model, ids)
     assert len(trees) == 3
     hidden = model.backbone.embeddings(ids)
+    prompts = Prompts(None, torch.tensor([0]), torch.tensor([17]))
+    layout = lay_out(model.config, hidden, None, prompts, caches=False)
     for block, tree in zip(model.backbone.layers, trees, strict=True):
         mixer = block.mixer
         u = mixer.in_proj(block.norm(hidden)).chunk(2, dim=-1)[0]
@@ -30,14 +33,8 @@ def test_trees_of_layers_are_those_of_the_definition():
         dt, B, _ = mixer.x_proj(u).split([3, 4, 4], dim=-1)
         x = (F.softplus(mixer.dt_proj(dt)) * u)[0, :, :, None] * B[0, :, None, :]
         assert tree.parent[0].tolist() == reference.parents(x, 17)
-        hidden = block(hidden, edges=small_edges(17))
+        hidden = block(hidden, layout)
     assert not any(len(module._forward_hooks) for module in model.modules())
-
-
-def small_edges(length):
-    from grootl.trees import prompt_edges
-
-    return prompt_edges(torch.tensor([0]), torch.tensor([length]), length, 3)
 
 
 def test_arcs_lead_to_the_parents():

@@ -16,9 +16,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from grootl import GrootLConfig, GrootLForCausalLM, GrootLModel, reference
-from grootl.modeling_grootl import GrootLMixer
+from grootl.modeling_grootl import GrootLMixer, GrootLRMSNorm, Prompts, lay_out
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -59,7 +60,7 @@ class DefinitionMixer(nn.Module):
         super().__init__()
         self.mixer, self.prompt_length = mixer, prompt_length
 
-    def forward(self, hidden_states, **_):
+    def forward(self, hidden_states, *_, **__):
         mixer, config = self.mixer, self.mixer.config
         u, gate = F.linear(hidden_states[0], mixer.in_proj.weight).chunk(2, dim=-1)
         taps = F.pad(u, (0, 0, config.conv_kernel - 1, 0)).unfold(0, config.conv_kernel, 1)
@@ -122,7 +123,7 @@ def test_the_prompt_is_what_the_labels_leave_out():
         for row, prompt in enumerate((6, 9, 0)):
             first = int(mask[row].argmax())
             labels[row, first : first + prompt] = -100
-        explicit = model(ids, attention_mask=mask, prompt_length=torch.tensor([6, 9, 1]))
+        explicit = model(ids, attention_mask=mask, prompt_length=torch.tensor([6, 9, 1]), use_cache=False)
         output = model(ids, attention_mask=mask, labels=labels)
         torch.testing.assert_close(output.logits, explicit.logits, rtol=0, atol=0)
         assert output.prompt_length.tolist() == [6, 9, 1]
@@ -370,13 +371,10 @@ def test_gradients_by_finite_differences():
     model = small_model().double()
     mixer = model.backbone.layers[0].mixer
     hidden = torch.randn(1, 8, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    from grootl.trees import prompt_edges
-
-    edges = prompt_edges(torch.tensor([0]), torch.tensor([6]), 8, 3)
+    prompts = Prompts(None, torch.tensor([0]), torch.tensor([6]))
+    layout = lay_out(model.config, hidden, None, prompts, caches=False)
     # The choice of the tree has no derivative; these steps are too small to change it.
-    assert torch.autograd.gradcheck(
-        lambda x: mixer(x, edges=edges).sum(-1), hidden.requires_grad_(), eps=1e-6, atol=1e-5
-    )
+    assert torch.autograd.gradcheck(lambda x: mixer(x, layout).sum(-1), hidden.requires_grad_(), eps=1e-6, atol=1e-5)
 
 
 @torch.no_grad()
@@ -390,6 +388,20 @@ def test_half_precision(dtype):
     half = model.to(dtype)(ids, prompt_length=12).logits
     assert half.dtype == torch.float32
     assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+def test_norms_are_those_of_mamba_and_round_once():
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, theirs = GrootLRMSNorm(48, eps=1e-5), MambaRMSNorm(48, eps=1e-5)
+    for norm in (ours, theirs):
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+        norm.bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ours.weight.double()
+    half_step = torch.finfo(torch.bfloat16).eps / 2 * 1.001
+    assert ((ours(x) - exact).abs() <= half_step * exact.abs()).all()
+    assert not ((theirs(x) - exact).abs() <= half_step * exact.abs()).all()
+    # The last norm takes float32, and gives it.
+    torch.testing.assert_close(ours(x.float()), theirs(x.float()))
 
 
 def test_autocast_trains():

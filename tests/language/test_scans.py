@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from grootl import reference
-from grootl.scans import MASKED_STEP, continue_scan, final_state, prefix_scan
+from grootl.scans import MASKED_STEP, continue_scan, continued_length, prefix_scan, state_readers
 from grootl.trees import chain_tree, prompt_edges, prompt_tree
 from grootvl_ops import path_tree
 
 D, N = 6, 3
+CPU = torch.device("cpu")
 
 
 def sequence(length, seed=0, dtype=torch.float64, batch=1):
@@ -27,11 +28,27 @@ def sequence(length, seed=0, dtype=torch.float64, batch=1):
     )
 
 
-def tree_of(u, dt, B, prompt_length, neighbours=3, start=0):
+def edges_of(u, prompt_length, neighbours=3, further=0):
+    """`further`: tokens behind those of u."""
     batch, length, _ = u.shape
-    start = torch.full((batch,), start)
-    end = start + torch.as_tensor(prompt_length)
-    return prompt_tree(F.softplus(dt) * u, B, prompt_edges(start, end, length, neighbours), neighbours)
+    start = torch.zeros(batch, dtype=torch.long)
+    return prompt_edges(start, start + torch.as_tensor(prompt_length), length + further, neighbours)
+
+
+def tree_of(u, dt, B, prompt_length, neighbours=3):
+    return prompt_tree(F.softplus(dt) * u, B, edges_of(u, prompt_length, neighbours), neighbours)
+
+
+def scan(u, dt, A_log, B, C, prompt_length, tree_scale, edge_decay, reads=False):
+    """y and, if it is read, the last state, of prompts of some lengths; None for no tree."""
+    further = N if reads else 0
+    edges = None if prompt_length is None else edges_of(u, prompt_length, further=further)
+    if reads:
+        readers = state_readers(u.shape[0], D, N, CPU)
+        u, dt, B_and_C = readers.append_to(u, dt, torch.cat((B, C), dim=-1))
+        B, C = B_and_C.split(N, dim=-1)
+    chain = chain_tree(u.shape[1], CPU)
+    return prefix_scan(u, dt, A_log, B, C, chain, edges, 3, tree_scale, edge_decay, further)
 
 
 def definition(u, dt, A_log, B, C, prompt_length, **options):
@@ -68,7 +85,7 @@ def test_a_batch_has_the_trees_of_its_rows():
 
 @pytest.mark.parametrize("length", [1, 2, 17])
 def test_the_chain_is_the_path_through_all_tokens(length):
-    for field, expected in zip(chain_tree(length, torch.device("cpu")), path_tree(torch.arange(length)), strict=True):
+    for field, expected in zip(chain_tree(length, CPU), path_tree(torch.arange(length)), strict=True):
         assert torch.equal(field, expected) and field.dtype == expected.dtype
 
 
@@ -78,9 +95,12 @@ def test_scan_and_final_state_meet_the_definition(length, prompt, edge_decay):
     u, dt, A_log, B, C = sequence(length, seed=prompt)
     options = {"tree_scale": 0.3, "edge_decay": edge_decay}
     expected, h, s = definition(u, dt, A_log, B, C, prompt, **options)
-    tree = tree_of(u, dt, B, prompt)
-    torch.testing.assert_close(prefix_scan(u, dt, A_log, B, C, tree, **options)[0], expected)
-    state = final_state(u, dt, A_log, B, tree, **options)[0]
+    y, nothing = scan(u, dt, A_log, B, C, prompt, **options)
+    torch.testing.assert_close(y[0], expected)
+    assert nothing is None
+    y, state = scan(u, dt, A_log, B, C, prompt, **options, reads=True)
+    torch.testing.assert_close(y[0], expected)
+    state = state[0]
     if edge_decay == "next":
         torch.testing.assert_close(state, h + 0.3 * s)
     else:
@@ -92,9 +112,8 @@ def test_scan_and_final_state_meet_the_definition(length, prompt, edge_decay):
 def test_gradients_are_those_of_the_definition(edge_decay):
     operands = [value.requires_grad_() for value in sequence(13)]
     options = {"tree_scale": 0.3, "edge_decay": edge_decay}
-    tree = tree_of(operands[0], operands[1], operands[3], 9)
     weights = torch.linspace(-1, 1, 13 * D, dtype=torch.float64).view(13, D)
-    ours = torch.autograd.grad((prefix_scan(*operands, tree, **options)[0] * weights).sum(), operands)
+    ours = torch.autograd.grad((scan(*operands, 9, **options)[0][0] * weights).sum(), operands)
     expected = torch.autograd.grad((definition(*operands, 9, **options)[0] * weights).sum(), operands)
     for found, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -105,14 +124,15 @@ def test_gradients_are_those_of_the_definition(edge_decay):
 def test_tokens_that_follow_continue_the_state(parts, tree_scale, edge_decay):
     prompt, length = 7, 15
     u, dt, A_log, B, C = sequence(length)
-    tree = tree_of(u[:, :prompt], dt[:, :prompt], B[:, :prompt], prompt) if tree_scale else None
     options = {"tree_scale": tree_scale, "edge_decay": edge_decay}
     expected = definition(u, dt, A_log, B, C, prompt, **options)[0]
-    state = final_state(u[:, :prompt], dt[:, :prompt], A_log, B[:, :prompt], tree, **options)
+    before = (value[:, :prompt] for value in (u, dt))
+    _, state = scan(*before, A_log, B[:, :prompt], C[:, :prompt], prompt if tree_scale else None, **options, reads=True)
     found, at = [], prompt
     for part in parts:
         now = slice(at, at + part)
-        y, state = continue_scan(u[:, now], dt[:, now], A_log, B[:, now], C[:, now], state, **options)
+        chain = chain_tree(continued_length(part, N), CPU)
+        y, state = continue_scan(u[:, now], dt[:, now], A_log, B[:, now], C[:, now], state, chain, **options)
         found.append(y)
         at += part
     torch.testing.assert_close(torch.cat(found, dim=1)[0], expected[prompt:])
@@ -125,10 +145,9 @@ def test_steps_of_very_different_size_lose_no_precision():
     dt[:, 5, :3] = -90
     operands = [value.requires_grad_() for value in (u, dt, A_log, B, C)]
     exact = [value.detach().double().requires_grad_() for value in operands]
-    tree = tree_of(u, dt, B, 24)
     options = {"tree_scale": 0.3, "edge_decay": "next"}
     expected = definition(*exact, 24, **options)[0]
-    found = prefix_scan(*operands, tree, **options)[0]
+    found = scan(*operands, 24, **options)[0][0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(found.square().sum(), operands)
     wanted = torch.autograd.grad(expected.square().sum(), exact)
@@ -139,7 +158,8 @@ def test_steps_of_very_different_size_lose_no_precision():
 def test_a_masked_step_passes_the_state_unchanged():
     u, dt, A_log, B, C = sequence(10, dtype=torch.float32)
     options = {"tree_scale": 0.3, "edge_decay": "next"}
-    short = final_state(u, dt, A_log, B, tree_of(u, dt, B, 10), **options)
-    u, dt, B = F.pad(u, (0, 0, 0, 4)), F.pad(dt, (0, 0, 0, 4), value=MASKED_STEP), F.pad(B, (0, 0, 0, 4), value=1)
-    padded = final_state(u, dt, A_log, B, tree_of(u, dt, B, 10), **options)
+    _, short = scan(u, dt, A_log, B, C, 10, **options, reads=True)
+    u, dt = F.pad(u, (0, 0, 0, 4)), F.pad(dt, (0, 0, 0, 4), value=MASKED_STEP)
+    B, C = (F.pad(value, (0, 0, 0, 4), value=1) for value in (B, C))
+    _, padded = scan(u, dt, A_log, B, C, 10, **options, reads=True)
     torch.testing.assert_close(padded, short)
