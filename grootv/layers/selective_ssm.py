@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import grootvl_ops
 from grootvl_ops import Tree
 
-from .bypass import is_plain
+from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
@@ -149,8 +149,7 @@ class SelectiveSSM(TraceLeaf):
         if x.dim() != 4 or x.size(3) != self.dim:
             raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            # A traced call is traced once more without gradients, and the two must be the same.
-            if x.is_cuda and not (torch.is_grad_enabled() or torch.jit.is_tracing()) and self.fuses_conv:
+            if x.is_cuda and in_inference() and self.fuses_conv:
                 features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         if self.splits_input:  # two products, since halves of one would be copied, and their gradients joined
