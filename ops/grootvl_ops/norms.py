@@ -55,7 +55,7 @@ def add_layer_norm(
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
         if _transforms.active():
             x = x.to(torch.promote_types(x.dtype, branch.dtype))
-            return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)
+            return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)[:2]
     x = x.to(torch.promote_types(x.dtype, branch.dtype))
     out_dtype = x.dtype if dtype is None else dtype
     one_kernel = not x.is_cuda or branch.dtype == x.dtype or branch.dtype == out_dtype or out_dtype == torch.float32
@@ -114,7 +114,7 @@ def gated_norm(
     check_parameter("out_bias", out_bias, h, [channels])
     if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this condition)
         if _transforms.active():
-            return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)
+            return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)[0]
     if not _in_one_pass(h):
         dtype = _accumulation_dtype(h)
         inner = F.layer_norm(h.to(dtype), [channels], h_weight.to(dtype), h_bias.to(dtype), eps)
@@ -151,7 +151,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     check_parameter("bias", bias, x, [x.size(-1)])
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
         if _transforms.active():
-            return _transforms.layer_norm(x, weight, bias, eps, dtype)
+            return _transforms.layer_norm(x, weight, bias, eps, dtype)[0]
     if not _in_one_pass(x):
         accumulation = _accumulation_dtype(x)
         out = F.layer_norm(x.to(accumulation), [x.size(-1)], weight.to(accumulation), bias.to(accumulation), eps)
