@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import grootvl_ops
 from grootvl_ops import Tree
+from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution
@@ -212,7 +213,7 @@ class SelectiveSSM(TraceLeaf):
                 h, x, z, C, self.D_skip,
                 self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.h_norm.eps,
             )  # fmt: skip
-        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(h.dtype)
         y = C.to(dtype).unsqueeze(-1) * self.h_norm(h.to(dtype)) + self.D_skip.to(dtype) * x.to(dtype)
         return (self.out_norm(y) * F.silu(z.to(dtype))).to(h.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import grootvl_ops
 from grootvl_ops import Tree
+from grootvl_ops.reference import accumulation_dtype
 
 from .norms import LayerNorm, norm_for_product
 from .scans import cross_paths
@@ -125,7 +126,7 @@ class SS2D(TraceLeaf):
         Returns:
             (B, L, D), float32 (float64 for float64 maps): the sum of four scans need not fit into half precision.
         """
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(u.dtype)
         # One split, whose gradient is one concatenation.
         by_direction = projected.unflatten(-1, (self.A_log.size(0), self.dt_rank + 2 * self.d_state))
         dt, B, C = by_direction.split([self.dt_rank, self.d_state, self.d_state], dim=-1)

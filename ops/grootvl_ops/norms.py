@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
+from .reference import accumulation_dtype
 
 __all__ = ["add_layer_norm", "gated_norm", "layer_norm"]
 
@@ -116,7 +117,7 @@ def gated_norm(
         if _transforms.active():
             return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)[0]
     if not _in_one_pass(h):
-        dtype = _accumulation_dtype(h)
+        dtype = accumulation_dtype(h.dtype)
         inner = F.layer_norm(h.to(dtype), [channels], h_weight.to(dtype), h_bias.to(dtype), eps)
         y = C.to(dtype).unsqueeze(-1) * inner + D_skip.to(dtype) * x.to(dtype)
         outer = F.layer_norm(y, [channels], out_weight.to(dtype), out_bias.to(dtype), eps)
@@ -153,7 +154,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
         if _transforms.active():
             return _transforms.layer_norm(x, weight, bias, eps, dtype)[0]
     if not _in_one_pass(x):
-        accumulation = _accumulation_dtype(x)
+        accumulation = accumulation_dtype(x.dtype)
         out = F.layer_norm(x.to(accumulation), [x.size(-1)], weight.to(accumulation), bias.to(accumulation), eps)
         return out.to(x.dtype if dtype is None else dtype)
     out, _ = torch.ops.grootvl_ops.layer_norm(x, weight, bias, eps, dtype)
@@ -165,7 +166,3 @@ def _in_one_pass(map: Tensor) -> bool:
     channels = map.size(-1)
     most = 2048 if map.dtype == torch.float64 else 4096
     return not map.is_cuda or channels <= 1024 or (channels % 8 == 0 and channels <= most)
-
-
-def _accumulation_dtype(map: Tensor) -> torch.dtype:
-    return torch.float64 if map.dtype == torch.float64 else torch.float32
