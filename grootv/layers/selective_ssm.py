@@ -17,7 +17,7 @@ from .convolution import fuses_convolution
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
-__all__ = ["SelectiveSSM", "check_sizes", "init_step_bias"]
+__all__ = ["SelectiveSSM", "check_map", "check_sizes", "init_parameters"]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -27,12 +27,26 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_map(x: Tensor, dim: int) -> None:
+    """Raise ValueError for an input of a mixer that is not (B, H, W, dim)."""
+    if x.dim() != 4 or x.size(3) != dim:
+        raise ValueError(f"x must be (B, H, W, {dim}), got {list(x.shape)}")
+
+
 @torch.no_grad()
-def init_step_bias(bias: Tensor) -> None:
-    """Fill the bias of the step size before softplus, so that step sizes start log-uniform in [1e-3, 1e-1]."""
-    dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
+def init_parameters(mixer: Any, dt_weight: Tensor, dt_bias: Tensor) -> None:
+    """Initialise a state space mixer whose step size is softplus(dt_weight dt + dt_bias).
+
+    Step sizes start log-uniform in [1e-3, 1e-1], and the rates of decay exp(A_log) as 1 ... N.
+    """
+    trunc_normal_(mixer.in_proj.weight, std=0.02)
+    trunc_normal_(mixer.out_proj.weight, std=0.02)
+    mixer.A_log.copy_(torch.arange(1.0, mixer.d_state + 1).log().expand_as(mixer.A_log))
+    nn.init.ones_(mixer.D_skip)
+    nn.init.uniform_(dt_weight, -(mixer.dt_rank**-0.5), mixer.dt_rank**-0.5)
+    dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
     dt = dt.exp_().clamp_(min=1e-4)
-    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class SelectiveSSM(TraceLeaf):
@@ -93,16 +107,9 @@ class SelectiveSSM(TraceLeaf):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the parameters; convolution, x_proj and norms keep the default of their kind."""
-        trunc_normal_(self.in_proj.weight, std=0.02)
-        trunc_normal_(self.out_proj.weight, std=0.02)
-        # The rates of decay exp(A_log) start as 1 ... N.
-        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
-        nn.init.ones_(self.D_skip)
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        init_step_bias(self.dt_proj.bias)
+        init_parameters(self, self.dt_proj.weight, self.dt_proj.bias)
 
     @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
@@ -147,8 +154,7 @@ class SelectiveSSM(TraceLeaf):
     def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
         (B, H, W, D)."""
-        if x.dim() != 4 or x.size(3) != self.dim:
-            raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
+        check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if x.is_cuda and in_inference() and self.fuses_conv:
                 features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
