@@ -66,8 +66,7 @@ class SelectiveSSM(TraceLeaf):
     `dt_proj`, `h_norm` and `out_norm`. In inference on CUDA, one operation computes convolution and activation; else
     features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
     more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
-    result; under autocast `dt_proj` then rounds to
-    autocast's dtype, as every linear layer that is called does.
+    result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.

@@ -53,11 +53,10 @@ def add_layer_norm(
         check_parameter("factors", factors, x, [x.size(0)])
         if factors.requires_grad:
             raise ValueError("factors take no gradient, got some that require one: detach them")
+    x = x.to(torch.promote_types(x.dtype, branch.dtype))
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
         if _transforms.active():
-            x = x.to(torch.promote_types(x.dtype, branch.dtype))
             return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)[:2]
-    x = x.to(torch.promote_types(x.dtype, branch.dtype))
     out_dtype = x.dtype if dtype is None else dtype
     one_kernel = not x.is_cuda or branch.dtype == x.dtype or branch.dtype == out_dtype or out_dtype == torch.float32
     if not (one_kernel and _in_one_pass(x)):
