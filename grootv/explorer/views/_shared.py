@@ -122,7 +122,8 @@ def show_tree_and_affinity(
         The drawn map, for a colour bar; and the arrays `parent` and `depth` (L,), and `affinity` (H, W).
     """
     tree, affinity = call.scans()[0][0], affinity_of(call, point)
-    draw_tree(axes[0], image, tree, *call.x.shape[1:3])
+    height, width = call.x.shape[1:3]
+    draw_tree(axes[0], image, tree, height, width)
     finish(axes[0], image, [point], titles[0])
     drawn = show_affinity(axes[1], image, affinity, point, scale, titles[1])
     return drawn, {"parent": tree.parent[0].numpy(), "depth": tree_depths(tree)[0].numpy(), "affinity": affinity}
