@@ -2,14 +2,25 @@
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-__all__ = ["is_plain", "only_runs"]
+__all__ = ["in_inference", "is_plain", "only_runs"]
 
 # The hooks of all modules.
 _GLOBAL_HOOKS = tuple(
     getattr(torch.nn.modules.module, f"_global_{hooks}")
     for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 )
+
+
+def in_inference() -> bool:
+    """Whether nothing can be differentiated, so that an operation without derivatives may compute it."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.jit.is_tracing()  # a traced call is traced once more without gradients: the two must be the same
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def only_runs(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .bypass import is_plain, only_runs
+from .bypass import in_inference, is_plain, only_runs
 
 __all__ = ["linear_gelu", "linear_runs_gelu"]
 
@@ -22,15 +21,13 @@ def linear_runs_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
     In inference, in a half precision on CUDA, where calls of the modules would do nothing but what their kind does.
     """
     return (
-        # A traced call is traced once more without gradients, and the two must be the same.
-        not (torch.is_grad_enabled() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy))
+        not isinstance(x, torch.fx.Proxy)
         and x.is_cuda
+        and in_inference()
         and _product_dtype(x) in _HALF
         and is_plain(linear, nn.Linear, x.device)
         and linear.bias is not None
         and only_runs(act, nn.GELU)
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

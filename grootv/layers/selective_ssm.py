@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 import grootvl_ops
 from grootvl_ops import Tree
+from grootvl_ops.reference import accumulation_dtype
 
-from .bypass import is_plain
+from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
-__all__ = ["SelectiveSSM", "check_sizes", "init_step_bias"]
+__all__ = ["SelectiveSSM", "check_map", "check_sizes", "init_parameters"]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -26,12 +27,26 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_map(x: Tensor, dim: int) -> None:
+    """Raise ValueError for an input of a mixer that is not (B, H, W, dim)."""
+    if x.dim() != 4 or x.size(3) != dim:
+        raise ValueError(f"x must be (B, H, W, {dim}), got {list(x.shape)}")
+
+
 @torch.no_grad()
-def init_step_bias(bias: Tensor) -> None:
-    """Fill the bias of the step size before softplus, so that step sizes start log-uniform in [1e-3, 1e-1]."""
-    dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
+def init_parameters(mixer: Any, dt_weight: Tensor, dt_bias: Tensor) -> None:
+    """Initialise a state space mixer whose step size is softplus(dt_weight dt + dt_bias).
+
+    Step sizes start log-uniform in [1e-3, 1e-1], and the rates of decay exp(A_log) as 1 ... N.
+    """
+    trunc_normal_(mixer.in_proj.weight, std=0.02)
+    trunc_normal_(mixer.out_proj.weight, std=0.02)
+    mixer.A_log.copy_(torch.arange(1.0, mixer.d_state + 1).log().expand_as(mixer.A_log))
+    nn.init.ones_(mixer.D_skip)
+    nn.init.uniform_(dt_weight, -(mixer.dt_rank**-0.5), mixer.dt_rank**-0.5)
+    dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))
     dt = dt.exp_().clamp_(min=1e-4)
-    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class SelectiveSSM(TraceLeaf):
@@ -51,8 +66,7 @@ class SelectiveSSM(TraceLeaf):
     `dt_proj`, `h_norm` and `out_norm`. In inference on CUDA, one operation computes convolution and activation; else
     features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
     more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
-    result; under autocast `dt_proj` then rounds to
-    autocast's dtype, as every linear layer that is called does.
+    result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -92,16 +106,9 @@ class SelectiveSSM(TraceLeaf):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the parameters; convolution, x_proj and norms keep the default of their kind."""
-        trunc_normal_(self.in_proj.weight, std=0.02)
-        trunc_normal_(self.out_proj.weight, std=0.02)
-        # The rates of decay exp(A_log) start as 1 ... N.
-        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
-        nn.init.ones_(self.D_skip)
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        init_step_bias(self.dt_proj.bias)
+        init_parameters(self, self.dt_proj.weight, self.dt_proj.bias)
 
     @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
@@ -146,11 +153,9 @@ class SelectiveSSM(TraceLeaf):
     def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
         (B, H, W, D)."""
-        if x.dim() != 4 or x.size(3) != self.dim:
-            raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
+        check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            # A traced call is traced once more without gradients, and the two must be the same.
-            if x.is_cuda and not (torch.is_grad_enabled() or torch.jit.is_tracing()) and self.fuses_conv:
+            if x.is_cuda and in_inference() and self.fuses_conv:
                 features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         if self.splits_input:  # two products, since halves of one would be copied, and their gradients joined
@@ -213,7 +218,7 @@ class SelectiveSSM(TraceLeaf):
                 h, x, z, C, self.D_skip,
                 self.h_norm.weight, self.h_norm.bias, self.out_norm.weight, self.out_norm.bias, self.h_norm.eps,
             )  # fmt: skip
-        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(h.dtype)
         y = C.to(dtype).unsqueeze(-1) * self.h_norm(h.to(dtype)) + self.D_skip.to(dtype) * x.to(dtype)
         return (self.out_norm(y) * F.silu(z.to(dtype))).to(h.dtype)
 

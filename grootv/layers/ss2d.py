@@ -8,15 +8,15 @@ import math
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 import grootvl_ops
 from grootvl_ops import Tree
+from grootvl_ops.reference import accumulation_dtype
 
 from .norms import LayerNorm, norm_for_product
 from .scans import cross_paths
-from .selective_ssm import check_sizes, init_step_bias
+from .selective_ssm import check_map, check_sizes, init_parameters
 from .tracing import TraceLeaf
 
 __all__ = ["SS2D"]
@@ -74,16 +74,9 @@ class SS2D(TraceLeaf):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the parameters; convolution, x_proj and norm keep the default of their kind."""
-        trunc_normal_(self.in_proj.weight, std=0.02)
-        trunc_normal_(self.out_proj.weight, std=0.02)
-        # The rates of decay exp(A_log) start as 1 ... N.
-        self.A_log.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_log))
-        nn.init.ones_(self.D_skip)
-        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        init_step_bias(self.dt_bias)
+        init_parameters(self, self.dt_weight, self.dt_bias)
 
     @torch.jit.ignore()
     def no_weight_decay(self) -> set[str]:
@@ -106,13 +99,16 @@ class SS2D(TraceLeaf):
         Raises:
             ValueError: x of another shape.
         """
-        if x.dim() != 4 or x.size(3) != self.dim:
-            raise ValueError(f"x must be (B, H, W, {self.dim}), got {list(x.shape)}")
-        features = self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        features = self.expand_input(x)
         B, H, W, D = features.shape
         u = features.reshape(B, H * W, D)
         y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.paths(features)))
         return self.out_proj(y.to(u.dtype)).view(B, H, W, self.dim)
+
+    def expand_input(self, x: Tensor) -> Tensor:
+        """From the input (B, H, W, dim) to the features that are scanned, (B, H, W, D)."""
+        check_map(x, self.dim)
+        return self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
     def selective_scan(self, u: Tensor, projected: Tensor, paths: Tree) -> Tensor:
         """The sum over the directions, skips included.
@@ -125,7 +121,7 @@ class SS2D(TraceLeaf):
         Returns:
             (B, L, D), float32 (float64 for float64 maps): the sum of four scans need not fit into half precision.
         """
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(u.dtype)
         # One split, whose gradient is one concatenation.
         by_direction = projected.unflatten(-1, (self.A_log.size(0), self.dt_rank + 2 * self.d_state))
         dt, B, C = by_direction.split([self.dt_rank, self.d_state, self.d_state], dim=-1)

@@ -280,31 +280,25 @@ class Stage(nn.Module):
             if across and all(only_runs(block, Block) for block in self.blocks):
                 return self._forward_across_blocks(x)
         tree: Tree | None = None
+        built: list[Tree] | None = tree_list(x) if self.share_tree else None
         for block in self.blocks:
-            keeps_tree = self.share_tree and tree is None
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                if keeps_tree:
-                    x, tree = checkpoint(_call_and_keep_tree, block, x, use_reentrant=False)
-                else:
-                    x = checkpoint(block, x, tree, use_reentrant=False)
-            elif keeps_tree:
-                built = tree_list(x)
+            if not self.grad_checkpointing or torch.jit.is_scripting():
                 x = block(x, tree, built)
-                tree = built[0]
+                tree = None if built is None else built[0]
+            elif self.share_tree and tree is None:
+                x, tree = checkpoint(_call_and_keep_tree, block, x, use_reentrant=False)
             else:
-                x = block(x, tree)
+                x = checkpoint(block, x, tree, use_reentrant=False)
         return to_nchw(self.norm(to_nhwc(x)))
 
     def _forward_across_blocks(self, x: Tensor) -> Tensor:
         """The same for blocks that need not be called: what ends a block, and the norm that follows, is one step."""
         x = to_nhwc(x)
         norms = [*(block.norm1 for block in cast(Iterable[Block], self.blocks)), self.norm]
-        normed, tree = norms[0](x), None
+        normed, tree, built = norms[0](x), None, tree_list(x) if self.share_tree else None
         for block, next_norm in zip(cast(Iterable[Block], self.blocks), norms[1:], strict=True):
-            built = tree_list(x) if self.share_tree and tree is None else None
             x, normed = block.mix(x, normed, tree, built)
-            if built is not None:
-                tree = built[0]
+            tree = None if built is None else built[0]
             x, normed = add_and_norm(next_norm, block.drop_path2, x, block.mlp(normed))
         return to_nchw(normed)
 

@@ -34,14 +34,19 @@ for _name in ("edge_weights", "grid_tree", "graph_tree", "tree_scan", "tree_scan
     _register_reference(_name)
 
 
-def _register_composite(name: str, function) -> None:
-    """An operation made of PyTorch's and the tree scan, for devices on which no fused kernel computes it."""
+def without_autocast(function: Callable) -> Callable:
+    """The same function of tensors, whose operations keep the dtypes that they are given under autocast, too."""
 
-    def kernel(*args):
+    def called(*args):
         with torch.autocast(args[0].device.type, enabled=False):
             return function(*args)
 
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    return called
+
+
+def _register_composite(name: str, function: Callable) -> None:
+    """An operation made of PyTorch's and the tree scan, for devices on which no fused kernel computes it."""
+    _library.impl(name, without_autocast(function), "CompositeExplicitAutograd")
 
 
 _scan, _scan_backward = torch.ops.grootvl_ops.tree_scan, torch.ops.grootvl_ops.tree_scan_backward
@@ -58,6 +63,9 @@ _register_composite(
 _FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
 for _name in ("path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
+
+
+# The schemas say the types of arguments. Where a signature would take a line for each argument, they do so alone.
 
 
 @torch.library.register_fake("grootvl_ops::edge_weights")
@@ -98,32 +106,13 @@ def _(grad: Tensor, x: Tensor, decay: Tensor, *tree) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("grootvl_ops::selective_scan")
-def _(
-    x: Tensor,
-    dt: Tensor,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    *tree,
-) -> Tensor:
+def _(x, dt, dt_weight, dt_bias, A_log, B, C, *tree) -> Tensor:
     states = A_log.shape[1:] if C is None else ()
     return x.new_empty((*x.shape, *states))
 
 
 @torch.library.register_fake("grootvl_ops::selective_scan_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    *tree,
-) -> tuple[Tensor, ...]:
+def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *tree) -> tuple[Tensor, ...]:
     num_states = A_log.shape[1] if A_log.dim() == 2 else 1
     dparameters = x.new_empty((1 + num_states, x.shape[2]), dtype=reference.accumulation_dtype(x.dtype))
     dx, ddt, dB = (operand.new_empty(operand.shape) for operand in (x, dt, B))
@@ -133,36 +122,13 @@ def _(
 
 @torch.library.register_fake("grootvl_ops::merged_scan")
 def _(
-    x: Tensor,
-    dt: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D_skip: Tensor | None,
-    parent: Tensor,
-    order: Tensor,
-    subtree_size: Tensor,
-    direction: str,
-    dtype: torch.dtype | None = None,
-    keep: bool = False,
+    x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, parent, order, subtree_size, direction, dtype=None, keep=False
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((A_log.shape[0], *x.shape) if keep else (0,))
 
 
 @torch.library.register_fake("grootvl_ops::merged_scan_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *others,
-) -> tuple[Tensor, ...]:
+def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *others) -> tuple[Tensor, ...]:
     dparameters = x.new_empty((3, *A_log.shape), dtype=reference.accumulation_dtype(x.dtype))
     dx, ddt, dweight, dB, dC = (operand.new_empty(operand.shape) for operand in (x, dt, dt_weight, B, C))
     return dx, ddt, dweight, dparameters, dB, dC
@@ -203,29 +169,13 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tens
 
 
 @torch.library.register_fake("grootvl_ops::add_layer_norm")
-def _(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    factors: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, branch, weight, bias, eps, dtype=None, factors=None) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.new_empty((*x.shape[:-1], 2), dtype=reference.accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), statistics
 
 
 @torch.library.register_fake("grootvl_ops::add_layer_norm_backward")
-def _(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    factors: Tensor | None,
-    branch_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, grad_sum, x, weight, statistics, factors, branch_dtype) -> tuple[Tensor, Tensor, Tensor]:
     dparameters = x.new_empty((2, x.shape[-1]), dtype=reference.accumulation_dtype(x.dtype))
     shared = branch_dtype == x.dtype and factors is None
     return x.new_empty(x.shape), x.new_empty(0 if shared else x.shape, dtype=branch_dtype), dparameters
@@ -290,8 +240,8 @@ def _selective_scan_gradients(ctx, grad: Tensor):
 
 def _merged_scan_gradients(ctx, grad: Tensor, _):
     saved = ctx.saved_tensors
+    _, _, _, dt_bias, _, _, _, D_skip, *_ = saved
     dx, ddt, ddt_weight, dparameters, dB, dC = torch.ops.grootvl_ops.merged_scan_backward(grad, *saved, ctx.direction)
-    dt_bias, D_skip = saved[3], saved[7]
     return (
         dx,
         ddt,

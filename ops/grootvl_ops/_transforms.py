@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import reference
 from ._loading import library
+from ._registration import without_autocast
 
 
 def active() -> bool:
@@ -109,35 +110,14 @@ def tree_scan(x: Tensor, decay: Tensor, tree: tuple[Tensor, Tensor, Tensor], dir
     return TreeScan.apply(x, decay, *tree, direction)
 
 
-def selective_scan(*arguments) -> Tensor:
-    """`grootvl_ops.selective_scan`, in the order of its schema, for any transform."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return reference.selective_scan(*arguments, scan=tree_scan_below)
-
-
-def merged_scan(*arguments) -> Tensor:
-    """`grootvl_ops.merged_scan`, in the order of its schema up to dtype, for any transform."""
-    scan = partial(reference.selective_scan, scan=tree_scan_below)
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return reference.merged_scan(*arguments, scan=scan)[0]
-
-
-def gated_norm(*arguments) -> Tensor:
-    """`grootvl_ops.gated_norm` for any transform."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return reference.gated_norm(*arguments)[0]
-
-
-def layer_norm(*arguments) -> Tensor:
-    """`grootvl_ops.layer_norm` for any transform."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return reference.layer_norm(*arguments)[0]
-
-
-def add_layer_norm(*arguments) -> tuple[Tensor, Tensor]:
-    """`grootvl_ops.add_layer_norm`, in the order of its schema, for any transform."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return reference.add_layer_norm(*arguments)[:2]
+# With the arguments and results of the operations, in the order of their schemas.
+selective_scan = without_autocast(partial(reference.selective_scan, scan=tree_scan_below))
+merged_scan = without_autocast(
+    partial(reference.merged_scan, scan=partial(reference.selective_scan, scan=tree_scan_below))
+)
+gated_norm = without_autocast(reference.gated_norm)
+layer_norm = without_autocast(reference.layer_norm)
+add_layer_norm = without_autocast(reference.add_layer_norm)
 
 
 def _register_batching(name: str) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import _registration, _transforms  # noqa: F401  the first registers the operations
 from ._checks import check_operand, check_parameter
+from .reference import accumulation_dtype
 
 __all__ = ["add_layer_norm", "gated_norm", "layer_norm"]
 
@@ -52,11 +53,10 @@ def add_layer_norm(
         check_parameter("factors", factors, x, [x.size(0)])
         if factors.requires_grad:
             raise ValueError("factors take no gradient, got some that require one: detach them")
+    x = x.to(torch.promote_types(x.dtype, branch.dtype))
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
         if _transforms.active():
-            x = x.to(torch.promote_types(x.dtype, branch.dtype))
-            return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)
-    x = x.to(torch.promote_types(x.dtype, branch.dtype))
+            return _transforms.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)[:2]
     out_dtype = x.dtype if dtype is None else dtype
     one_kernel = not x.is_cuda or branch.dtype == x.dtype or branch.dtype == out_dtype or out_dtype == torch.float32
     if not (one_kernel and _in_one_pass(x)):
@@ -114,9 +114,9 @@ def gated_norm(
     check_parameter("out_bias", out_bias, h, [channels])
     if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this condition)
         if _transforms.active():
-            return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)
+            return _transforms.gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, eps)[0]
     if not _in_one_pass(h):
-        dtype = _accumulation_dtype(h)
+        dtype = accumulation_dtype(h.dtype)
         inner = F.layer_norm(h.to(dtype), [channels], h_weight.to(dtype), h_bias.to(dtype), eps)
         y = C.to(dtype).unsqueeze(-1) * inner + D_skip.to(dtype) * x.to(dtype)
         outer = F.layer_norm(y, [channels], out_weight.to(dtype), out_bias.to(dtype), eps)
@@ -151,9 +151,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     check_parameter("bias", bias, x, [x.size(-1)])
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
         if _transforms.active():
-            return _transforms.layer_norm(x, weight, bias, eps, dtype)
+            return _transforms.layer_norm(x, weight, bias, eps, dtype)[0]
     if not _in_one_pass(x):
-        accumulation = _accumulation_dtype(x)
+        accumulation = accumulation_dtype(x.dtype)
         out = F.layer_norm(x.to(accumulation), [x.size(-1)], weight.to(accumulation), bias.to(accumulation), eps)
         return out.to(x.dtype if dtype is None else dtype)
     out, _ = torch.ops.grootvl_ops.layer_norm(x, weight, bias, eps, dtype)
@@ -165,7 +165,3 @@ def _in_one_pass(map: Tensor) -> bool:
     channels = map.size(-1)
     most = 2048 if map.dtype == torch.float64 else 4096
     return not map.is_cuda or channels <= 1024 or (channels % 8 == 0 and channels <= most)
-
-
-def _accumulation_dtype(map: Tensor) -> torch.dtype:
-    return torch.float64 if map.dtype == torch.float64 else torch.float32

@@ -195,13 +195,10 @@ def merged_scan(
     tree = _checked_tree(x, tree, [groups, length], False)
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
         if _transforms.active():
-            return _transforms.merged_scan(x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, *tree, direction, dtype)
+            return _transforms.merged_scan(x, dt, dt_weight, dt_bias, A_log, B, C, D_skip, *tree, direction, dtype)[0]
     keep = False
-    differentiable = torch.is_grad_enabled()
-    if not torch.jit.is_scripting():
-        # A traced call is traced once more without gradients, and the two must be the same.
-        differentiable = differentiable or torch.jit.is_tracing()
-    if differentiable:
+    # A traced call is traced once more without gradients, and the two must be the same.
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
         for operand in (x, dt, dt_weight, dt_bias, A_log, B, C, D_skip):
             if operand is not None and operand.requires_grad:
                 keep = True

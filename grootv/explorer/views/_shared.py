@@ -13,10 +13,10 @@ from matplotlib.patheffects import withStroke
 from PIL import Image as PILImage
 
 from grootv.models.grootv import SCANS
-from grootv.visualization import MAP_COLOURS, MixerCall, mixer_affinity, mixer_calls
+from grootv.visualization import MAP_COLOURS, MixerCall, draw_tree, mixer_affinity, mixer_calls, tree_depths
 
 from ..inputs import MODELS, Classifier
-from ..view import Choice, Field, Image, Number, PathText, Point
+from ..view import Choice, Field, Image, Number, PathText, Point, Points
 
 IMAGE_POINT, MAP_POINT = "#c1272d", "#2ec4ff"
 _SHOWN_PIXELS = 600_000
@@ -25,6 +25,7 @@ _WIDEST = 6.0
 """Aspect ratio beyond which a panel no longer has the image's."""
 
 IMAGE = Image("image", "Image")
+POINT = Points("point", "Point", "Row and column in percent")
 SIZE = Number("size", "Input size", "Side, in pixels", 64, 512, 32)
 STAGE = Number("stage", "Stage", "1 is the finest", 1, 4, 1)
 BLOCK = Number("block", "Block", "Of the stage", 1, 40, 1)
@@ -46,20 +47,20 @@ def model_fields(suffix: str = "", label: str = "Model") -> tuple[Field, ...]:
     )
 
 
-def call_of(classifier: Classifier, calls: list[list[MixerCall]], stage: int, block: int) -> MixerCall:
-    """What the mixer of a stage and block, both from 1, was called with. ValueError if there is none."""
+def calls_of(classifier: Classifier, image: np.ndarray, size: int, stage: int, block: int = 1) -> list[MixerCall]:
+    """What the mixers of a stage are called with for an image, by block.
+
+    Raises:
+        ValueError: the model has no such stage, or the stage no such block. Both count from 1.
+    """
+    calls = mixer_calls(classifier.net, classifier.prepare(image, size))
     if not 1 <= stage <= len(calls):
         raise ValueError(f"{classifier.title} has {len(calls)} stages. There is no stage {stage}.")
     if not 1 <= block <= len(calls[stage - 1]):
         count = len(calls[stage - 1])
         blocks = "one block" if count == 1 else f"{count} blocks"
         raise ValueError(f"Stage {stage} of {classifier.title} has {blocks}. There is no block {block}.")
-    return calls[stage - 1][block - 1]
-
-
-def calls_of(classifier: Classifier, image: np.ndarray, size: int) -> list[list[MixerCall]]:
-    """What the mixers are called with for an image, by stage and block."""
-    return mixer_calls(classifier.net, classifier.prepare(image, size))
+    return calls[stage - 1]
 
 
 def affinity_of(call: MixerCall, point: Point) -> np.ndarray:
@@ -110,6 +111,22 @@ def show_affinity(
     drawn = axes.imshow(np.maximum(affinity, floor), cmap=MAP_COLOURS, norm=norm, extent=(0, width, height, 0))
     finish(axes, image, [point], title, MAP_POINT)
     return drawn
+
+
+def show_tree_and_affinity(
+    axes: Sequence[Axes], image: np.ndarray, call: MixerCall, point: Point, scale: str, titles: tuple[str, str]
+) -> tuple[AxesImage, dict[str, np.ndarray]]:
+    """Draw the first tree that a mixer scans along, and in a second panel the affinity map of a point.
+
+    Returns:
+        The drawn map, for a colour bar; and the arrays `parent` and `depth` (L,), and `affinity` (H, W).
+    """
+    tree, affinity = call.scans()[0][0], affinity_of(call, point)
+    height, width = call.x.shape[1:3]
+    draw_tree(axes[0], image, tree, height, width)
+    finish(axes[0], image, [point], titles[0])
+    drawn = show_affinity(axes[1], image, affinity, point, scale, titles[1])
+    return drawn, {"parent": tree.parent[0].numpy(), "depth": tree_depths(tree)[0].numpy(), "affinity": affinity}
 
 
 def finish(axes: Axes, image: np.ndarray, points: Sequence[Point], title: str, colour: str = IMAGE_POINT) -> None:

@@ -18,7 +18,6 @@ from ._shared import (
     SOURCE,
     STAGE,
     affinity_of,
-    call_of,
     calls_of,
     make_figure,
     model_fields,
@@ -89,7 +88,7 @@ def plot_affinity(
         chosen = [(model, weights, scan), (model2, weights2, scan2)][: 1 if second == ALONE else 2]
         for number, each in enumerate(chosen, 1):
             classifier = load_classifier(*each)
-            call = call_of(classifier, calls_of(classifier, pixels, size), stage, block)
+            call = calls_of(classifier, pixels, size, stage, block)[block - 1]
             title = classifier.title.replace(", ", "\n", 1)
             columns[f"{number}: {title}" if len(chosen) > 1 else title] = [affinity_of(call, point) for point in points]
             notes += [note for note in classifier.notes if note not in notes]

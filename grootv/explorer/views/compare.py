@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from grootv.visualization import draw_tree, tree_depths
-
 from ..inputs import load_classifier, read_image
-from ..view import Image, Point, Points, Spec, View
+from ..view import Image, Point, Spec, View
 from ._shared import (
     BLOCK,
     IMAGE,
+    POINT,
     SCALE,
     SIZE,
     STAGE,
-    affinity_of,
-    call_of,
     calls_of,
-    finish,
     make_figure,
     model_fields,
-    show_affinity,
+    show_tree_and_affinity,
     shown,
 )
 from .model import class_scores, draw_classes
@@ -68,24 +64,16 @@ def plot_comparison(
     sides = zip(pictures, ((model, weights, scan), (model2, weights2, scan2)), axes.T, strict=True)
     for number, ((pixels, done), arguments, (top, middle, bottom)) in enumerate(sides, 1):
         classifier = load_classifier(*arguments)
-        call = call_of(classifier, calls_of(classifier, pixels, size), stage, block)
+        call = calls_of(classifier, pixels, size, stage, block)[block - 1]
         height, width = call.x.shape[1:3]
-        tree = call.scans()[0][0]
         picture = shown(pixels)
-        draw_tree(top, picture, tree, height, width)
-        finish(top, picture, [point], f"{number}: {classifier.title}")
-        affinity = affinity_of(call, point)
-        drawn = show_affinity(middle, picture, affinity, point, scale, f"affinity, {height} × {width}")
+        titles = f"{number}: {classifier.title}", f"affinity, {height} × {width}"
+        drawn, arrays = show_tree_and_affinity((top, middle), picture, call, point, scale, titles)
         scores = class_scores(classifier, pixels, size)
         words.append(f"{classifier.title}: {draw_classes(bottom, classifier, scores)}")
         panels += [(top, picture.shape[:2]), (middle, picture.shape[:2])]
         notes += [note for note in (*done, *classifier.notes) if note not in notes]
-        data |= {
-            f"parent_{number}": tree.parent[0].numpy(),
-            f"depth_{number}": tree_depths(tree)[0].numpy(),
-            f"affinity_{number}": affinity,
-            f"scores_{number}": scores,
-        }
+        data |= {f"{name}_{number}": array for name, array in {**arrays, "scores": scores}.items()}
     figure.colorbar(drawn, ax=axes[1], label="affinity", pad=0.02)
     notes.append(f"Trees and affinities are those of stage {stage}, block {block}.")
     return View(figure, data, f"Two columns of tree, affinity map and classes. {'; '.join(words)}.", notes, panels)
@@ -103,7 +91,7 @@ SPEC = Spec(
         *model_fields("2", "Right model"),
         STAGE,
         BLOCK,
-        Points("point", "Point", "Row and column in percent"),
+        POINT,
         SCALE,
         SIZE,
     ),

@@ -7,24 +7,23 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from grootv.visualization import MAP_COLOURS, draw_tree, field_area, receptive_field, tree_depths
+from grootv.visualization import MAP_COLOURS, field_area, receptive_field
 
 from ..inputs import Classifier, load_classifier, read_image
-from ..view import Choice, Point, Points, Spec, View
+from ..view import Choice, Point, Spec, View
 from ._shared import (
     IMAGE,
     MAP_POINT,
+    POINT,
     SCALE,
     SIZE,
     STAGE,
-    affinity_of,
-    call_of,
     calls_of,
     finish,
     make_figure,
     model_fields,
-    show_affinity,
     show_image,
+    show_tree_and_affinity,
     shown,
 )
 
@@ -114,9 +113,7 @@ def _short(name: str, length: int = 24) -> str:
 
 @torch.no_grad()
 def _trees(classifier: Classifier, pixels: np.ndarray, stage: int, point: Point, scale: str, size: int) -> View:
-    calls = calls_of(classifier, pixels, size)
-    call_of(classifier, calls, stage, 1)
-    blocks, picture, data = calls[stage - 1], shown(pixels), {}
+    blocks, picture, data = calls_of(classifier, pixels, size, stage), shown(pixels), {}
     columns = min(len(blocks), 5)
     lines = -(-len(blocks) // columns)
     figure, axes = make_figure(picture, 2 * lines, columns)
@@ -128,19 +125,13 @@ def _trees(classifier: Classifier, pixels: np.ndarray, stage: int, point: Point,
         top.set_axis_on()
         bottom.set_axis_on()
         height, width = call.x.shape[1:3]
-        scans = call.scans()
-        draw_tree(top, picture, scans[0][0], height, width)
-        what = (
-            "tree" if getattr(call.mixer, "metric", None) else "path" if len(scans) == 1 else f"path 1 of {len(scans)}"
-        )
-        finish(top, picture, [point], f"block {number + 1}: {what}, {height} × {width}")
-        affinity = affinity_of(call, point)
-        drawn = show_affinity(bottom, picture, affinity, point, scale, "affinity to the point")
-        data |= {
-            f"parent_{number + 1}": scans[0][0].parent[0].numpy(),
-            f"depth_{number + 1}": tree_depths(scans[0][0])[0].numpy(),
-            f"affinity_{number + 1}": affinity,
-        }
+        what = "tree"
+        if getattr(call.mixer, "metric", None) is None:
+            paths = len(call.scans())
+            what = "path" if paths == 1 else f"path 1 of {paths}"
+        titles = f"block {number + 1}: {what}, {height} × {width}", "affinity to the point"
+        drawn, arrays = show_tree_and_affinity((top, bottom), picture, call, point, scale, titles)
+        data |= {f"{name}_{number + 1}": array for name, array in arrays.items()}
     figure.colorbar(drawn, ax=axes[1::2, -1], label="affinity", pad=0.02)
     drawn_panels = [panel for panel in axes.flat if panel.axison]
     alt = f"Trees and affinity maps of the {len(blocks)} block(s) of stage {stage} of {classifier.title}."
@@ -187,7 +178,7 @@ SPEC = Spec(
         *model_fields(),
         Choice("show", "Show", options=SHOWS),
         STAGE,
-        Points("point", "Point", "Row and column in percent"),
+        POINT,
         SCALE,
         SIZE,
     ),

@@ -11,7 +11,7 @@ from grootvl_ops import METRICS, build_tree
 
 from ..inputs import load_classifier, read_image
 from ..view import Choice, Number, Point, Points, Spec, View
-from ._shared import BLOCK, GRID, IMAGE, SIZE, SOURCE, STAGE, call_of, calls_of, finish, model_fields, pixel_of, shown
+from ._shared import BLOCK, GRID, IMAGE, SIZE, SOURCE, STAGE, calls_of, finish, model_fields, pixel_of, shown
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def plot_tree(
         title = f"Colours (CIE Lab), {height} × {width} pixels"
     else:
         classifier = load_classifier(model, weights, scan)
-        call = call_of(classifier, calls_of(classifier, pixels, size), stage, block)
+        call = calls_of(classifier, pixels, size, stage, block)[block - 1]
         features = call.features()
         height, width = features.shape[1:3]
         title = f"{classifier.title}: stage {stage}, block {block}, {height} × {width} pixels"

@@ -17,6 +17,7 @@ from grootv.models.safe_loading import read_pickle
 # Pillow recognises these formats, but needs programs or plug-ins of others to read their pixels.
 _WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
+
 def image_suffixes() -> set[str]:
     """The suffixes, in lower case, of all files that the installed Pillow reads."""
     Image.init()

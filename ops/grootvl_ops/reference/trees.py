@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .scans import accumulation_dtype
+
 METRICS = ("cosine", "euclidean", "manhattan")
 
 
@@ -29,7 +31,7 @@ def edge_weights(features: Tensor, metric: str) -> Tensor:
     exp(-cos(f_i, f_j)) (paper, section 3.2), with norms of at least 1e-8. Euclidean and Manhattan: the distance of the
     two feature vectors.
     """
-    features = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+    features = features.to(accumulation_dtype(features.dtype))
 
     def weigh(f: Tensor, g: Tensor) -> Tensor:
         if metric == "cosine":
