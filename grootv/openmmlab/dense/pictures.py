@@ -18,10 +18,10 @@ class PredictionPicturesHook(Hook):
 
     Args:
         folder: where the pictures go, under the names of the images.
-        min_score: objects with lower scores are left out.
+        min_score: predicted objects with lower scores are left out.
     """
 
-    def __init__(self, folder: str | Path, min_score: float = 0.3) -> None:
+    def __init__(self, folder: str | Path, min_score: float = 0.5) -> None:
         self.folder = Path(folder)
         self.min_score = min_score
 
