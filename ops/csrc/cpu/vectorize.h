@@ -2,6 +2,8 @@
 // with AVX2 and FMA, and for the baseline, and the best is chosen when the library is loaded, so that one binary serves
 // every machine. The choice is by features, not by a processor's name: "arch=haswell" would leave AMD's processors the
 // baseline. GROOTVL_INLINE marks the functions that they call, which must become a part of them.
+// GROOTVL_CONTRACT_PRODUCTS lets GCC compute a product and a sum as one instruction in the functions below it, against
+// the option of the build. Not for what a backward pass computes again with PyTorch, and must get the same bits of.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
@@ -14,8 +16,38 @@
 #define GROOTVL_VECTORIZED
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define GROOTVL_CONTRACT_PRODUCTS _Pragma("GCC optimize(\"fp-contract=fast\")")
+#else
+#define GROOTVL_CONTRACT_PRODUCTS
+#endif
+
 #if defined(__GNUC__)
 #define GROOTVL_INLINE inline __attribute__((always_inline))
 #else
 #define GROOTVL_INLINE __forceinline
 #endif
+
+#include <cstdint>
+
+namespace grootvl {
+
+// The sum of term(0) ... term(count - 1). As many partial sums as fill several vectors, so that an addition does not
+// wait for the one before.
+template <typename scalar_t, typename Term>
+GROOTVL_INLINE scalar_t sum_over(int64_t count, Term term) {
+  constexpr int64_t kParts = 128 / sizeof(scalar_t);
+  scalar_t parts[kParts] = {}, sum = 0;
+  int64_t first = 0;
+  for (; first + kParts <= count; first += kParts) {
+#pragma omp simd
+    for (int64_t i = 0; i < kParts; ++i) parts[i] += term(first + i);
+  }
+#pragma omp simd
+  for (int64_t i = first; i < count; ++i) parts[i - first] += term(i);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < kParts; ++i) sum += parts[i];
+  return sum;
+}
+
+}  // namespace grootvl
