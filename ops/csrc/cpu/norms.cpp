@@ -21,8 +21,12 @@ struct Moments {
 
 template <typename scalar_t>
 GROOTVL_INLINE Moments<scalar_t> moments(const scalar_t* x, int64_t channels, scalar_t eps) {
-  const scalar_t mean = sum_over<scalar_t>(channels, [=](int64_t c) { return x[c]; }) / channels;
-  const scalar_t squares = sum_over<scalar_t>(channels, [=](int64_t c) { return (x[c] - mean) * (x[c] - mean); });
+  scalar_t sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < channels; ++c) sum += x[c];
+  const scalar_t mean = sum / channels;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < channels; ++c) squares += (x[c] - mean) * (x[c] - mean);
   return {mean, 1 / std::sqrt(squares / channels + eps)};
 }
 

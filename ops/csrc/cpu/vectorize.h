@@ -27,27 +27,3 @@
 #else
 #define GROOTVL_INLINE __forceinline
 #endif
-
-#include <cstdint>
-
-namespace grootvl {
-
-// The sum of term(0) ... term(count - 1). As many partial sums as fill several vectors, so that an addition does not
-// wait for the one before.
-template <typename scalar_t, typename Term>
-GROOTVL_INLINE scalar_t sum_over(int64_t count, Term term) {
-  constexpr int64_t kParts = 128 / sizeof(scalar_t);
-  scalar_t parts[kParts] = {}, sum = 0;
-  int64_t first = 0;
-  for (; first + kParts <= count; first += kParts) {
-#pragma omp simd
-    for (int64_t i = 0; i < kParts; ++i) parts[i] += term(first + i);
-  }
-#pragma omp simd
-  for (int64_t i = first; i < count; ++i) parts[i - first] += term(i);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < kParts; ++i) sum += parts[i];
-  return sum;
-}
-
-}  // namespace grootvl
