@@ -26,6 +26,8 @@ def write_kernel(wheel: Path, folder: Path) -> None:
             target = folder / "build" / f"torch-stable-abi{STABLE_ABI}-{name}-{platform.machine()}-linux"
             for member in content.namelist():
                 package, _, file = member.partition("/")
+                if member.endswith("/"):  # auditwheel lists folders, too
+                    continue
                 if package == "grootvl_ops" and not (name == "cpu" and file.startswith("_C_cuda")):
                     (target / file).parent.mkdir(parents=True, exist_ok=True)
                     (target / file).write_bytes(content.read(member))

@@ -1,13 +1,15 @@
-"""When one operation may compute the convolution and the activation before a scan."""
+"""Convolutions in inference, where they are faster as other operations."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .bypass import is_plain, only_runs
+from .bypass import in_inference, is_plain, only_runs
 
-__all__ = ["fuses_convolution"]
+__all__ = ["convolution_of_patches", "fuses_convolution", "multiplies_patches"]
 
 
 def fuses_convolution(conv: Any, act: nn.Module, device: torch.device) -> bool:
@@ -23,3 +25,36 @@ def fuses_convolution(conv: Any, act: nn.Module, device: torch.device) -> bool:
         and conv.bias is None
         and conv.padding_mode == "zeros"
     )
+
+
+def multiplies_patches(conv: Any, x: Tensor) -> bool:
+    """Whether `convolution_of_patches` may compute conv(x) of a map x, (B, C, H, W).
+
+    In inference in float32 on a CPU, for results of no more pixels than channels. There, a convolution brings its
+    weights into another order in each call, which for so few pixels takes longer than the products.
+    """
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and x.is_cpu
+        and in_inference()
+        and not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and is_plain(conv, nn.Conv2d, x.device)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and x.size(0) * math.prod(_result_sizes(conv, x)) <= conv.out_channels
+    )
+
+
+def convolution_of_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) as one product of the patches of x with the weights: (B, C, H, W) to channels-last (B, H', W', C')."""
+    patches = F.unfold(x, conv.kernel_size, conv.dilation, cast(Any, conv.padding), conv.stride).transpose(1, 2)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias).unflatten(1, _result_sizes(conv, x))
+
+
+def _result_sizes(conv: Any, x: Tensor) -> list[int]:
+    """Height and width of conv(x)."""
+    sides = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    return [(side + 2 * pad - dilation * (size - 1) - 1) // stride + 1 for side, pad, dilation, size, stride in sides]

@@ -63,10 +63,11 @@ class SelectiveSSM(TraceLeaf):
 
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
-    `dt_proj`, `h_norm` and `out_norm`. In inference on CUDA, one operation computes convolution and activation; else
-    features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
-    more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
-    result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called does.
+    `dt_proj`, `h_norm` and `out_norm`. In inference, a third one computes convolution and activation. Features and
+    gate are two products with halves of the weight of `in_proj`, except in inference on CUDA. Where a call of one of
+    these modules does more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called,
+    with the same result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called
+    does.
 
     Args:
         dim: Channels of the input and output.
@@ -155,15 +156,22 @@ class SelectiveSSM(TraceLeaf):
         (B, H, W, D)."""
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if x.is_cuda and in_inference() and self.fuses_conv:
-                features, z = self.in_proj(x).chunk(2, dim=-1)  # which the operations read where they are
+            if in_inference() and self.fuses_conv:
+                features, z = self.project_input(x, in_halves=not x.is_cuda)  # whose kernels read halves in place
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
-        if self.splits_input:  # two products, since halves of one would be copied, and their gradients joined
-            of_features, of_gate = self.in_proj.weight.chunk(2)
-            features, z = F.linear(x, of_features), F.linear(x, of_gate)
-        else:
-            features, z = self.in_proj(x).chunk(2, dim=-1)
+        features, z = self.project_input(x, in_halves=True)
         return self.act(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1), z
+
+    def project_input(self, x: Tensor, in_halves: bool) -> tuple[Tensor, Tensor]:
+        """The features before the convolution, and the gate before its activation, (B, H, W, D) each.
+
+        If possible `in_halves`: as two products, since halves of one would be copied, and their gradients joined.
+        """
+        if in_halves and self.splits_input:
+            of_features, of_gate = self.in_proj.weight.chunk(2)
+            return F.linear(x, of_features), F.linear(x, of_gate)
+        features, z = self.in_proj(x).chunk(2, dim=-1)
+        return features, z
 
     def check_guide(self, guide: Tensor | None, features: Tensor) -> Tensor:
         """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""

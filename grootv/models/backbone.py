@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import only_runs
+from grootv.layers.convolution import convolution_of_patches, multiplies_patches
 from grootv.layers.linear_gelu import linear_gelu, linear_runs_gelu
 from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
@@ -126,6 +127,9 @@ class Downsample(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if multiplies_patches(self.conv, x):
+                return to_nchw(self.norm(convolution_of_patches(self.conv, x)))
         return to_nchw(self.norm(to_nhwc(self.conv(x))))
 
 
@@ -141,7 +145,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if linear_runs_gelu(self.fc1, self.act, x):
-                return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+                return self.fc2(linear_gelu(self.fc1, self.act, x))
         return self.fc2(self.act(self.fc1(x)))
 
 

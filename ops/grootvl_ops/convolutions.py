@@ -9,14 +9,15 @@ from ._checks import check_parameter
 
 __all__ = ["depthwise_conv_silu"]
 
-_ON_CUDA = _loading.has_kernels("cuda")  # here, since compilers do not follow the question
+# Types of devices; here, since compilers do not follow the question.
+_WITH_KERNELS = [device_type for device_type in ("cpu", "cuda") if _loading.has_kernels(device_type)]
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     """SiLU of a depthwise 3x3 convolution with zeros around the map: (B, H, W, D) to (B, H, W, D).
 
-    On CUDA, where no gradients are recorded, one kernel computes both. Elsewhere PyTorch's operations run, without
-    autocast: their gradients are faster than those of a kernel that we tried.
+    Where no gradients are recorded, one kernel computes both, if there is one for the device. Elsewhere PyTorch's
+    operations run, without autocast: their gradients are faster than those of a CUDA kernel that we tried.
 
     Args:
         x: (B, H, W, D), floating point; it may be a part of the channels of a larger map.
@@ -36,7 +37,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     check_parameter("weight", weight, x, [x.size(3), 1, 3, 3])
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if x.is_cuda and _ON_CUDA and not (torch.is_grad_enabled() or _transforms.active()):
+    if x.device.type in _WITH_KERNELS and not (torch.is_grad_enabled() or _transforms.active()):
         return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
     with torch.autocast(x.device.type, enabled=False):
         maps = x.permute(0, 3, 1, 2)

@@ -35,7 +35,7 @@ def check(device: str, operands: list[Tensor], dilation: int, function=grootvl_o
 
 
 def check_forward(device: str, operands: list[Tensor], dilation: int) -> None:
-    """Of the public function, which has a kernel on CUDA where no gradients are recorded."""
+    """Of the public function, which takes a kernel where no gradients are recorded."""
     x, weight = (o.to(device) for o in operands)
     with torch.no_grad():
         found = grootvl_ops.depthwise_conv_silu(x, weight, dilation)
@@ -64,8 +64,9 @@ def test_large_map(cuda_kernels):
     check_forward(cuda_kernels, make_operands((3, 121, 118, 160), torch.float16), 1)
 
 
-def test_operands_need_not_be_contiguous_or_aligned(device):
-    x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_operands_need_not_be_contiguous_or_aligned(device, dtype):
+    x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), dtype))
     expected = library.depthwise_conv_silu(x, weight, 1)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)

@@ -28,6 +28,7 @@ def test_a_wheel_is_a_kernel(tmp_path):
     package = Path(grootvl_ops.__file__).parent
     wheel, folder = tmp_path / "grootvl_ops-0.1.0-x.whl", tmp_path / "kernel"
     with zipfile.ZipFile(wheel, "w") as content:
+        content.writestr("grootvl_ops/", "")  # as auditwheel does it
         for file in (*package.rglob("*.py"), *package.glob("_C_*"), package / "_build.json"):
             content.write(file, Path("grootvl_ops", file.relative_to(package)))
     subprocess.run([sys.executable, ROOT / "ops" / "hub_kernel.py", wheel, folder], check=True)

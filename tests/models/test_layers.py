@@ -15,7 +15,7 @@ from grootv.layers import LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tr
 from grootv.layers.bypass import is_plain
 from grootv.layers.norms import PromotedLayerNorm
 from grootv.models import GrootV
-from grootv.models.backbone import Mlp, Stage
+from grootv.models.backbone import Downsample, Mlp, Stage
 from grootvl_ops import Tree, build_tree, path_tree
 
 DIM, SIZE = 20, (3, 4)  # dt_proj then has a rank of 2
@@ -629,3 +629,56 @@ def test_gelu_of_the_product(dtype: torch.dtype, tolerance: float, autocast: boo
     assert found.dtype == recorded.dtype == dtype and recorded.requires_grad
     for result in (found, recorded):
         assert (result.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_in_place_on_a_cpu(approximate: str) -> None:
+    mlp = Mlp(6, 24, act_layer=partial(nn.GELU, approximate=approximate))
+    x = torch.randn(2, 3, 4, 6)
+    given, exact, before = x.clone(), copy.deepcopy(mlp).double()(x.double()), []
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        found = mlp(x)
+    assert "aten::gelu_" in {event.key for event in profile.key_averages()}
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, given)
+    mlp.fc1.register_forward_hook(lambda _, __, output: before.append(output))
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(x), found)
+        assert torch.equal(before[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+
+
+@pytest.mark.parametrize("stride, dilation, bias", [(2, 1, False), (2, 1, True), (1, 2, False)])
+@pytest.mark.parametrize("size", [(2, 4, 7, 6), (1, 4, 1, 1), (0, 4, 3, 3)], ids=str)
+def test_convolution_as_a_product_of_patches(
+    size: tuple[int, ...], stride: int, dilation: int, bias: bool, device: str
+) -> None:
+    down = Downsample(4, 84, stride=stride, dilation=dilation, bias=bias).to(device)
+    x = torch.randn(size, device=device).to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(down).double()(x.double()).detach()
+
+    def operations(model: nn.Module) -> set[str]:
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            found = model(x)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+        assert found.permute(0, 2, 3, 1).is_contiguous()
+        return {event.key for event in profile.key_averages()}
+
+    assert ("aten::im2col" in operations(down)) == (device == "cpu")
+    torch.testing.assert_close(down(x).double(), exact, rtol=1e-4, atol=1e-4)  # with gradients
+    down.conv.register_forward_hook(lambda _, __, output: output)
+    assert "aten::im2col" not in operations(down)
+
+
+def test_large_maps_and_other_convolutions_are_called() -> None:
+    x = torch.randn(1, 4, 20, 20)
+    for conv in (
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.Conv2d(4, 800, 3, padding="same"),
+        nn.Conv2d(4, 800, 3, padding=1, groups=2),
+        nn.Conv2d(4, 800, 3, padding=1, padding_mode="reflect"),
+    ):
+        down = Downsample(4, conv.out_channels)
+        down.conv = conv
+        with torch.inference_mode():
+            found = down(x)
+            torch.testing.assert_close(found, down.norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))

@@ -10,6 +10,8 @@
 #include "scan.h"
 #include "vector_math.h"
 
+GROOTVL_CONTRACT_PRODUCTS
+
 namespace grootvl {
 namespace {
 
@@ -21,14 +23,15 @@ GROOTVL_VECTORIZED void step_row(scalar_t* delta, const scalar_t* bias, int64_t 
 }
 
 // Decay and input of a pixel for one state, of which B is the pixel's input
-// weight and `rate` -exp(A_log).
+// weight and `rate` -exp(A_log). The decay may take the memory of delta.
 template <typename scalar_t>
 GROOTVL_VECTORIZED void discretise_row(const scalar_t* delta, const scalar_t* x, scalar_t B, const scalar_t* rate,
                                        int64_t channels, scalar_t* decay, scalar_t* input) {
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    decay[c] = exponential(delta[c] * rate[c]);
-    input[c] = delta[c] * (B * x[c]);
+    const scalar_t step = delta[c];
+    decay[c] = exponential(step * rate[c]);
+    input[c] = step * (B * x[c]);
   }
 }
 
@@ -58,10 +61,13 @@ Tensor selective_scan(const Tensor& x_, const Tensor& dt, const std::optional<Te
   const Tensor x = contiguous(to(x_, type)), A_log = contiguous(to(A_log_, type)), B = contiguous(to(B_, type)),
                C = C_ ? contiguous(to(*C_, type)) : Tensor();
   const Tensor bias = dt_bias ? contiguous(to(*dt_bias, type)) : zeros(x, {channels}, type);
-  const Tensor delta = raw_delta(dt, dt_weight, x), decay = empty_like(x), h = empty_like(x);
+  // A single state needs delta no more after its decay, which takes the memory.
+  const Tensor delta = raw_delta(dt, dt_weight, x), decay = states == 1 ? delta : empty_like(x);
   std::vector<int64_t> result_sizes = x.sizes().vec();
   if (!C_ && A_log.dim() == 2) result_sizes.push_back(states);
   const Tensor result = empty(x, result_sizes, C_ ? type : x_.scalar_type());
+  const bool in_place = !C_ && A_log.dim() == 1 && result.scalar_type() == type;
+  const Tensor h = in_place ? result : empty_like(x);
 
   const auto for_pixels = [&](auto pixel) {
     parallel_for(0, pixels, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels)), [&](int64_t i, int64_t end) {
@@ -74,12 +80,12 @@ Tensor selective_scan(const Tensor& x_, const Tensor& dt, const std::optional<Te
          *h_data = h.mutable_data_ptr<scalar_t>();
     const auto *x_data = x.const_data_ptr<scalar_t>(), *bias_data = bias.const_data_ptr<scalar_t>(),
                *A_data = A_log.const_data_ptr<scalar_t>(), *B_data = B.const_data_ptr<scalar_t>();
-    for_pixels([&](int64_t i) { step_row(delta_data + i * channels, bias_data, channels); });
     std::vector<scalar_t> rate(channels);
     for (int64_t n = 0; n < states; ++n) {
       for (int64_t c = 0; c < channels; ++c) rate[c] = -std::exp(A_data[c * states + n]);
       for_pixels([&](int64_t i) {
         const int64_t row = i * channels;
+        if (n == 0) step_row(delta_data + row, bias_data, channels);
         discretise_row(delta_data + row, x_data + row, B_data[i * states + n], rate.data(), channels, decay_data + row,
                        h_data + row);
       });
@@ -90,7 +96,7 @@ Tensor selective_scan(const Tensor& x_, const Tensor& dt, const std::optional<Te
         for_pixels([&](int64_t i) {
           weigh_row(h_data + i * channels, C_data[i * states + n], n == 0, channels, y_data + i * channels);
         });
-      } else {
+      } else if (!in_place) {
         copy(A_log.dim() == 1 ? result : select(result, -1, n), h);
       }
     }

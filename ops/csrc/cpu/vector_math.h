@@ -20,7 +20,7 @@ GROOTVL_INLINE float exponential(float x) {
   constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: in the sum, the last
                                           // bits of the mantissa are the integer
   constexpr uint32_t kRounderBits = 0x4b400000;
-  const float clamped = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+  const float above = x < -87.3f ? -87.3f : x, clamped = above > 88.3f ? 88.3f : above;
   const float rounded = clamped * kLog2E + kRounder;
   uint32_t bits;  // unsigned, because those of NaN would overflow
   std::memcpy(&bits, &rounded, sizeof bits);
