@@ -72,8 +72,9 @@ def address(files: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        # The sandbox needs rights that containers do not give.
-        arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        arguments = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a webcam
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            arguments.append("--no-sandbox")  # the sandbox needs rights that containers do not give
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
@@ -215,6 +216,39 @@ def test_an_upload_is_drawn_and_its_files_and_its_python_agree(
         assert int(ours["height"]) * int(ours["width"]) == len(ours["parent"])
         np.testing.assert_array_equal(ours["parent"], theirs["parent"])
     assert content["png"].stat().st_size == Path("tree.png").stat().st_size
+
+
+# An image of two colours into the clipboard.
+COPY_IMAGE = """async () => {
+  const canvas = new OffscreenCanvas(90, 60), context = canvas.getContext("2d")
+  for (const [colour, side] of [["red", 90], ["blue", 30]]) {
+    context.fillStyle = colour
+    context.fillRect(0, 0, side, side)
+  }
+  const image = await canvas.convertToBlob({type: "image/png"})
+  await navigator.clipboard.write([new ClipboardItem({"image/png": image})])
+}"""
+
+
+@pytest.mark.parametrize("source", ["camera", "clipboard"])
+def test_images_of_a_webcam_and_of_the_clipboard_are_drawn(page: Page, address: str, source: str) -> None:
+    page.context.grant_permissions(["camera", "clipboard-read", "clipboard-write"], origin=address)
+    page.goto(address)
+    first = new_picture(page, None)
+    if source == "camera":
+        page.get_by_label("Capture from camera").click()
+        page.get_by_role("button", name="Click to Access Webcam").click()
+        page.locator("#upload").get_by_label("capture photo").click()
+    else:
+        page.evaluate(COPY_IMAGE)
+        page.get_by_label("Paste from clipboard").click()
+    expect(page.locator("#upload img")).to_be_visible()
+    page.locator("#tree-draw").click()
+    new_picture(page, first)
+    with page.expect_download() as download:
+        page.get_by_text("Download data (npz)").first.click()
+    with np.load(download.value.path()) as data:
+        assert abs(data["width"] / data["height"] - {"camera": 4 / 3, "clipboard": 3 / 2}[source]) < 0.05
 
 
 def test_two_users_at_once_get_their_own_pictures(page: Page, address: str) -> None:
