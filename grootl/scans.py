@@ -94,8 +94,10 @@ def prefix_scan(
     if edges is not None:
         delta_u = F.softplus(dt) * u
         tree = prompt_tree(delta_u, B, edges, neighbours)
-        edge_dt = dt if edge_decay == "own" else dt.roll(-1, dims=1)  # that of the root is not used
-        of_tree = _scan_with_decays_of(edge_dt, delta_u, A_log, B, C, tree, "up")
+        if edge_decay == "own":
+            of_tree = selective_scan(u, dt, None, None, A_log, B, tree, "up", C)
+        else:  # the step of the root is not used
+            of_tree = _scan_with_decays_of(dt.roll(-1, dims=1), delta_u, A_log, B, C, tree, "up")
         y = of_chain.add(of_tree, alpha=tree_scale)
     if num_readers == 0:
         return y, None
