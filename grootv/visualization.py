@@ -126,7 +126,7 @@ class MixerCall(NamedTuple):
         """The features that the mixer scans, (B, H, W, D), and builds its tree on unless one is given."""
         if isinstance(self.mixer, SelectiveSSM):
             return self.mixer.expand_input(self.x)[0]
-        return self.mixer.expand_input(self.x)
+        return self.mixer.scanned_features(self.x)
 
     def scans(self) -> list[tuple[Tree, str]]:
         """The trees and directions of its scans."""

@@ -99,13 +99,13 @@ class SS2D(TraceLeaf):
         Raises:
             ValueError: x of another shape.
         """
-        features = self.expand_input(x)
+        features = self.scanned_features(x)
         B, H, W, D = features.shape
         u = features.reshape(B, H * W, D)
         y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.paths(features)))
         return self.out_proj(y.to(u.dtype)).view(B, H, W, self.dim)
 
-    def expand_input(self, x: Tensor) -> Tensor:
+    def scanned_features(self, x: Tensor) -> Tensor:
         """From the input (B, H, W, dim) to the features that are scanned, (B, H, W, D)."""
         check_map(x, self.dim)
         return self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
