@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bypass import in_inference, is_plain, only_runs
+from .linear import linear
 
 __all__ = ["convolution_of_patches", "fuses_convolution", "multiplies_patches"]
 
@@ -51,7 +52,7 @@ def multiplies_patches(conv: Any, x: Tensor) -> bool:
 def convolution_of_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x) as one product of the patches of x with the weights: (B, C, H, W) to channels-last (B, H', W', C')."""
     patches = F.unfold(x, conv.kernel_size, conv.dilation, cast(Any, conv.padding), conv.stride).transpose(1, 2)
-    return F.linear(patches, conv.weight.flatten(1), conv.bias).unflatten(1, _result_sizes(conv, x))
+    return linear(patches, conv.weight.flatten(1), conv.bias).unflatten(1, _result_sizes(conv, x))
 
 
 def _result_sizes(conv: Any, x: Tensor) -> list[int]:

@@ -14,6 +14,7 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution
+from .linear import call_linear, linear
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -169,7 +170,7 @@ class SelectiveSSM(TraceLeaf):
         """
         if in_halves and self.splits_input:
             of_features, of_gate = self.in_proj.weight.chunk(2)
-            return F.linear(x, of_features), F.linear(x, of_gate)
+            return linear(x, of_features), linear(x, of_gate)
         features, z = self.in_proj(x).chunk(2, dim=-1)
         return features, z
 
@@ -186,8 +187,11 @@ class SelectiveSSM(TraceLeaf):
         """From features and gate, (B, H, W, D) each, to the output (B, H, W, dim)."""
         B, H, W, D = features.shape
         x = features.reshape(B, H * W, D)
-        y = self.selective_scan(x, z.reshape(B, H * W, D), self.x_proj(x), scans)
-        return self.out_proj(y).view(B, H, W, self.dim)
+        z = z.reshape(B, H * W, D)
+        if not torch.jit.is_scripting():
+            y = self.selective_scan(x, z, call_linear(self.x_proj, x), scans)
+            return call_linear(self.out_proj, y).view(B, H, W, self.dim)
+        return self.out_proj(self.selective_scan(x, z, self.x_proj(x), scans)).view(B, H, W, self.dim)
 
     def selective_scan(self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """Everything between the projections: discretisation, scan, norms, skip and gate.

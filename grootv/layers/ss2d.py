@@ -14,6 +14,9 @@ import grootvl_ops
 from grootvl_ops import Tree
 from grootvl_ops.reference import accumulation_dtype
 
+from .bypass import in_inference
+from .convolution import fuses_convolution
+from .linear import call_linear
 from .norms import LayerNorm, norm_for_product
 from .scans import cross_paths
 from .selective_ssm import check_map, check_sizes, init_parameters
@@ -102,12 +105,19 @@ class SS2D(TraceLeaf):
         features = self.scanned_features(x)
         B, H, W, D = features.shape
         u = features.reshape(B, H * W, D)
+        if not torch.jit.is_scripting():
+            y = self.out_norm(self.selective_scan(u, call_linear(self.x_proj, u), self.paths(features)))
+            return call_linear(self.out_proj, y.to(u.dtype)).view(B, H, W, self.dim)
         y = self.out_norm(self.selective_scan(u, self.x_proj(u), self.paths(features)))
         return self.out_proj(y.to(u.dtype)).view(B, H, W, self.dim)
 
     def scanned_features(self, x: Tensor) -> Tensor:
         """From the input (B, H, W, dim) to the features that are scanned, (B, H, W, D)."""
         check_map(x, self.dim)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if in_inference() and fuses_convolution(self.conv, self.act, x.device):
+                weight, dilation = self.conv.weight, self.conv.dilation[0]
+                return grootvl_ops.depthwise_conv_silu(call_linear(self.in_proj, x), weight, dilation)
         return self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
     def selective_scan(self, u: Tensor, projected: Tensor, paths: Tree) -> Tensor:

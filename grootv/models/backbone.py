@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import only_runs
 from grootv.layers.convolution import convolution_of_patches, multiplies_patches
-from grootv.layers.linear_gelu import linear_gelu, linear_runs_gelu
+from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu
 from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
 
@@ -145,7 +145,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if linear_runs_gelu(self.fc1, self.act, x):
-                return self.fc2(linear_gelu(self.fc1, self.act, x))
+                return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -238,7 +238,8 @@ def test_images_of_a_webcam_and_of_the_clipboard_are_drawn(page: Page, address: 
     if source == "camera":
         page.get_by_label("Capture from camera").click()
         page.get_by_role("button", name="Click to Access Webcam").click()
-        page.wait_for_function("document.querySelector('#upload video')?.videoWidth > 0")  # before, a capture does nothing
+        # Before the first frame a capture does nothing.
+        page.wait_for_function("document.querySelector('#upload video')?.videoWidth > 0")
         page.locator("#upload").get_by_label("capture photo").click()
     else:
         page.evaluate(COPY_IMAGE)

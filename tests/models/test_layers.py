@@ -1,7 +1,7 @@
 """Layers for other networks: mixers against a plain recomputation, and with submodules that are more than plain."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_ops
-from grootv.layers import LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tree
+from grootv.layers import SS2D, LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tree
 from grootv.layers.bypass import is_plain
+from grootv.layers.linear import call_linear
 from grootv.layers.norms import PromotedLayerNorm
 from grootv.models import GrootV
 from grootv.models.backbone import Downsample, Mlp, Stage
@@ -645,6 +648,92 @@ def test_gelu_in_place_on_a_cpu(approximate: str) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(mlp(x), found)
         assert torch.equal(before[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+
+
+def uses_onednn(model: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    with torch.profiler.profile() as profile:
+        model(x)
+    return "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_products_by_onednn_on_a_cpu(bias: bool) -> None:
+    layer, x = nn.Linear(96, 512, bias=bias), torch.randn(2, 7, 9, 96)
+    exact = copy.deepcopy(layer).double()(x.double()).detach()
+    call = partial(call_linear, layer)
+    with torch.inference_mode():
+        assert uses_onednn(call, x) and not uses_onednn(layer, x)
+        for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+            torch.testing.assert_close(call(given).double(), exact, rtol=1e-5, atol=1e-6)
+            assert call(given).is_contiguous()
+        # Few rows, small products, and other kinds of numbers and tensors are those of the layer.
+        assert not uses_onednn(call, x[0, :5]) and not uses_onednn(partial(call_linear, nn.Linear(96, 8)), x)
+        torch.testing.assert_close(call(x[:0]), layer(x[:0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(x).dtype == torch.bfloat16 and not uses_onednn(call, x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not uses_onednn(call, x)
+        as_subclass = call(x.as_subclass(Subclass))
+        assert isinstance(as_subclass, Subclass) and not uses_onednn(call, x.as_subclass(Subclass))
+    assert not uses_onednn(call, x) and call(x).requires_grad
+
+
+class Subclass(Tensor):
+    pass
+
+
+@needs_onednn
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_in_the_product_on_a_cpu(approximate: str) -> None:
+    mlp, x = Mlp(96, 512, act_layer=partial(nn.GELU, approximate=approximate)), torch.randn(2, 7, 9, 96)
+    exact = copy.deepcopy(mlp).double()(x.double()).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(x).double(), exact, rtol=1e-5, atol=1e-6)
+        with torch.profiler.profile() as profile:
+            mlp(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["mkldnn::_linear_pointwise"] == 2 and not {"aten::gelu", "aten::gelu_"} & counts.keys()
+
+
+@needs_onednn
+def test_modes_that_watch_operations_see_products() -> None:
+    """Counters and interceptors know the products of PyTorch, not those of oneDNN."""
+    mixer, x = TreeSSM(64).eval(), torch.randn(1, 16, 16, 64)
+
+    class Watch(TorchFunctionMode):
+        products = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.products += function is F.linear
+            return function(*args, **(kwargs or {}))
+
+    counted = []
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context, FlopCounterMode(display=False) as counter:
+            mixer(x)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] == counted[2] > 0
+    with torch.inference_mode(), Watch() as watch:
+        mixer(x)
+    assert watch.products == 4  # features, gate, x_proj, out_proj
+    with torch.inference_mode():
+        assert uses_onednn(mixer, x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", [TreeSSM, SS2D])
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+def test_layers_with_hooks_are_called_not_multiplied_by_onednn(kind: type[nn.Module], name: str) -> None:
+    mixer, x = kind(128).eval(), torch.randn(1, 16, 16, 128)
+    with torch.inference_mode():
+        expected = mixer(x)
+        called = hook([getattr(mixer, name)])
+        torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
+    assert called == [getattr(mixer, name)]
 
 
 @pytest.mark.parametrize("stride, dilation, bias", [(2, 1, False), (2, 1, True), (1, 2, False)])

@@ -1,0 +1,92 @@
+"""Linear layers in inference, where another operation computes them, or the GELU after them, faster."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bypass import in_inference, is_plain, only_runs
+
+__all__ = ["call_linear", "linear", "linear_gelu", "linear_runs_gelu"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def runs_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` computes x weight^T by oneDNN.
+
+    In inference in float32 on a CPU, for products that are large enough: of few rows oneDNN brings the weights into
+    another order in more time than it gains, and a small product takes less time than its call. Not where a mode of
+    PyTorch watches the operations (counters, tracers), which know those of `torch.nn.functional`.
+    """
+    return (
+        _HAS_ONEDNN
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and in_inference()
+        and (rows := x.numel() // max(1, x.size(-1))) >= 48
+        and rows * weight.numel() >= 1 << 21
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, in inference on a CPU by oneDNN: (..., K) and (N, K) to (..., N).
+
+    Otherwise PyTorch multiplies float32 on a CPU by the BLAS that it was built with, and copies the bias first.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+        if runs_onednn(x, weight):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def call_linear(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), as `linear` if a call of the layer would do nothing else."""
+    if type(x) is Tensor and x.is_cpu and in_inference() and is_plain(layer, nn.Linear, x.device):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear layer multiplies x."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def linear_runs_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> bool:
+    """Whether `linear_gelu` may compute act(layer(x)).
+
+    In inference, in a half precision on CUDA or on a CPU, where calls of the modules would do nothing but what their
+    kind does.
+    """
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and (x.is_cpu or (x.is_cuda and _product_dtype(x) in _HALF))
+        and in_inference()
+        and is_plain(layer, nn.Linear, x.device)
+        and layer.bias is not None
+        and only_runs(act, nn.GELU)
+    )
+
+
+def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
+    """act(layer(x)) for a linear layer with bias and a GELU.
+
+    On CUDA from the epilogue of the product: the map passes through memory once less. cuBLASLt has the approximation by
+    tanh. It differs from exact GELU by less than the rounding of half precision. On a CPU oneDNN applies the GELU to
+    each block of the product, or the product becomes its GELU in place: the map needs half the memory.
+    """
+    if x.is_cpu:
+        if runs_onednn(x, layer.weight):
+            return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], act.approximate)
+        return torch.ops.aten.gelu_(F.linear(x, layer.weight, layer.bias), approximate=act.approximate)
+    x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, layer.weight, layer.bias))
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
