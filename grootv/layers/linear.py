@@ -43,9 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Otherwise PyTorch multiplies float32 on a CPU by the BLAS that it was built with, and copies the bias first.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-        if runs_onednn(x, weight):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if runs_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 

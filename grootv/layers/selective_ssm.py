@@ -14,7 +14,7 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution
-from .linear import call_linear, linear
+from .linear import call_linear
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -64,11 +64,10 @@ class SelectiveSSM(TraceLeaf):
 
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
-    `dt_proj`, `h_norm` and `out_norm`. In inference, a third one computes convolution and activation. Features and
-    gate are two products with halves of the weight of `in_proj`, except in inference on CUDA. Where a call of one of
-    these modules does more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called,
-    with the same result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called
-    does.
+    `dt_proj`, `h_norm` and `out_norm`. In inference, a third one computes convolution and activation, and elsewhere
+    features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
+    more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
+    result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -158,21 +157,14 @@ class SelectiveSSM(TraceLeaf):
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if in_inference() and self.fuses_conv:
-                features, z = self.project_input(x, in_halves=not x.is_cuda)  # whose kernels read halves in place
+                features, z = call_linear(self.in_proj, x).chunk(2, dim=-1)  # the kernels read halves where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
-        features, z = self.project_input(x, in_halves=True)
-        return self.act(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1), z
-
-    def project_input(self, x: Tensor, in_halves: bool) -> tuple[Tensor, Tensor]:
-        """The features before the convolution, and the gate before its activation, (B, H, W, D) each.
-
-        If possible `in_halves`: as two products, since halves of one would be copied, and their gradients joined.
-        """
-        if in_halves and self.splits_input:
+        if self.splits_input:  # halves of one product would be copied, and their gradients joined
             of_features, of_gate = self.in_proj.weight.chunk(2)
-            return linear(x, of_features), linear(x, of_gate)
-        features, z = self.in_proj(x).chunk(2, dim=-1)
-        return features, z
+            features, z = F.linear(x, of_features), F.linear(x, of_gate)
+        else:
+            features, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.act(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1), z
 
     def check_guide(self, guide: Tensor | None, features: Tensor) -> Tensor:
         """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""

@@ -719,7 +719,7 @@ def test_modes_that_watch_operations_see_products() -> None:
     assert counted[0] == counted[1] == counted[2] > 0
     with torch.inference_mode(), Watch() as watch:
         mixer(x)
-    assert watch.products == 4  # features, gate, x_proj, out_proj
+    assert watch.products == 3  # in_proj, x_proj, out_proj
     with torch.inference_mode():
         assert uses_onednn(mixer, x)
 
