@@ -47,6 +47,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> 
     if not only_runs(module, kind):
         return False
     weight = module.__dict__["_parameters"].get("weight")  # nn.Module finds it by a search that takes longer
-    if type(weight) is not nn.Parameter and (weight is None or hasattr(weight, "__tensor_flatten__")):
+    if type(weight) is not nn.Parameter and (weight is None or hasattr(type(weight), "__tensor_flatten__")):
         return False
     return weight.device == device

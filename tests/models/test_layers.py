@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_ops
@@ -381,23 +382,57 @@ def test_hooks_fire_once_for_each_submodule(name: str, everywhere: bool, device:
     assert mixer.fuses_step and mixer.fuses_norms
 
 
-def test_what_is_plain() -> None:
-    linear, cpu = nn.Linear(2, 3), torch.device("cpu")
-    assert is_plain(linear, nn.Linear, cpu) and is_plain(nn.Linear(2, 3, bias=False), nn.Linear, cpu)
-    assert not is_plain(linear, nn.Linear, torch.device("meta"))
+class Renamed(nn.Linear):
+    pass
+
+
+def adapted(case: str) -> nn.Module:
+    """A linear layer of which a call does more than apply its weights."""
+    layer = nn.Linear(2, 3)
+    if case == "weight norm":
+        return nn.utils.parametrizations.weight_norm(layer)
+    if case == "old spectral norm":
+        return nn.utils.spectral_norm(layer)
+    if case == "pruned":
+        return prune.l1_unstructured(layer, "weight", amount=2)
+    if case == "quantised":  # as torchao's weights, and as distributed ones
+        layer.weight = nn.Parameter(TwoTensor(torch.zeros(3, 2), torch.zeros(3, 2)), requires_grad=False)
+    elif case == "forward hook":
+        layer.register_forward_hook(lambda _, __, output: 2 * output)
+    elif case == "hook before":
+        layer.register_forward_pre_hook(lambda _, inputs: 2 * inputs[0])
+    elif case == "another forward":
+        layer.forward = lambda x: 2 * x
+    elif case == "subclass":
+        return Renamed(2, 3)
+    return layer
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "weight norm", "old spectral norm", "pruned", "quantised", "forward hook", "hook before",
+     "another forward", "subclass"],
+)  # fmt: skip
+def test_what_is_plain(case: str, compiled: bool) -> None:
+    """Also as torch.compile sees it."""
+    layer, x = adapted(case), torch.zeros(())
+
+    def answer(x: Tensor) -> Tensor:
+        return x + 1 if is_plain(layer, nn.Linear, x.device) else x
+
+    torch.compiler.reset()
+    found = torch.compile(answer, backend="eager", fullgraph=True)(x) if compiled else answer(x)
+    assert found == (case == "plain")
+
+
+def test_plain_is_of_a_kind_and_on_a_device() -> None:
+    cpu = torch.device("cpu")
+    assert is_plain(nn.Linear(2, 3, bias=False), nn.Linear, cpu)
+    assert not is_plain(nn.Linear(2, 3), nn.Linear, torch.device("meta"))
     assert not is_plain(nn.Identity(), nn.Linear, cpu)
     assert not is_plain(nn.LayerNorm(3), PromotedLayerNorm, cpu)
     assert not is_plain(PromotedLayerNorm(3), nn.LayerNorm, cpu)
-    assert not is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear, cpu)
-    assert not is_plain(nn.utils.spectral_norm(nn.Linear(2, 3)), nn.Linear, cpu)
-
-    class Quantised(Tensor):
-        def __tensor_flatten__(self):
-            return [], None
-
-    quantised = nn.Linear(2, 3)
-    quantised.weight = nn.Parameter(torch.zeros(3, 2).as_subclass(Quantised))
-    assert not is_plain(quantised, nn.Linear, cpu)
 
 
 def test_pruning_that_was_made_permanent_is_plain_again() -> None:
