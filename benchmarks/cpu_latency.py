@@ -2,11 +2,13 @@
 
     python benchmarks/cpu_latency.py                     # grootv_tiny against swin_tiny, 224 x 224, two threads
     python benchmarks/cpu_latency.py --model grootv_nano --peer mambaout_femto --size 160
+    python benchmarks/cpu_latency.py --int8              # linear layers by PyTorch's dynamic quantisation
+    python benchmarks/cpu_latency.py --compile           # by torch.compile
 
 Each model has a process of its own, since models that share a process share a heap: what one of them gives back to the
 system, the other has to ask for again. They take turns, so that both see the same machine. The weights pass through a
-file, as in use. Prints the median latencies and their ratio, and the share of the operations of `grootvl_ops` in the
-model's forward pass. Run it on a machine that does nothing else.
+file, as in use. Prints the median latencies and their ratio, how much int8 changes the logits, and the share of the
+operations of `grootvl_ops` in the model's forward pass. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -16,17 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 from torch.profiler import ProfilerActivity, profile
 
 import grootv  # noqa: F401 (registers the models)
 import grootvl_ops
 
 
-def operation_shares(model: nn.Module, image: Tensor, rounds: int = 5) -> dict[str, float]:
+def operation_shares(model: Callable[[Tensor], Tensor], image: Tensor, rounds: int = 5) -> dict[str, float]:
     """Share of each tree operation in the time of the model's forward pass."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(rounds):
@@ -40,8 +44,8 @@ def operation_shares(model: nn.Module, image: Tensor, rounds: int = 5) -> dict[s
     }
 
 
-def serve(name: str, size: int, threads: int) -> None:
-    """Answer each line of the standard input with the milliseconds of a forward pass, and its end with the shares.
+def serve(name: str, size: int, threads: int, int8: bool, compile: bool) -> None:
+    """Answer each line of the standard input with the milliseconds of a forward pass, and its end with the rest.
 
     The pass before is not counted: it wakes up the threads, and fills the caches that the other model has used.
     """
@@ -54,12 +58,17 @@ def serve(name: str, size: int, threads: int) -> None:
     model.load_state_dict(torch.load(file, weights_only=True))
     del file
     with torch.inference_mode():
+        exact = model(image)
+        run = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8) if int8 else model
+        change = (run(image) - exact).norm() / exact.norm()
+        if compile:
+            run = torch.compile(run)
         for _ in sys.stdin:
-            model(image)
+            run(image)
             start = time.perf_counter()
-            model(image)
+            run(image)
             print(1e3 * (time.perf_counter() - start), flush=True)
-        print(json.dumps(operation_shares(model, image)))
+        print(json.dumps({"change": change.item(), "shares": operation_shares(run, image)}))
 
 
 def main() -> None:
@@ -69,10 +78,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the square image, in pixels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--int8", action="store_true", help="quantise the linear layers")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.size, args.threads)
+        serve(args.serve, args.size, args.threads, args.int8, args.compile)
         return
 
     names = (args.model, args.peer)
@@ -91,15 +102,18 @@ def main() -> None:
             milliseconds = float(process.stdout.readline())
             if i >= 3:
                 record.append(milliseconds)
-    shares = json.loads(processes[0].communicate()[0])
-    processes[1].communicate()
+    results = [json.loads(process.communicate()[0]) for process in processes]
 
     latency, peer_latency = map(statistics.median, latencies)
-    print(f"torch {torch.__version__}, {args.threads} threads, float32, one image of {args.size} x {args.size}")
+    precision = "int8 linear layers" if args.int8 else "float32"
+    compiled = ", compiled" if args.compile else ""
+    print(f"torch {torch.__version__}, {args.threads} threads, {precision}{compiled}, one image of {args.size}²")
     print(f"operations: {grootvl_ops.backend('cpu')}")
-    print(f"{args.model:32s} {latency:8.1f} ms (median of {args.rounds})")
-    print(f"{args.peer:32s} {peer_latency:8.1f} ms")
-    print(f"ratio {latency / peer_latency:.2f}")
+    for name, result, milliseconds in zip(names, results, (latency, peer_latency), strict=True):
+        change = f", logits change by {result['change']:.1%}" if args.int8 else ""
+        print(f"{name:32s} {milliseconds:8.1f} ms{change}")
+    print(f"ratio {latency / peer_latency:.2f} (medians of {args.rounds})")
+    shares = results[0]["shares"]
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     print(f"operations of grootvl_ops: {sum(shares.values()):.1%} of the forward pass ({parts})")
 
