@@ -14,23 +14,37 @@ _HALF = (torch.float16, torch.bfloat16)
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def runs_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` computes x weight^T by oneDNN.
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is a contiguous float32 tensor on a CPU, of no kind of its own."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+    )
+
+
+def runs_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` computes x weight^T + bias by oneDNN.
 
     In inference in float32 on a CPU, for products that are large enough: of few rows oneDNN brings the weights into
-    another order in more time than it gains, and a small product takes less time than its call. Not where a mode of
-    PyTorch watches the operations (counters, tracers), which know those of `torch.nn.functional`.
+    another order in more time than it gains, and a small product takes less time than its call. Not for weights that
+    the layer could not apply, whose sizes and strides oneDNN does not check. Not where a mode of PyTorch watches the
+    operations (counters, tracers), which know those of `torch.nn.functional`.
     """
     return (
         _HAS_ONEDNN
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and in_inference()
-        and (rows := x.numel() // max(1, x.size(-1))) >= 48
-        and rows * weight.numel() >= 1 << 21
-        and weight.is_contiguous()
+        and weight.dim() == 2
+        and x.numel() >= 48 * weight.size(1)
+        and x.numel() * weight.size(0) >= 1 << 21
+        and x.size(-1) == weight.size(1)
+        and _is_dense(weight)
+        and (bias is None or (_is_dense(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -43,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Otherwise PyTorch multiplies float32 on a CPU by the BLAS that it was built with, and copies the bias first.
     """
-    if runs_onednn(x, weight):
+    if runs_onednn(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -84,7 +98,7 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
     each block of the product, or the product becomes its GELU in place: the map needs half the memory.
     """
     if x.is_cpu:
-        if runs_onednn(x, layer.weight):
+        if runs_onednn(x, layer.weight, layer.bias):
             return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], act.approximate)
         return torch.ops.aten.gelu_(F.linear(x, layer.weight, layer.bias), approximate=act.approximate)
     x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, layer.weight, layer.bias))

@@ -721,6 +721,49 @@ class Subclass(Tensor):
     pass
 
 
+def strided(values: Tensor) -> nn.Parameter:
+    """The same values, not side by side in memory."""
+    wide = torch.stack([values, torch.full_like(values, 7)], -1)
+    return nn.Parameter(wide[..., 0], requires_grad=False)
+
+
+@needs_onednn
+@pytest.mark.parametrize("what", ["strided bias", "strided weight", "expanded bias", "subclass of bias"])
+def test_unusual_weights_have_the_results_of_the_layer(what: str) -> None:
+    layer, x = nn.Linear(96, 512), torch.randn(2, 7, 9, 96)
+    if what == "expanded bias":
+        layer.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+    elif what == "subclass of bias":
+        layer.bias = nn.Parameter(layer.bias.detach().as_subclass(Subclass), requires_grad=False)
+    else:
+        name = what.split()[1]
+        setattr(layer, name, strided(getattr(layer, name).detach()))
+    mlp = Mlp(96, 512).eval()
+    mlp.fc1 = layer
+    with torch.inference_mode():
+        torch.testing.assert_close(call_linear(layer, x), layer(x))
+        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(layer(x))))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("weight", torch.ones(512, 95), "shapes cannot be multiplied"),
+        ("weight", torch.ones(512, 97), "shapes cannot be multiplied"),
+        ("weight", torch.ones(1, 512, 96), "2 dimensions"),
+        ("bias", torch.ones(500), "must match"),
+        ("bias", torch.ones(512, dtype=torch.float64), "dtype"),
+        ("bias", torch.ones(512, dtype=torch.float16), "dtype"),
+    ],
+)
+def test_weights_that_do_not_fit_raise_as_the_layer_does(name: str, value: Tensor, message: str) -> None:
+    layer, x = nn.Linear(96, 512), torch.randn(2, 7, 9, 96)
+    setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=message):
+        call_linear(layer, x)
+
+
 @needs_onednn
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_in_the_product_on_a_cpu(approximate: str) -> None:
