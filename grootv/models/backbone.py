@@ -377,8 +377,15 @@ def _find_layer(argument: str, find: Callable, layer: Layer | str) -> Layer:
 
 
 def find_norm_layer(layer: Layer | str) -> Layer:
-    """A class of norms, or that of timm's name; ValueError for a name that timm does not know."""
-    return _find_layer("norm_layer", get_norm_layer, layer)
+    """A class of norms, or that of timm's name; ValueError for a name that timm does not know.
+
+    What is returned takes `device` and `dtype`, also where the class does not: own classes, timm's before 1.0.21.
+    """
+    norm_layer = _find_layer("norm_layer", get_norm_layer, layer)
+    parameters = inspect.signature(norm_layer).parameters.values()
+    if any(parameter.name == "device" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return norm_layer
+    return lambda dim, device=None, dtype=None: norm_layer(dim).to(device=device, dtype=dtype)
 
 
 def find_act_layer(layer: Layer | str) -> Layer:

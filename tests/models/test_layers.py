@@ -18,7 +18,7 @@ from grootv.layers import SS2D, LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spann
 from grootv.layers.bypass import is_plain
 from grootv.layers.linear import call_linear
 from grootv.layers.norms import PromotedLayerNorm
-from grootv.models import GrootV
+from grootv.models import GrootV, VMamba
 from grootv.models.backbone import Downsample, Mlp, Stage
 from grootvl_ops import Tree, build_tree, path_tree
 
@@ -580,6 +580,26 @@ def test_norm_and_activation_by_class_and_by_name() -> None:
     torch.testing.assert_close(named(images), model(images))
     torch.testing.assert_close(usual(images), model(images), rtol=1e-4, atol=1e-5)
     assert GrootV(**sizes, norm_layer="rmsnorm").eval()(images).shape == (2, 5)
+
+
+class Scale(nn.Module):
+    """A norm that takes neither device nor dtype, as timm's before 1.0.21."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+@pytest.mark.parametrize("norm_layer", [Scale, "layernorm"])
+@pytest.mark.parametrize("family", [GrootV, VMamba])
+def test_norms_that_take_no_device_and_no_dtype(family: type[nn.Module], norm_layer: type[nn.Module] | str) -> None:
+    sizes = {"dims": (16, 32), "depths": (1, 1), "num_classes": 5, "norm_layer": norm_layer}
+    assert family(**sizes).eval()(torch.randn(2, 3, 32, 40)).shape == (2, 5)
+    model = family(**sizes, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
 
 
 def test_the_operations_are_called_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
