@@ -180,8 +180,9 @@ def guard_timm() -> None:
         if not weights_only or kwargs:
             options = {"weights_only": weights_only, **kwargs}
             return unguarded_from_url(url, model_dir, map_location, progress, check_hash, **options)
-        path = hub.download_cached_file(url, check_hash, progress, cache_dir=model_dir)
-        return read_checkpoint(path, map_location)
+        # Early releases know no cache_dir. They take a TypeError for a sign of an old PyTorch, and read as code.
+        folder = {} if model_dir is None else {"cache_dir": model_dir}
+        return read_checkpoint(hub.download_cached_file(url, check_hash, progress, **folder), map_location)
 
     load_state_dict.__dict__["is_guard"] = True
     if not own_load:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -151,12 +152,37 @@ def test_pretrained_vmamba_comes_from_its_authors(official_vmamba, tmp_path, mon
         torch.save({"model": official_vmamba, "model_ema": official_vmamba, "config": config, "epoch": 264}, path)
 
     monkeypatch.setattr("timm.models._hub.download_url_to_file", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for _ in range(2):  # the second time it is in the cache
-        model = timm.create_model("vmamba_tiny_s1l8", pretrained=True, cache_dir=tmp_path, **VMAMBA)
+        model = timm.create_model("vmamba_tiny_s1l8", pretrained=True, **VMAMBA)
         assert_vmamba(model, official_vmamba)
     file = "vssm1_tiny_0230s_ckpt_epoch_264.pth"
     assert fetched == [f"https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/{file}"]
-    assert (tmp_path / file).is_file()
+    assert [path.name for path in tmp_path.rglob("*.pth")] == [file]
+
+
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_files_of_an_address_are_data_with_early_releases_of_timm(official_vmamba, tmp_path, monkeypatch):
+    """Their `download_cached_file` takes no folder. They read a file as code after a TypeError."""
+
+    def download(url: str, check_hash: bool = True, progress: bool = False) -> str:
+        return str(tmp_path / "file.pth")
+
+    monkeypatch.setattr("timm.models._hub.download_cached_file", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save({"model": official_vmamba}, tmp_path / "file.pth")
+    assert_vmamba(timm.create_model("vmamba_tiny_s1l8", pretrained=True, **VMAMBA), official_vmamba)
+    torch.save({"model": official_vmamba, "more": RunsCode(tmp_path / "ran")}, tmp_path / "file.pth")
+    with pytest.raises(RuntimeError, match="mkdir, which is not plain data"):
+        timm.create_model("vmamba_tiny_s1l8", pretrained=True, **VMAMBA)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("damage", ["x_proj_weight", "A_logs", "Ds", "dt_projs_weight"])
