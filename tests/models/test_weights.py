@@ -435,8 +435,9 @@ def test_timm_fetches_from_a_plain_address_itself(
 ) -> None:
     state = timm.create_model("grootv_nano").state_dict()
     source.content = saved(tmp_path / "made", {"model": state})
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    model = timm.create_model("grootv_nano", pretrained=True, pretrained_cfg_overlay={"url": PLAIN.url})
+    model = timm.create_model(
+        "grootv_nano", pretrained=True, pretrained_cfg_overlay={"url": PLAIN.url}, cache_dir=tmp_path
+    )
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
