@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py
     python benchmarks/compiled.py --parts models large --modes eager default max-autotune
+    python benchmarks/compiled.py --parts models --jobs 6    # six models compile at a time, and are measured alone
     python benchmarks/compiled.py --parts largest
 
 Float16 by autocast, batch 128 of 224 x 224 unless stated otherwise. Each ratio is to the peer of the same size, in the
@@ -11,8 +12,13 @@ same mode and the same run. Training is forward, loss and backward, without an o
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import statistics
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Barrier, Lock
+from typing import NamedTuple
 
 import timm
 import torch
@@ -25,6 +31,7 @@ PEERS = {
     "grootv_small": "swin_small_patch4_window7_224",
     "grootv_base": "swin_base_patch4_window7_224",
     "convnext_tiny": PEER,
+    "vmamba_tiny_s1l8": PEER,
 }
 LARGE = ((2, (800, 1344)), (16, (512, 512)))
 Row = list[str]
@@ -41,38 +48,99 @@ def forget() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(name: str, mode: str, batch: int, size: tuple[int, int], repeats: int) -> tuple[float, float, float]:
-    """Images a second in inference and in training, and the peak memory of training in GiB."""
-    run = Run(name, batch, size, compile_mode(mode))
-    inference, _ = run.throughput(False, True, repeats)
-    training, memory = run.throughput(True, True, repeats)
-    del run
-    forget()
-    return inference, training, memory
+class Case(NamedTuple):
+    """A model in a mode, with a batch of images."""
+
+    name: str
+    mode: str
+    batch: int = 128
+    size: tuple[int, int] = (224, 224)
 
 
-def model_rows(models: list[str], modes: list[str], repeats: int) -> Iterator[Row]:
+class Measured(NamedTuple):
+    """Images a second, and the peak memory of training in GiB."""
+
+    inference: float
+    training: float
+    memory: float
+
+
+def measure(case: Case, repeats: int, ready: Barrier, turn: Lock, results: Connection) -> None:
+    """In a process of its own: compile, wait until all processes have, and send a `Measured` or an error."""
+    try:
+        prepare()
+        run = Run(case.name, case.batch, case.size, compile_mode(case.mode))
+        for training in (False, True):
+            run.milliseconds(training, True, 1)
+        torch.cuda.empty_cache()
+        ready.wait()
+        with turn:
+            inference, _ = run.throughput(False, True, repeats)
+            training, memory = run.throughput(True, True, repeats)
+            del run
+            torch.cuda.empty_cache()
+        results.send(Measured(inference, training, memory))
+    except Exception as error:
+        ready.abort()  # the others measure no longer beside processes that may still compile
+        results.send(f"{case.name}, {case.mode}: {type(error).__name__}: {error}")
+
+
+def measure_all(cases: list[Case], repeats: int, jobs: int) -> dict[Case, Measured]:
+    """Measure each case in a process of its own, alone on the GPU; `jobs` of them compile at a time.
+
+    Raises:
+        RuntimeError: a case failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    done: dict[Case, Measured] = {}
+    cases = list(dict.fromkeys(cases))
+    for some in (cases[start : start + jobs] for start in range(0, len(cases), jobs)):
+        ready, turn = context.Barrier(len(some)), context.Lock()
+        running: dict[Connection, Case] = {}
+        for case in some:
+            receive, send = context.Pipe(duplex=False)
+            context.Process(target=measure, args=(case, repeats, ready, turn, send), daemon=True).start()
+            send.close()  # so that reading ends if the process dies
+            running[receive] = case
+        errors = []
+        while running:
+            for receive in wait(list(running)):
+                case = running.pop(receive)
+                try:
+                    result = receive.recv()
+                except EOFError:
+                    result = f"{case.name}, {case.mode}: the process ended without a result"
+                    ready.abort()
+                if isinstance(result, Measured):
+                    done[case] = result
+                else:
+                    errors.append(result)
+        if errors:
+            raise RuntimeError("; ".join(error for error in errors if "BrokenBarrierError" not in error))
+    return done
+
+
+def model_rows(models: list[str], modes: list[str], repeats: int, jobs: int) -> Iterator[Row]:
     """Throughput and memory of the models and their peers."""
     for mode in modes:
-        done: dict[str, tuple[float, float, float]] = {}
+        names = [name for model in models for name in (PEERS[model], model)]
+        done = measure_all([Case(name, mode) for name in names], repeats, jobs)
         for name in models:
-            for wanted in (PEERS[name], name):
-                if wanted not in done:
-                    done[wanted] = measure(wanted, mode, 128, (224, 224), repeats)
-            units = ("images/s", "images/s", "GiB")
-            for what, unit, own, peer in zip(
-                ("inference", "training", "memory"), units, done[name], done[PEERS[name]], strict=True
-            ):
-                digits = 1 if unit == "GiB" else 0
-                yield [f"{name}, {what}", mode, f"{own:.{digits}f} {unit}", f"{own / peer:.2f} × {PEERS[name]}"]
+            own, peer = done[Case(name, mode)], done[Case(PEERS[name], mode)]
+            for what, unit, digits in (("inference", "images/s", 0), ("training", "images/s", 0), ("memory", "GiB", 1)):
+                value = getattr(own, what)
+                ratio = f"{value / getattr(peer, what):.2f} × {PEERS[name]}"
+                yield [f"{name}, {what}", mode, f"{value:.{digits}f} {unit}", ratio]
 
 
-def large_rows(modes: list[str], repeats: int) -> Iterator[Row]:
+def large_rows(modes: list[str], repeats: int, jobs: int) -> Iterator[Row]:
     """Training at the sizes of detection and segmentation."""
     for mode in modes:
-        for batch, size in LARGE:
-            own, peer = (1e3 * batch / measure(name, mode, batch, size, repeats)[1] for name in ("grootv_tiny", PEER))
-            shape = "×".join(map(str, (batch, 3, *size)))
+        pairs = [[Case(name, mode, *images) for name in ("grootv_tiny", PEER)] for images in LARGE]
+        done = measure_all([case for pair in pairs for case in pair], repeats, jobs)
+        for pair in pairs:
+            own, peer = (1e3 * case.batch / done[case].training for case in pair)
+            shape = "×".join(map(str, (pair[0].batch, 3, *pair[0].size)))
             yield [f"grootv_tiny, training, {shape}", mode, f"{own:.1f} ms", f"{own / peer:.2f} × the time of {PEER}"]
 
 
@@ -89,17 +157,18 @@ def latency_rows() -> Iterator[Row]:
 
 def host_rows() -> Iterator[Row]:
     """How long the host needs to launch a training step, and the GPU to run it."""
-    run = Run("grootv_tiny", 128)
-    run.model.train()
-    on_gpu = event_milliseconds(lambda: run.train(True), 7, warmup=8, in_a_row=5)
-    on_host = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run.train(True)
-        on_host.append(1e3 * (time.perf_counter() - start))
-    host = sorted(on_host)[len(on_host) // 2]
-    yield ["grootv_tiny, host in a training step", "eager", f"{host:.1f} ms", f"{host / on_gpu:.2f} × {on_gpu:.1f} ms"]
+    for name in ("grootv_tiny", PEER):
+        run = Run(name, 128)
+        run.model.train()
+        on_gpu = event_milliseconds(lambda run=run: run.train(True), 7, warmup=8, in_a_row=5)
+        on_host = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run.train(True)
+            on_host.append(1e3 * (time.perf_counter() - start))
+        host = statistics.median(on_host)
+        yield [f"{name}, host in a training step", "eager", f"{host:.1f} ms", f"{host / on_gpu:.2f} × {on_gpu:.1f} ms"]
 
 
 def block_bytes(channels: int) -> int:
@@ -168,6 +237,14 @@ def largest_rows() -> Iterator[Row]:
     yield [f"grootv_tiny, largest image in training, {memory:.0f} GiB", "eager", f"{sides[0]}²", f"{PEER}: {sides[1]}²"]
 
 
+def prepare() -> None:
+    """Settings of all processes."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["models", "large", "latency", "host", "kernels", "largest"]
@@ -176,17 +253,17 @@ def main() -> None:
     modes = ["eager", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes[:3])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="models that are compiled at a time; memory limits it")
     parser.add_argument("--name", default="compiled", help="of the file of results")
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    prepare()
     compiled = [mode for mode in args.modes if mode != "eager"]
     sources = {
-        "models": lambda: model_rows(args.models, args.modes, args.repeats),
-        "large": lambda: large_rows(args.modes[:2], args.repeats),
+        "models": lambda: model_rows(args.models, args.modes, args.repeats, args.jobs),
+        "large": lambda: large_rows(args.modes[:2], args.repeats, args.jobs),
         "latency": latency_rows,
         "host": host_rows,
         "kernels": lambda: kernel_rows(compiled[0] if compiled else "eager"),

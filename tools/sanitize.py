@@ -5,13 +5,15 @@
     compute-sanitizer --tool initcheck --show-backtrace no python tools/sanitize.py
 
 memcheck and synccheck take the same options as racecheck. initcheck does without the kernels' names: with them it does
-not see what other kernels write, and reports it as uninitialised.
+not see what other kernels write, and reports it as uninitialised. racecheck needs many minutes for the scans; several
+processes share the cases with `--share 1/8` to `--share 8/8`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -79,17 +81,40 @@ def forest(length: int) -> Tree:
     return grootvl_ops.build_tree_from_edges(torch.tensor(edges).to(DEVICE), weights, length)
 
 
-def scan(tree: Tree, channels: int, dtype: torch.dtype, states: int | None = None, with_C: bool = False) -> None:
-    """Both scans and their backward passes in each direction. `states`: None for one without an axis."""
+def grid_tree(batch: int, height: int, width: int) -> Tree:
+    return grootvl_ops.build_tree(randn(batch, height, width, 8))
+
+
+def random_path(length: int) -> Tree:
+    return grootvl_ops.path_tree(torch.randperm(length).to(DEVICE))
+
+
+def scan(
+    make_tree: Callable[[], Tree],
+    channels: int,
+    dtype: torch.dtype,
+    direction: str,
+    states: int | None = None,
+    with_C: bool = False,
+) -> None:
+    """Both scans and their backward passes. `states`: None for one without an axis."""
+    tree = make_tree()
     batch, length = tree.parent.shape
     axes = () if states is None else (states,)
     x, decay = (randn(batch, length, channels, dtype=dtype) for _ in range(2))
     dt = randn(batch, length, 4, dtype=dtype)
     parameters = [randn(*shape) for shape in ((channels, 4), (channels,), (channels, *axes))]
     B, C = (randn(batch, length, *axes, dtype=dtype) for _ in range(2))
-    for direction in grootvl_ops.DIRECTIONS:
-        backward(grootvl_ops.tree_scan(x, decay.sigmoid(), tree, direction))
-        backward(grootvl_ops.selective_scan(x, dt, *parameters, B, tree, direction, C if with_C else None))
+    backward(grootvl_ops.tree_scan(x, decay.sigmoid(), tree, direction))
+    backward(grootvl_ops.selective_scan(x, dt, *parameters, B, tree, direction, C if with_C else None))
+
+
+def scan_misaligned() -> None:
+    """A step size for each channel, and rows at addresses that allow no chunks."""
+    tree = grid_tree(1, 20, 21)
+    x, dt, decay = (misaligned(randn(1, 420, 40)) for _ in range(3))
+    backward(grootvl_ops.tree_scan(x, decay, tree), misaligned)
+    backward(grootvl_ops.selective_scan(x, dt, None, None, randn(40), randn(1, 420), tree), misaligned)
 
 
 def merged_scan(groups: int, length: int, channels: int, dtype: torch.dtype) -> None:
@@ -105,110 +130,152 @@ def merged_scan(groups: int, length: int, channels: int, dtype: torch.dtype) -> 
             backward(grootvl_ops.merged_scan(operand, dt, *parameters, B, C, path, direction, skip))
 
 
-def sanitize_scans() -> None:
-    for batch, height, width, channels, dtype in SCANS:
-        scan(grootvl_ops.build_tree(randn(batch, height, width, 8)), channels, dtype)
-    for length in LENGTHS:
-        path = grootvl_ops.path_tree(torch.randperm(length).to(DEVICE))
-        scan(path, 40, torch.float32, with_C=True)
-        scan(path, 40, torch.float16)
-        scan(forest(length), 40, torch.float32)
-    tree = grootvl_ops.build_tree(randn(1, 20, 21, 8))
-    for with_C in (False, True):
-        scan(tree, 40, torch.float32, states=2, with_C=with_C)
+Cases = Iterator[Callable[[], None]]
+
+
+def scans() -> Cases:
+    for direction in grootvl_ops.DIRECTIONS:
+        for *grid, channels, dtype in SCANS:
+            yield partial(scan, partial(grid_tree, *grid), channels, dtype, direction)
+        for length in LENGTHS:
+            yield partial(scan, partial(random_path, length), 40, torch.float32, direction, with_C=True)
+            yield partial(scan, partial(random_path, length), 40, torch.float16, direction)
+            yield partial(scan, partial(forest, length), 40, torch.float32, direction)
+        for with_C in (False, True):
+            yield partial(scan, partial(grid_tree, 1, 20, 21), 40, torch.float32, direction, 2, with_C)
     for length in LENGTHS:
         for channels, dtype in ((40, torch.float16), (33, torch.float32), (40, torch.float64)):
-            merged_scan(3, length, channels, dtype)
-    # A step size for each channel, and rows at addresses that allow no chunks.
-    x, dt, decay = (misaligned(randn(1, 420, 40)) for _ in range(3))
-    backward(grootvl_ops.tree_scan(x, decay, tree), misaligned)
-    backward(grootvl_ops.selective_scan(x, dt, None, None, randn(40), randn(1, 420), tree), misaligned)
+            yield partial(merged_scan, 3, length, channels, dtype)
+    yield scan_misaligned
 
 
-def sanitize_trees() -> None:
+def weights(channels: int, dtype: torch.dtype, metric: str) -> None:
+    """Edge weights of maps and of clips."""
+    grootvl_ops.edge_weights(randn(2, 17, 19, channels, dtype=dtype), metric)
+    grootvl_ops.edge_weights(randn(2, 3, 9, 10, channels, dtype=dtype), metric)
+
+
+def grid(batch: int, height: int, width: int) -> None:
+    """The tree of a map, from its grid and from its edges."""
+    weights = grootvl_ops.edge_weights(randn(batch, height, width, 8))
+    root = height * width // 2
+    grootvl_ops.build_tree_from_grid(weights, height, width, root)
+    edges = grootvl_ops.grid_edges(height, width).to(DEVICE)
+    grootvl_ops.build_tree_from_edges(edges, weights, height * width, root)
+
+
+def clip(*shape: int) -> None:
+    grootvl_ops.build_tree(randn(*shape, 8))
+
+
+def trees() -> Cases:
     for channels, dtype in FEATURES:
         for metric in grootvl_ops.METRICS:
-            grootvl_ops.edge_weights(randn(2, 17, 19, channels, dtype=dtype), metric)
-            grootvl_ops.edge_weights(randn(2, 3, 9, 10, channels, dtype=dtype), metric)
-    for batch, height, width in GRIDS:
-        weights = grootvl_ops.edge_weights(randn(batch, height, width, 8))
-        root = height * width // 2
-        grootvl_ops.build_tree_from_grid(weights, height, width, root)
-        edges = grootvl_ops.grid_edges(height, width).to(DEVICE)
-        grootvl_ops.build_tree_from_edges(edges, weights, height * width, root)
+            yield partial(weights, channels, dtype, metric)
+    for size in GRIDS:
+        yield partial(grid, *size)
     for shape in CLIPS:
-        grootvl_ops.build_tree(randn(*shape, 8))
+        yield partial(clip, *shape)
     for length in LENGTHS:
-        forest(length)
+        yield partial(forest, length)
 
 
-def sanitize_norms() -> None:
+def norm(channels: int, dtype: torch.dtype) -> None:
+    """All norms of a map, aligned, misaligned and part of a larger one."""
+    h, x, z = (randn(2, 61, channels, dtype=dtype) for _ in range(3))
+    C, parameters = randn(2, 61, dtype=dtype), [randn(channels) for _ in range(5)]
+    of_projection = randn(2, 61, 2 * channels, dtype=dtype)[..., channels:]  # a gate as the model gives it
+    for maps, grad_of in (
+        ((h, x, z), lambda grad: grad),
+        ((h, x, of_projection), lambda grad: grad),
+        ((misaligned(h), misaligned(x), misaligned(z)), misaligned),
+    ):
+        backward(grootvl_ops.gated_norm(*maps, C, *parameters), grad_of)
+    results = (dtype,) if dtype == torch.float64 else (torch.float32, torch.float16)
+    for result in results:
+        backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
+        backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
+        factors = torch.rand(2).to(DEVICE)
+        for maps in ((x, z), (misaligned(x), misaligned(z))):
+            for total, normed in (
+                grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result),
+                grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result, factors=factors),
+            ):
+                (total.float() + normed).backward(x.detach().float())
+
+
+def norms() -> Cases:
     for channels, dtype in NORMS:
-        h, x, z = (randn(2, 61, channels, dtype=dtype) for _ in range(3))
-        C, parameters = randn(2, 61, dtype=dtype), [randn(channels) for _ in range(5)]
-        of_projection = randn(2, 61, 2 * channels, dtype=dtype)[..., channels:]  # a gate as the model gives it
-        for maps, grad_of in (
-            ((h, x, z), lambda grad: grad),
-            ((h, x, of_projection), lambda grad: grad),
-            ((misaligned(h), misaligned(x), misaligned(z)), misaligned),
-        ):
-            backward(grootvl_ops.gated_norm(*maps, C, *parameters), grad_of)
-        results = (dtype,) if dtype == torch.float64 else (torch.float32, torch.float16)
-        for result in results:
-            backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
-            backward(grootvl_ops.layer_norm(misaligned(x), *parameters[:2], dtype=result), misaligned)
-            factors = torch.rand(2).to(DEVICE)
-            for maps in ((x, z), (misaligned(x), misaligned(z))):
-                for total, normed in (
-                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result),
-                    grootvl_ops.add_layer_norm(*maps, *parameters[:2], dtype=result, factors=factors),
-                ):
-                    (total.float() + normed).backward(x.detach().float())
+        yield partial(norm, channels, dtype)
 
 
-def sanitize_mixers() -> None:
+def mixer(make: Callable[..., torch.nn.Module], states: int, height: int, width: int, half: bool) -> None:
+    """A mixer on one map. Without cuDNN, whose convolution the sanitizers stumble over."""
+    with torch.backends.cudnn.flags(enabled=False), torch.autocast(DEVICE, torch.float16, enabled=half):
+        backward(make(40, d_state=states).to(DEVICE)(randn(2, height, width, 40)))
+
+
+def mixers() -> Cases:
     """One path for a batch, several directions, and operands that are slices of one projection."""
     for make in (TreeSSM, *(partial(PathSSM, scan=scan) for scan in PATH_SCANS), partial(SS2D, expand=2)):
         for states in (1, 2):
-            mixer = make(40, d_state=states).to(DEVICE)
             for height, width in ((5, 7), (20, 21), (96, 97)):
                 for half in (False, True):
-                    with torch.autocast(DEVICE, torch.float16, enabled=half):
-                        backward(mixer(randn(2, height, width, 40)))
+                    yield partial(mixer, make, states, height, width, half)
 
 
-def sanitize_convolutions() -> None:
+@torch.no_grad()
+def convolution(dtype: torch.dtype, *size: int) -> None:
+    x, weight = randn(*size, dtype=dtype), randn(size[-1], 1, 3, 3)
+    of_projection = randn(*size[:3], 2 * size[-1], dtype=dtype)[..., size[-1] :]
+    for dilation in (1, 2):
+        for view in (x, misaligned(x), of_projection):
+            grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+
+
+def convolutions() -> Cases:
     """Words of four channels and single ones, rows and columns beyond the edges, and parts of a larger map."""
-    with torch.no_grad():
-        for dtype in (torch.float64, torch.float32, torch.float16):
-            for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8)):
-                x, weight = randn(*size, dtype=dtype), randn(size[-1], 1, 3, 3)
-                of_projection = randn(*size[:3], 2 * size[-1], dtype=dtype)[..., size[-1] :]
-                for dilation in (1, 2):
-                    for view in (x, misaligned(x), of_projection):
-                        grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8)):
+            yield partial(convolution, dtype, *size)
 
 
-PARTS = {
-    "convolutions": sanitize_convolutions,
-    "scans": sanitize_scans,
-    "trees": sanitize_trees,
-    "norms": sanitize_norms,
-    "mixers": sanitize_mixers,
+PARTS: dict[str, Callable[[], Cases]] = {
+    "convolutions": convolutions,
+    "scans": scans,
+    "trees": trees,
+    "norms": norms,
+    "mixers": mixers,
 }
+
+
+def share(text: str) -> tuple[int, int]:
+    """The number of a share, from 0, and of all shares."""
+    try:
+        number, total = map(int, text.split("/"))
+    except ValueError:
+        number, total = 0, 0
+    if not 1 <= number <= total:
+        raise argparse.ArgumentTypeError(f"one share of several, such as 1/8 or 8/8, got {text!r}")
+    return number - 1, total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every N-th case, from the I-th on")
     args = parser.parse_args()
     if not torch.cuda.is_available() or grootvl_ops.backend(DEVICE) != "compiled":
         raise SystemExit("there is nothing to check: no CUDA device, or no compiled kernels for it")
-    torch.manual_seed(0)
+    first, step = args.share
+    start = time.monotonic()
     for part in args.parts:
-        PARTS[part]()
-        torch.cuda.synchronize()
-        print(f"{part}: done")
+        cases = list(PARTS[part]())
+        for number in range(first, len(cases), step):
+            torch.manual_seed(number)
+            cases[number]()
+            torch.cuda.synchronize()
+            print(f"{part} {number + 1} of {len(cases)}: done after {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
