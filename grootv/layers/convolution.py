@@ -1,4 +1,4 @@
-"""Convolutions in inference, where they are faster as other operations."""
+"""Convolutions, where other operations compute them faster, and their activation in compiled graphs."""
 
 import math
 from typing import Any, cast
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .bypass import in_inference, is_plain, only_runs
 from .linear import linear
 
-__all__ = ["convolution_of_patches", "fuses_convolution", "multiplies_patches"]
+__all__ = ["convolution_of_patches", "fuses_convolution", "multiplies_patches", "silu_of_sequence", "takes_sequence"]
 
 
 def fuses_convolution(conv: Any, act: nn.Module, device: torch.device) -> bool:
@@ -26,6 +26,21 @@ def fuses_convolution(conv: Any, act: nn.Module, device: torch.device) -> bool:
         and conv.bias is None
         and conv.padding_mode == "zeros"
     )
+
+
+def takes_sequence(act: nn.Module) -> bool:
+    """Whether `silu_of_sequence` may compute `act` of the result of a convolution: in compiled graphs."""
+    return torch.compiler.is_compiling() and only_runs(act, nn.SiLU)
+
+
+def silu_of_sequence(x: Tensor) -> Tensor:
+    """SiLU of (B, C, H, W), computed as (B, H W, C), as a channels-last map (B, H, W, C).
+
+    Inductor takes what has four dimensions near convolutions for (B, C, H, W), and would copy a channels-last map that
+    several operations read to an order in which rows come last.
+    """
+    x = x.permute(0, 2, 3, 1)
+    return F.silu(x.flatten(1, 2)).view(x.shape)
 
 
 def multiplies_patches(conv: Any, x: Tensor) -> bool:

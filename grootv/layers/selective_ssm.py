@@ -13,7 +13,7 @@ from grootvl_ops import Tree
 from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
-from .convolution import fuses_convolution
+from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
 from .linear import call_linear
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
@@ -149,7 +149,9 @@ class SelectiveSSM(TraceLeaf):
             ValueError: x or guide of another shape.
         """
         features, z = self.expand_input(x)
-        return self.scan_and_project(features, z, self.scans(self.check_guide(guide, features)))
+        sequence = features.flatten(1, 2)
+        scans = self.scans(self.check_guide(guide, sequence.view(features.shape)))
+        return self.scan_sequence(sequence, z.flatten(1, 2), scans).view(x.shape)
 
     def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
@@ -164,7 +166,11 @@ class SelectiveSSM(TraceLeaf):
             features, z = F.linear(x, of_features), F.linear(x, of_gate)
         else:
             features, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.act(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1), z
+        features = self.conv(features.permute(0, 3, 1, 2))
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if takes_sequence(self.act):
+                return silu_of_sequence(features), z
+        return self.act(features).permute(0, 2, 3, 1), z
 
     def check_guide(self, guide: Tensor | None, features: Tensor) -> Tensor:
         """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""
@@ -177,13 +183,14 @@ class SelectiveSSM(TraceLeaf):
 
     def scan_and_project(self, features: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """From features and gate, (B, H, W, D) each, to the output (B, H, W, dim)."""
-        B, H, W, D = features.shape
-        x = features.reshape(B, H * W, D)
-        z = z.reshape(B, H * W, D)
+        B, H, W, _ = features.shape
+        return self.scan_sequence(features.flatten(1, 2), z.flatten(1, 2), scans).view(B, H, W, self.dim)
+
+    def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
-            y = self.selective_scan(x, z, call_linear(self.x_proj, x), scans)
-            return call_linear(self.out_proj, y).view(B, H, W, self.dim)
-        return self.out_proj(self.selective_scan(x, z, self.x_proj(x), scans)).view(B, H, W, self.dim)
+            return call_linear(self.out_proj, self.selective_scan(x, z, call_linear(self.x_proj, x), scans))
+        return self.out_proj(self.selective_scan(x, z, self.x_proj(x), scans))
 
     def selective_scan(self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """Everything between the projections: discretisation, scan, norms, skip and gate.

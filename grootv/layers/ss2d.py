@@ -15,7 +15,7 @@ from grootvl_ops import Tree
 from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference
-from .convolution import fuses_convolution
+from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
 from .linear import call_linear
 from .norms import LayerNorm, norm_for_product
 from .scans import cross_paths
@@ -118,7 +118,11 @@ class SS2D(TraceLeaf):
             if in_inference() and fuses_convolution(self.conv, self.act, x.device):
                 weight, dilation = self.conv.weight, self.conv.dilation[0]
                 return grootvl_ops.depthwise_conv_silu(call_linear(self.in_proj, x), weight, dilation)
-        return self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        features = self.conv(self.in_proj(x).permute(0, 3, 1, 2))
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if takes_sequence(self.act):
+                return silu_of_sequence(features)
+        return self.act(features).permute(0, 2, 3, 1)
 
     def selective_scan(self, u: Tensor, projected: Tensor, paths: Tree) -> Tensor:
         """The sum over the directions, skips included.

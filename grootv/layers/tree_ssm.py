@@ -90,7 +90,8 @@ class TreeSSM(SelectiveSSM):
         features, z = self.expand_input(x)
         if tree is not None:
             return self.scan_and_project(features, z, [(tree, self.direction)])
-        scans = self.scans(self.check_guide(guide, features))
+        sequence = features.flatten(1, 2)
+        scans = self.scans(self.check_guide(guide, sequence.view(features.shape)))
         if built is not None:
             built.append(scans[0][0])
-        return self.scan_and_project(features, z, scans)
+        return self.scan_sequence(sequence, z.flatten(1, 2), scans).view(x.shape)

@@ -103,8 +103,8 @@ class Stem(nn.Module):
         check_images(x)
         # Convolutions keep the memory format of their input: no map is transposed after this one.
         x = to_nchw(to_nhwc(x).contiguous())
-        x = self.act(self.norm1(to_nhwc(self.conv1(x))))
-        return to_nchw(self.norm2(to_nhwc(self.conv2(to_nchw(x)))))
+        x = self.act(to_nchw(self.norm1(to_nhwc(self.conv1(x)))))
+        return to_nchw(self.norm2(to_nhwc(self.conv2(x))))
 
 
 class Downsample(nn.Module):

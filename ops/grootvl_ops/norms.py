@@ -64,6 +64,13 @@ def add_layer_norm(
             branch = factors.view([-1] + [1] * (x.dim() - 1)) * branch
         total = x + branch
         return total, layer_norm(total, weight, bias, eps, dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
+        if torch.compiler.is_compiling() and x.dim() > 3:
+            flat, flat_branch = _as_sequence(x), _as_sequence(branch)
+            total, normed, _ = torch.ops.grootvl_ops.add_layer_norm(
+                flat, flat_branch, weight, bias, eps, dtype, factors
+            )
+            return total.view(x.shape), normed.view(x.shape)
     total, normed, _ = torch.ops.grootvl_ops.add_layer_norm(x, branch, weight, bias, eps, dtype, factors)
     return total, normed
 
@@ -156,8 +163,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
         accumulation = accumulation_dtype(x.dtype)
         out = F.layer_norm(x.to(accumulation), [x.size(-1)], weight.to(accumulation), bias.to(accumulation), eps)
         return out.to(x.dtype if dtype is None else dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in gated_norm)
+        if torch.compiler.is_compiling() and x.dim() > 3:
+            out, _ = torch.ops.grootvl_ops.layer_norm(_as_sequence(x), weight, bias, eps, dtype)
+            return out.view(x.shape)
     out, _ = torch.ops.grootvl_ops.layer_norm(x, weight, bias, eps, dtype)
     return out
+
+
+def _as_sequence(map: Tensor) -> Tensor:
+    """(B, ..., C) as (B, L, C), for compiled graphs.
+
+    Near convolutions, Inductor takes every tensor of four dimensions for (B, C, H, W). It would copy channels-last maps
+    that are kept for the backward pass to an order in which rows come last, and back.
+    """
+    return map.flatten(1, -2)
 
 
 def _in_one_pass(map: Tensor) -> bool:
