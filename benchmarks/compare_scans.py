@@ -370,9 +370,11 @@ def plot(by_row: dict[str, list[dict]], speeds: dict[str, dict]):
     titles = ("an unseen artist", "unseen subjects")
     for test, title, ax in zip(("artist", "subjects"), titles, axes, strict=True):
         for row, found in by_row.items():
+            if "inference" not in speeds[row]:
+                continue
             values = [run[test] for run in found]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-            at = speeds[row].get("inference", 0) / 1000, statistics.mean(values)
+            at = speeds[row]["inference"] / 1000, statistics.mean(values)
             colour, marker = marks[row]
             hollow = row.startswith("tree") and row != "tree"
             ax.errorbar(

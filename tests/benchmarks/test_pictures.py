@@ -73,12 +73,13 @@ def test_scans(load: Callable[[str], ModuleType]) -> None:
     by_row = {row: [run for run in results["runs"] if run["row"] == row] for row in tool.ROWS}
     by_row = {row: runs for row, runs in by_row.items() if runs}
     figure = tool.plot(by_row, results["speed"]["rows"])
-    assert check_nothing_is_cut(figure) >= 2 * len(by_row)
+    drawn = [row for row in by_row if "inference" in results["speed"]["rows"][row]]
+    assert check_nothing_is_cut(figure) >= 2 * len(drawn)
     looks = set()
     for container in figure.axes[0].containers:
         line = container.lines[0]
         looks.add((to_rgb(line.get_color()), line.get_marker()))
-    assert len(looks) == len(by_row), "no two rows look alike"
+    assert len(looks) == len(drawn), "no two rows look alike"
 
 
 def test_the_colours_of_the_scans_differ_for_colour_blind_people(load: Callable[[str], ModuleType]) -> None:
