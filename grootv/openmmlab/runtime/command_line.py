@@ -1,7 +1,10 @@
 """What the command lines of tools/train.py and tools/test.py share."""
 
 import argparse
+import importlib
 import os
+import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,4 +130,22 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> MMEngineRunner:
     """Build the runner that `cfg.runner_type` names, or by default this project's `Runner`."""
+    import_yapf()
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+def import_yapf(seconds: float = 10.0) -> None:
+    """Import yapf, with which mmengine writes a config; wait while a file that it reads is not whole.
+
+    The first import in an environment writes yapf's grammar to the user's cache. Processes that start at the same time,
+    one for each GPU, may read this file too early.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            importlib.import_module("yapf")
+            return
+        except (EOFError, pickle.UnpicklingError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
