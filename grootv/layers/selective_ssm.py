@@ -149,7 +149,7 @@ class SelectiveSSM(TraceLeaf):
             ValueError: x or guide of another shape.
         """
         features, z = self.expand_input(x)
-        sequence = features.flatten(1, 2)
+        sequence = features.flatten(1, 2)  # what the scan reads, so that in compiled graphs trees alone read a 4-D view
         scans = self.scans(self.check_guide(guide, sequence.view(features.shape)))
         return self.scan_sequence(sequence, z.flatten(1, 2), scans).view(x.shape)
 
