@@ -1,4 +1,4 @@
-"""Linear layers in inference, where another operation computes them, or the GELU after them, faster."""
+"""Linear layers where another operation computes them, or what follows them, faster."""
 
 from typing import Any
 
@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from .bypass import in_inference, is_plain, only_runs
 
-__all__ = ["call_linear", "linear", "linear_gelu", "linear_runs_gelu"]
+__all__ = [
+    "call_linear",
+    "linear",
+    "linear_gelu",
+    "linear_of_whole_words",
+    "linear_runs_gelu",
+    "multiplies_whole_words",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
+_WORD = 8  # values of a half precision in 16 bytes
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -71,7 +79,10 @@ def call_linear(layer: Any, x: Tensor) -> Tensor:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """In which a linear layer multiplies x."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    device_type = x.device.type
+    if x.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def linear_runs_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> bool:
@@ -103,3 +114,28 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(F.linear(x, layer.weight, layer.bias), approximate=act.approximate)
     x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, layer.weight, layer.bias))
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
+
+
+def multiplies_whole_words(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `linear_of_whole_words` may compute layer(x).
+
+    In compiled graphs, which make the longer weight as they convert it to the half precision, and for layers without
+    bias whose number of outputs is not a multiple of eight.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and x.is_cuda
+        and _product_dtype(x) in _HALF
+        and is_plain(layer, nn.Linear, x.device)
+        and layer.bias is None
+        and len(layer.weight) % _WORD != 0
+    )
+
+
+def linear_of_whole_words(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of (..., K) and (N, K), as the first N outputs of a product that has the next multiple of eight.
+
+    In half precision, cuBLAS has its fast kernels for matrices whose rows begin at multiples of 16 bytes. That holds
+    for the gradient of the product as well, which both products of the backward pass read.
+    """
+    return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % _WORD)))[..., : len(weight)]

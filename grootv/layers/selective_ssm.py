@@ -14,7 +14,7 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
-from .linear import call_linear
+from .linear import call_linear, linear_of_whole_words, multiplies_whole_words
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -189,7 +189,11 @@ class SelectiveSSM(TraceLeaf):
     def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
-            return call_linear(self.out_proj, self.selective_scan(x, z, call_linear(self.x_proj, x), scans))
+            if multiplies_whole_words(self.x_proj, x):
+                projected = linear_of_whole_words(x, self.x_proj.weight)
+            else:
+                projected = call_linear(self.x_proj, x)
+            return call_linear(self.out_proj, self.selective_scan(x, z, projected, scans))
         return self.out_proj(self.selective_scan(x, z, self.x_proj(x), scans))
 
     def selective_scan(self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:

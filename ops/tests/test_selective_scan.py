@@ -169,7 +169,12 @@ def test_selective_scan_of_a_large_map_in_float64(cuda_kernels, direction):
 
 @DTYPES
 @pytest.mark.parametrize(
-    "size", [(1, 1, 1), (2, 3, 5), (2, 7, 40), (1, 9, 160), (3, 5, 264), (1, 3, 1021), (2, 70, 1280)], ids=str
+    "size",
+    [
+        *[(1, 1, 1), (2, 3, 5), (2, 7, 40), (3, 5, 264), (1, 3, 1021), (2, 70, 1280)],
+        *[(2, 301, 128), (1, 9, 160), (1, 77, 192), (2, 65, 320), (1, 33, 640), (1, 17, 768)],  # several words a thread
+    ],
+    ids=str,
 )
 def test_gated_norm(device, size, dtype, poisoned_memory):
     operands = norm_operands(*size, dtype)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import grootvl_ops
 from grootv.layers import SS2D, LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tree
 from grootv.layers.bypass import is_plain
-from grootv.layers.linear import call_linear
+from grootv.layers.linear import call_linear, linear_of_whole_words
 from grootv.layers.norms import PromotedLayerNorm
 from grootv.models import GrootV, VMamba
 from grootv.models.backbone import Downsample, Mlp, Stage
@@ -782,6 +782,18 @@ def test_weights_that_do_not_fit_raise_as_the_layer_does(name: str, value: Tenso
     setattr(layer, name, nn.Parameter(value, requires_grad=False))
     with torch.inference_mode(), pytest.raises(RuntimeError, match=message):
         call_linear(layer, x)
+
+
+@pytest.mark.parametrize("outputs", [1, 7, 8, 22])
+def test_product_of_whole_words_is_that_of_the_layer(outputs):
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    layer = nn.Linear(5, outputs, bias=False).double()
+    found, expected = linear_of_whole_words(x, layer.weight), layer(x)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    for results in zip(*(torch.autograd.grad(y, (x, layer.weight), grad) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(*results)
+    assert found.untyped_storage().nbytes() % (8 * found.element_size()) == 0
 
 
 @needs_onednn

@@ -227,3 +227,25 @@ def test_everything_on_the_second_gpu(fused):
     for a, e in zip(actual, expected, strict=True):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), e, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_compiled_mixer_pads_the_outputs_of_its_projection_in_half_precision(dtype):
+    """To rows of 16 bytes, with the results of the eager mixer."""
+    targets = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.manual_seed(0)
+    mixer = TreeSSM(40).cuda()
+    x = images(2, 6, 5, 40).requires_grad_()
+    results = []
+    for call in (mixer, torch.compile(mixer, backend=backend, fullgraph=True)):
+        with torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16):
+            y = call(x).float()
+        results.append([y.detach(), *torch.autograd.grad(y.square().mean(), [x, *mixer.parameters()])])
+    assert (F.pad in targets) == (dtype == torch.float16)
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-3)

@@ -27,7 +27,7 @@ struct NormData {
   // Backward; `statistics` are read then.
   const T* grad;
   T *dh, *dx, *dz, *dC;
-  acc_t* dparameters;  // (teams, 5, D)
+  acc_t* dparameters;  // (blocks, 5, D)
 };
 
 // The parameters of a thread's channels. A thread with one word keeps them in registers; one with several has no room
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
   constexpr int kValues = kWords * kVec;
   const bool in_map = threadIdx.x * kVec < data.channels;
   const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const acc_t share = acc_t(1) / data.channels;
   const Parameters<kWords, kVec, acc_t> parameters(data, channel);
   using ThisPixel = WordsOfPixel<kWords, kVec, T>;
   ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
@@ -100,13 +101,13 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
     const acc_t C = static_cast<acc_t>(pixel.C);
     acc_t y[kValues], x[kValues];
     pixel.h.unpack(y);
-    const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
     pixel.x.unpack(x);
     // In the order of the backward pass, which must get the same bits.
     parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
     parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * x[i]; });
-    const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, data.channels, data.eps);
+    const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
     pixel.z.unpack(x);
     parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kOuterBias, [&](int i, acc_t bias) { y[i] = (y[i] + bias) * x[i] * sigmoid(x[i]); });
@@ -119,110 +120,98 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
   }
 }
 
-// A thread's channels in the backward pass, with their parameters. It has one word of them: of more, the gradients of
-// the parameters would not fit into registers.
-template <int kVec, typename acc_t>
-struct Channels {
-  int first;
-  bool active;
-  acc_t skip[kVec], h_weight[kVec], h_bias[kVec], out_weight[kVec], out_bias[kVec];
-
-  template <typename T>
-  __device__ explicit Channels(const NormData<T, acc_t>& data) : first(threadIdx.x * kVec) {
-    active = first < data.channels;
-    first = active ? first : 0;
-    acc_t* const all[kNumParameters] = {skip, h_weight, h_bias, out_weight, out_bias};
-    for (int p = 0; p < kNumParameters; ++p) {
-      for (int i = 0; i < kVec; ++i) all[p][i] = data.parameters[p][first + i];
-    }
-  }
-};
-
-// The same for the backward pass, in which a thread has one word.
-template <int kVec, typename T>
-struct Pixel {
-  Vector<T, kVec> h, x, z, grad;
-  T C;
-  int64_t row, at;
-  bool valid;
+// The same for the backward pass, with the gradient of the result.
+template <int kWords, int kVec, typename T>
+struct WordsWithGradient : WordsOfPixel<kWords, kVec, T> {
+  Words<kWords, kVec, T> grad;
 
   template <typename acc_t>
-  __device__ __forceinline__ Pixel(const NormData<T, acc_t>& data, const Channels<kVec, acc_t>& channels,
-                                   int64_t wanted) {
-    valid = wanted < data.rows;
-    row = valid ? wanted : data.rows - 1;
-    at = row * data.channels + channels.first;
-    h = load<kVec>(data.h + at);
-    x = load<kVec>(data.x + at);
-    z = load<kVec>(data.z + row * data.z_stride + channels.first);
-    grad = load<kVec>(data.grad + at);
-    C = data.C[row * data.C_stride];
-  }
+  __device__ __forceinline__ WordsWithGradient(const NormData<T, acc_t>& data, int channel, int64_t wanted)
+      : WordsOfPixel<kWords, kVec, T>(data, channel, wanted), grad(data.grad + this->row * data.channels + channel) {}
 };
 
-template <int kThreads, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads) gated_norm_backward_kernel(NormData<T, acc_t> data) {
-  const Channels<kVec, acc_t> channels(data);
-  const int step = gridDim.x * blockDim.y;
-  acc_t dparameters[kNumParameters][kVec] = {};
-  Pixel<kVec, T> next(data, channels, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
+template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
+__global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backward_kernel(NormData<T, acc_t> data) {
+  constexpr int kValues = kWords * kVec;
+  const bool in_map = threadIdx.x * kVec < data.channels;
+  const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const acc_t share = acc_t(1) / data.channels;
+  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
+  acc_t dparameters[kNumParameters][kValues] = {};
+  using ThisPixel = WordsWithGradient<kWords, kVec, T>;
+  ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
-    const Pixel<kVec, T> pixel = next;
-    next = Pixel<kVec, T>(data, channels, first + step + threadIdx.y);
-    const bool active = channels.active && pixel.valid;
-    acc_t h[kVec], x[kVec], z[kVec], dy[kVec];
-    unpack(h, pixel.h);
-    unpack(x, pixel.x);
-    unpack(z, pixel.z);
-    unpack(dy, pixel.grad);
+    const ThisPixel pixel = next;
+    next = ThisPixel(data, channel, first + step + threadIdx.y);
+    const bool active = in_map && pixel.valid;
     const acc_t C = static_cast<acc_t>(pixel.C);
     const acc_t* statistics = data.statistics + 4 * pixel.row;
-    const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2], y_scale = statistics[3];
+    const acc_t h_mean = statistics[0], h_scale = statistics[1], y_mean = statistics[2];
+    const acc_t y_scale = statistics[3], dy_scale = active ? y_scale : acc_t(0);
 
-    // After the loop h and y are normalised, z holds its gradient, and dy the gradient of the normalised y.
-    acc_t y[kVec], sums[2] = {};
+    acc_t h[kValues], y[kValues], z[kValues], d[kValues];
+    pixel.h.unpack(h);
+    pixel.z.unpack(z);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      h[i] = (h[i] - h_mean) * h_scale;
-      y[i] = C * (h[i] * channels.h_weight[i] + channels.h_bias[i]) + channels.skip[i] * x[i];
+    for (int i = 0; i < kValues; ++i) h[i] = (h[i] - h_mean) * h_scale;
+    parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] = h[i] * weight; });
+    parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
+    pixel.x.unpack(d);
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * d[i]; });
+    pixel.grad.unpack(d);
+    acc_t slope[kValues];  // of SiLU, then the gradient of z
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
       y[i] = (y[i] - y_mean) * y_scale;
-      const acc_t gate = sigmoid(z[i]), silu = z[i] * gate;
-      const acc_t grad = active ? dy[i] : acc_t(0);
-      z[i] = grad * (y[i] * channels.out_weight[i] + channels.out_bias[i]) * (gate + silu * (1 - gate));
-      dparameters[3][i] += grad * silu * y[i];
-      dparameters[4][i] += grad * silu;
-      dy[i] = grad * silu * channels.out_weight[i];
-      sums[0] += dy[i];
-      sums[1] += dy[i] * y[i];
+      const acc_t gate = sigmoid(z[i]), grad = active ? d[i] : acc_t(0);
+      z[i] *= gate;
+      slope[i] = grad * (gate + z[i] * (1 - gate));
+      d[i] = grad * z[i];
+      dparameters[kOuterWeight][i] += d[i] * y[i];
+      dparameters[kOuterBias][i] += d[i];
     }
-    team_sum<false>(sums, 0);
-    acc_t dh[kVec], more[3] = {};
+    acc_t sums[2] = {};
+    parameters(kOuterWeight, [&](int i, acc_t weight) {
+      z[i] = y[i] * weight;
+      d[i] *= weight;
+      sums[0] += d[i];
+      sums[1] += d[i] * y[i];
+    });
+    parameters(kOuterBias, [&](int i, acc_t bias) { z[i] = slope[i] * (z[i] + bias); });
+    if (active) store_words<kWords, kVec>(data.dz + pixel.row * data.channels + channel, z);
+    team_sum<(kWords > 1)>(sums, 0);
+    const acc_t dy_mean = sums[0] * share, dy_slope = sums[1] * share;
+
+    // From here on d is the gradient of C LN(h) + D_skip x, and z that of LN(h) over C.
+    acc_t x[kValues], more[3] = {};
+    pixel.x.unpack(x);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      dy[i] = y_scale * (dy[i] - (sums[0] + y[i] * sums[1]) / data.channels);
-      const acc_t masked = active ? dy[i] : acc_t(0), dnormed = masked * C;  // of LN(h)
-      dparameters[0][i] += masked * x[i];
-      dparameters[1][i] += dnormed * h[i];
-      dparameters[2][i] += dnormed;
-      dh[i] = dnormed * channels.h_weight[i];
-      x[i] = masked * channels.skip[i];
-      more[0] += masked * (h[i] * channels.h_weight[i] + channels.h_bias[i]);
-      more[1] += dh[i];
-      more[2] += dh[i] * h[i];
+    for (int i = 0; i < kValues; ++i) {
+      d[i] = dy_scale * (d[i] - (dy_mean + y[i] * dy_slope));
+      dparameters[kSkip][i] += d[i] * x[i];
+      const acc_t dnormed = C * d[i];
+      dparameters[kInnerWeight][i] += dnormed * h[i];
+      dparameters[kInnerBias][i] += dnormed;
     }
-    team_sum<false>(more, 1);
+    parameters(kInnerBias, [&](int i, acc_t bias) { more[2] += d[i] * bias; });
+    parameters(kInnerWeight, [&](int i, acc_t weight) {
+      z[i] = d[i] * weight;
+      more[0] += z[i];
+      more[1] += z[i] * h[i];
+    });
+    parameters(kSkip, [&](int i, acc_t skip) { d[i] *= skip; });
+    if (active) store_words<kWords, kVec>(data.dx + pixel.row * data.channels + channel, d);
+    team_sum<(kWords > 1)>(more, 1);
+    const acc_t dh_mean = more[0] * share, dh_slope = more[1] * share, dh_scale = C * h_scale;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) dh[i] = h_scale * (dh[i] - (more[1] + h[i] * more[2]) / data.channels);
+    for (int i = 0; i < kValues; ++i) h[i] = dh_scale * (z[i] - (dh_mean + h[i] * dh_slope));
     if (!active) continue;
-    store(data.dh + pixel.at, dh);
-    store(data.dx + pixel.at, x);
-    store(data.dz + pixel.at, z);
-    if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[0]);
+    store_words<kWords, kVec>(data.dh + pixel.row * data.channels + channel, h);
+    if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[1] + more[2]);
   }
-  if (!channels.active) return;
-  const int64_t team = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   for (int p = 0; p < kNumParameters; ++p) {
-    store(data.dparameters + (team * kNumParameters + p) * data.channels + channels.first, dparameters[p]);
+    acc_t* sums = data.dparameters + (int64_t(blockIdx.x) * kNumParameters + p) * data.channels;
+    store_block_sums<kThreads, kWords, kVec>(sums, dparameters[p], data.channels);
   }
 }
 
@@ -346,11 +335,13 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    const TeamLaunch launch = inputs.launch(kVec, kVec, 8, false);
-    const Tensor dparameters = empty(h, {launch.teams(), kNumParameters, h.size(2)}, accumulation);
+    // Short words, where long ones would leave lanes of a warp without channels.
+    constexpr int kWord = std::min(kVec, 2);
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 8, h.size(2) / kVec % kWarpLanes != 0);
+    const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_sizes<kVec>(inputs.aligned, [&](auto threads, auto vec) {
-      gated_norm_backward_kernel<threads(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
+      gated_norm_backward_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     totals = sum(dparameters, 0, accumulation);

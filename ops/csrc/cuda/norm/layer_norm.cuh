@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, b
   constexpr int kValues = kWords * kVec;
   const bool active = threadIdx.x * kVec < data.channels;
   const int channel = active ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const acc_t share = acc_t(1) / data.channels;
   acc_t weight[kValues], bias[kValues];
   Words<kWords, kVec, acc_t>(data.weight + channel).unpack(weight);
   Words<kWords, kVec, acc_t>(data.bias + channel).unpack(bias);
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, b
       for (int i = 0; i < kValues; ++i) x[i] += factor * branch[i];
       if (write) store_words<kWords, kVec>(data.sum + pixel(row), x);
     }
-    const auto [mean, scale] = normalise<(kWords > 1)>(x, active, data.channels, data.eps);
+    const auto [mean, scale] = normalise<(kWords > 1)>(x, active, share, data.eps);
     if (!write) continue;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) x[i] = x[i] * weight[i] + bias[i];
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
   constexpr int kValues = kWords * kVec;
   const bool active = threadIdx.x * kVec < data.channels;
   const int channel = active ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
+  const acc_t share = acc_t(1) / data.channels;
   acc_t weight[kValues], dweight[kValues] = {}, dbias[kValues] = {};
   Words<kWords, kVec, acc_t>(data.weight + channel).unpack(weight);
   const auto pixel = [&](int64_t row) { return min(row, data.rows - 1) * data.channels + channel; };
@@ -125,9 +127,10 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
     team_sum<(kWords > 1)>(sums, buffer);
     buffer = 1 - buffer;
     if (!write) continue;
+    const acc_t dx_mean = sums[0] * share, dx_slope = sums[1] * share;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      dx[i] = grad_sum[i] + scale * (dx[i] - (sums[0] + x[i] * sums[1]) / data.channels);
+      dx[i] = grad_sum[i] + scale * (dx[i] - (dx_mean + x[i] * dx_slope));
     }
     store_words<kWords, kVec>(data.dx + pixel(row), dx);
     if constexpr (kAdds) {

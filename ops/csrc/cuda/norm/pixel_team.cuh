@@ -48,22 +48,23 @@ __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
   }
 }
 
-// Normalises values in place; returns mean and reciprocal deviation.
+// Normalises values in place; returns mean and reciprocal deviation. `share` is the reciprocal of the number of
+// channels: a division takes as long as all other operations on a value.
 template <bool kPartOfWarp, int kValues, typename acc_t>
-__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kValues], bool active, int channels,
+__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kValues], bool active, acc_t share,
                                                              acc_t eps) {
   acc_t sum[1] = {0}, squares[1] = {0};
 #pragma unroll
   for (int i = 0; i < kValues; ++i) sum[0] += active ? values[i] : acc_t(0);
   team_sum<kPartOfWarp>(sum, 0);
-  const acc_t mean = sum[0] / channels;
+  const acc_t mean = sum[0] * share;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     values[i] -= mean;
     squares[0] += active ? values[i] * values[i] : acc_t(0);
   }
   team_sum<kPartOfWarp>(squares, 1);
-  const acc_t scale = rsqrt(squares[0] / channels + eps);
+  const acc_t scale = rsqrt(squares[0] * share + eps);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] *= scale;
   return {mean, scale};
