@@ -15,10 +15,10 @@ __all__ = [
     "linear_of_whole_words",
     "linear_runs_gelu",
     "multiplies_whole_words",
+    "whole_words",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
-_WORD = 8  # values of a half precision in 16 bytes
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -116,11 +116,15 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
 
 
-def multiplies_whole_words(layer: nn.Module, x: Tensor) -> bool:
-    """Whether `linear_of_whole_words` may compute layer(x).
+def whole_words(count: int) -> int:
+    """`count` rounded up to a multiple of eight: of values in half precision, as many as fill words of 16 bytes."""
+    return (count + 7) // 8 * 8
 
-    In compiled graphs, which make the longer weight as they convert it to the half precision, and for layers without
-    bias whose number of outputs is not a multiple of eight.
+
+def multiplies_whole_words(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `linear_of_whole_words` may compute layer(x), of a layer without bias.
+
+    In compiled graphs, which make the longer weight as they convert it to the half precision.
     """
     return (
         torch.compiler.is_compiling()
@@ -128,14 +132,13 @@ def multiplies_whole_words(layer: nn.Module, x: Tensor) -> bool:
         and _product_dtype(x) in _HALF
         and is_plain(layer, nn.Linear, x.device)
         and layer.bias is None
-        and len(layer.weight) % _WORD != 0
     )
 
 
 def linear_of_whole_words(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of (..., K) and (N, K), as the first N outputs of a product that has the next multiple of eight.
+    """x weight^T of (..., K) and (N, K), followed by zeros up to `whole_words(N)` outputs.
 
-    In half precision, cuBLAS has its fast kernels for matrices whose rows begin at multiples of 16 bytes. That holds
-    for the gradient of the product as well, which both products of the backward pass read.
+    In half precision, cuBLAS has its fast kernels for matrices whose rows begin at multiples of 16 bytes. The gradient
+    of the result, which both products of the backward pass read, has such rows as well.
     """
-    return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % _WORD)))[..., : len(weight)]
+    return F.linear(x, F.pad(weight, (0, 0, 0, whole_words(len(weight)) - len(weight))))

@@ -14,7 +14,7 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
-from .linear import call_linear, linear_of_whole_words, multiplies_whole_words
+from .linear import call_linear, linear_of_whole_words, multiplies_whole_words, whole_words
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -189,28 +189,37 @@ class SelectiveSSM(TraceLeaf):
     def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
-            if multiplies_whole_words(self.x_proj, x):
-                projected = linear_of_whole_words(x, self.x_proj.weight)
+            if self.fuses_step and multiplies_whole_words(self.x_proj, x):
+                rank = whole_words(self.dt_rank)
+                of_step, of_others = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
+                weight = torch.cat((F.pad(of_step, (0, 0, 0, rank - self.dt_rank)), of_others))
+                y = self.selective_scan(x, z, linear_of_whole_words(x, weight), scans, rank)
             else:
-                projected = call_linear(self.x_proj, x)
-            return call_linear(self.out_proj, self.selective_scan(x, z, projected, scans))
+                y = self.selective_scan(x, z, call_linear(self.x_proj, x), scans)
+            return call_linear(self.out_proj, y)
         return self.out_proj(self.selective_scan(x, z, self.x_proj(x), scans))
 
-    def selective_scan(self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+    def selective_scan(
+        self, x: Tensor, z: Tensor, projected: Tensor, scans: list[tuple[Tree, str]], rank: int | None = None
+    ) -> Tensor:
         """Everything between the projections: discretisation, scan, norms, skip and gate.
 
         Args:
             x: (B, L, D), what is scanned.
             z: (B, L, D), the gate before its activation.
-            projected: (B, L, R + 2 N), for every pixel the step size of low rank R, B and C.
+            projected: (B, L, R + 2 N), for every pixel the step size of low rank R, B and C. More values are ignored.
             scans: trees over the L pixels and directions.
+            rank: R, where zeros follow the `dt_rank` values of the step size.
 
         Returns:
             (B, L, D) of x's dtype.
         """
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        rank = self.dt_rank if rank is None else rank
+        dt, B, C = projected[..., : rank + 2 * self.d_state].split([rank, self.d_state, self.d_state], dim=-1)
         if self.fuses_step:
             dt_weight, dt_bias = self.dt_proj.weight, self.dt_proj.bias
+            if rank > self.dt_rank:
+                dt_weight = F.pad(dt_weight, (0, rank - self.dt_rank))
         else:
             dt, dt_weight, dt_bias = self.dt_proj(dt).to(x.dtype), None, None
         weights: Tensor | None = None

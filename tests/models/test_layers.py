@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_ops
-from grootv.layers import SS2D, LayerNorm, PathSSM, SelectiveSSM, TreeSSM, spanning_tree
+from grootv.layers import SS2D, LayerNorm, PathSSM, SelectiveSSM, TreeSSM, selective_ssm, spanning_tree
 from grootv.layers.bypass import is_plain
 from grootv.layers.linear import call_linear, linear_of_whole_words
 from grootv.layers.norms import PromotedLayerNorm
@@ -785,15 +785,39 @@ def test_weights_that_do_not_fit_raise_as_the_layer_does(name: str, value: Tenso
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 8, 22])
-def test_product_of_whole_words_is_that_of_the_layer(outputs):
+def test_product_of_whole_words_is_that_of_the_layer_and_zeros(outputs):
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     layer = nn.Linear(5, outputs, bias=False).double()
     found, expected = linear_of_whole_words(x, layer.weight), layer(x)
-    torch.testing.assert_close(found, expected)
-    grad = torch.randn_like(expected)
-    for results in zip(*(torch.autograd.grad(y, (x, layer.weight), grad) for y in (found, expected)), strict=True):
+    assert found.shape == (2, 3, {1: 8, 7: 8, 8: 8, 22: 24}[outputs]) and not found[..., outputs:].any()
+    torch.testing.assert_close(found[..., :outputs], expected)
+    grad = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (x, layer.weight), grad)
+    for results in zip(gradients, torch.autograd.grad(expected, (x, layer.weight), grad[..., :outputs]), strict=True):
         torch.testing.assert_close(*results)
-    assert found.untyped_storage().nbytes() % (8 * found.element_size()) == 0
+
+
+@pytest.mark.parametrize("d_state", [1, 2])
+def test_mixer_in_whole_words_gives_the_same(monkeypatch, d_state):
+    """What compiled graphs compute in half precision, here in float64."""
+    torch.manual_seed(0)
+    mixer = TreeSSM(40, d_state=d_state).double()
+    x = torch.randn(2, 4, 5, 40, dtype=torch.float64, requires_grad=True)
+    results, ranks = [], []
+    selective_scan = grootvl_ops.selective_scan
+
+    def recorded(x, dt, *others):
+        ranks.append(dt.size(-1))
+        return selective_scan(x, dt, *others)
+
+    monkeypatch.setattr(grootvl_ops, "selective_scan", recorded)
+    for whole in (False, True):
+        monkeypatch.setattr(selective_ssm, "multiplies_whole_words", lambda *_, whole=whole: whole)
+        y = mixer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
+    assert ranks == [3, 8]
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @needs_onednn

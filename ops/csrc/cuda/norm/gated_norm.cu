@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
     pixel.h.unpack(y);
     const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
     pixel.x.unpack(x);
-    // In the order of the backward pass, which must get the same bits.
+    // As in the backward pass, which must get the same bits: of the product that is rounded, the compiler has no choice.
     parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
-    parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * x[i]; });
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] = fma(skip, x[i], y[i]); });
     const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
     pixel.z.unpack(x);
     parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backw
     parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] = h[i] * weight; });
     parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
     pixel.x.unpack(d);
-    parameters(kSkip, [&](int i, acc_t skip) { y[i] += skip * d[i]; });
+    parameters(kSkip, [&](int i, acc_t skip) { y[i] = fma(skip, d[i], y[i]); });
     pixel.grad.unpack(d);
     acc_t slope[kValues];  // of SiLU, then the gradient of z
 #pragma unroll
