@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
     pixel.h.unpack(y);
     const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
     pixel.x.unpack(x);
-    // As in the backward pass, which must get the same bits: of the product that is rounded, the compiler has no choice.
+    // As in the backward pass, which must get the same bits: with fma, the compiler has no choice of what to round.
     parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
     parameters(kSkip, [&](int i, acc_t skip) { y[i] = fma(skip, x[i], y[i]); });
