@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--dense-size", type=int, nargs=2, default=(800, 1344), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each measurement")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--name", default="distributed", help="of the file of results, before the number of processes")
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -398,7 +399,7 @@ class Report:
         launcher = f"torchrun --standalone --nproc-per-node {host.size} benchmarks/distributed.py"
         command = " ".join([launcher, *shown_arguments()])
         title = f"Training on up to {host.size} {'GPUs' if args.device == 'cuda' else 'processes'} of one host"
-        publish(title, f"distributed-{host.size}", sections, command, args.commit, show=show)
+        publish(title, f"{args.name}-{host.size}", sections, command, args.commit, show=show)
 
 
 if __name__ == "__main__":
