@@ -240,12 +240,12 @@ def test_compiled_mixer_pads_the_outputs_of_its_projection_in_half_precision(dty
 
     torch.manual_seed(0)
     mixer = TreeSSM(40).cuda()
-    x = images(2, 6, 5, 40).requires_grad_()
+    x, grad = images(2, 6, 5, 40).requires_grad_(), torch.randn(2, 6, 5, 40, device="cuda")
     results = []
     for call in (mixer, torch.compile(mixer, backend=backend, fullgraph=True)):
         with torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16):
             y = call(x).float()
-        results.append([y.detach(), *torch.autograd.grad(y.square().mean(), [x, *mixer.parameters()])])
-    assert (F.pad in targets) == (dtype == torch.float16)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], grad)])
+    assert (torch._C._nn.pad in targets) == (dtype == torch.float16)
     for compiled, eager in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-3)
+        assert (compiled - eager).norm() <= 0.02 * eager.norm()
