@@ -30,7 +30,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from report import RESULTS, circumstances, graph_milliseconds, publish, table
+from report import RESULTS, circumstances, graph_milliseconds, prepare, publish, table
 from scipy.stats import t as student
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -60,11 +60,6 @@ ROWS: dict[str, dict[str, Any]] = {
 SIZE = 128
 PAGE = RESULTS.parents[1] / "docs" / "scans.md"
 PICTURES = PAGE.parent / "images"
-
-
-def prepare() -> None:
-    """Settings of a process."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
 
 
 def make(row: str, num_classes: int) -> nn.Module:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-from report import copy_bandwidth, event_milliseconds, graph_milliseconds, publish, shown_arguments, table
+from report import copy_bandwidth, event_milliseconds, graph_milliseconds, prepare, publish, shown_arguments, table
 from throughput import PEER, Run
 from torch.profiler import ProfilerActivity, profile
 
@@ -237,14 +237,6 @@ def largest_rows() -> Iterator[Row]:
         sides.append(224 * low)
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     yield [f"grootv_tiny, largest image in training, {memory:.0f} GiB", "eager", f"{sides[0]}²", f"{PEER}: {sides[1]}²"]
-
-
-def prepare() -> None:
-    """Settings of all processes."""
-    torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
 
 
 def main() -> None:

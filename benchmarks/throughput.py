@@ -17,7 +17,7 @@ import argparse
 import timm
 import torch
 import torch.nn.functional as F
-from report import event_milliseconds, publish, shown_arguments, table
+from report import event_milliseconds, prepare, publish, shown_arguments, table
 from torch import nn
 
 import grootv  # noqa: F401 (registers the models)
@@ -114,10 +114,7 @@ def main() -> None:
         parser.error(f"--size takes one or two numbers, got {args.size}")
     size = height, width = args.size[0], args.size[-1]
 
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    prepare()
     if args.sides:
         publish_time_per_pixel(args, args.batch * height * width)
         return
