@@ -10,6 +10,10 @@ __device__ __forceinline__ double fast_exp(double x) { return exp(x); }
 __device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double fast_divide(double a, double b) { return a / b; }
 
+// a b, rounded: the compiler makes no single instruction of it and a sum that follows.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // 1 / (1 + exp(-x)).
 __device__ __forceinline__ float sigmoid(float x) {
   constexpr float kLog2e = 1.44269504f;

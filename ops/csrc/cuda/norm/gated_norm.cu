@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backw
     pixel.x.unpack(d);
     parameters(kSkip, [&](int i, acc_t skip) { y[i] = fma(skip, d[i], y[i]); });
     pixel.grad.unpack(d);
-    acc_t slope[kValues];  // of SiLU, then the gradient of z
+    acc_t slope[kValues];  // of SiLU, times the gradient of the result
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       y[i] = (y[i] - y_mean) * y_scale;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backw
     acc_t sums[2] = {};
     parameters(kOuterWeight, [&](int i, acc_t weight) {
       z[i] = y[i] * weight;
-      d[i] *= weight;
+      d[i] = rounded_product(d[i], weight);  // so that of one channel exactly nothing is left below
       sums[0] += d[i];
       sums[1] += d[i] * y[i];
     });

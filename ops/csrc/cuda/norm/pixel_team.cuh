@@ -49,7 +49,7 @@ __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
 }
 
 // Normalises values in place; returns mean and reciprocal deviation. `share` is the reciprocal of the number of
-// channels: a division takes as long as all other operations on a value.
+// channels, since a division takes about ten instructions.
 template <bool kPartOfWarp, int kValues, typename acc_t>
 __device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kValues], bool active, acc_t share,
                                                              acc_t eps) {
@@ -145,8 +145,6 @@ struct TeamLaunch {
     const int64_t most = int64_t{blocks_per_processor} * current_limits().multiprocessors;
     blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
   }
-
-  int64_t teams() const { return int64_t{blocks} * block.y; }
 
   // Calls `launch` with the number of threads that a kernel is to be compiled for and the channels of a thread.
   template <int kVec, typename Launch>
