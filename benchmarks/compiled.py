@@ -70,10 +70,8 @@ def measure(case: Case, repeats: int, ready: Barrier, turn: Lock, results: Conne
     try:
         prepare()
         run = Run(case.name, case.batch, case.size, compile_mode(case.mode))
-        for training in (False, True):
-            torch.cuda.reset_peak_memory_stats()
-            run.milliseconds(training, True, 1)
-        memory = torch.cuda.max_memory_allocated() / 2**30  # here, since CUDA graphs allocate when they are recorded
+        run.milliseconds(False, True, 1)
+        _, memory = run.throughput(True, True, 1)  # here, since CUDA graphs allocate when they are recorded
         torch.cuda.empty_cache()
         ready.wait()
         with turn:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-__all__ = ["in_inference", "is_plain", "only_runs"]
+__all__ = ["autocasts", "in_inference", "is_plain", "only_runs"]
 
 # The hooks of all modules.
 _GLOBAL_HOOKS = tuple(
@@ -21,6 +21,11 @@ def in_inference() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def autocasts(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether autocast is active on such a device and converts tensors of `dtype`."""
+    return dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def only_runs(module: nn.Module, kind: type[nn.Module]) -> bool:

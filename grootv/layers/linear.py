@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bypass import in_inference, is_plain, only_runs
+from .bypass import autocasts, in_inference, is_plain, only_runs
 
 __all__ = [
     "call_linear",
@@ -80,9 +80,7 @@ def call_linear(layer: Any, x: Tensor) -> Tensor:
 def _product_dtype(x: Tensor) -> torch.dtype:
     """In which a linear layer multiplies x."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return x.dtype
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(device_type) if autocasts(device_type, x.dtype) else x.dtype
 
 
 def linear_runs_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> bool:

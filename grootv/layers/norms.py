@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import grootvl_ops
 
-from .bypass import is_plain, only_runs
+from .bypass import autocasts, is_plain, only_runs
 from .tracing import TraceLeaf
 
 __all__ = ["LayerNorm", "PromotedLayerNorm", "add_and_norm", "norm_for_product"]
@@ -43,7 +43,7 @@ class LayerNorm(TraceLeaf, nn.LayerNorm):
     @torch.jit.unused
     def result_dtype(self, device_type: str, dtype: torch.dtype) -> torch.dtype:
         """Of the result for a map of `dtype` on such a device."""
-        if dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        if not autocasts(device_type, dtype):
             return dtype
         return torch.get_autocast_dtype(device_type) if self.autocast_output else torch.float32
 

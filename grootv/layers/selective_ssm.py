@@ -189,11 +189,12 @@ class SelectiveSSM(TraceLeaf):
     def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
-            if self.fuses_step and multiplies_whole_words(self.x_proj, x):
+            if multiplies_whole_words(self.x_proj, x) and self.fuses_step:
                 rank = whole_words(self.dt_rank)
                 of_step, of_others = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
                 weight = torch.cat((F.pad(of_step, (0, 0, 0, rank - self.dt_rank)), of_others))
-                y = self.selective_scan(x, z, linear_of_whole_words(x, weight), scans, rank)
+                projected = linear_of_whole_words(x, weight)[..., : len(weight)]
+                y = self.selective_scan(x, z, projected, scans, rank)
             else:
                 y = self.selective_scan(x, z, call_linear(self.x_proj, x), scans)
             return call_linear(self.out_proj, y)
@@ -207,7 +208,7 @@ class SelectiveSSM(TraceLeaf):
         Args:
             x: (B, L, D), what is scanned.
             z: (B, L, D), the gate before its activation.
-            projected: (B, L, R + 2 N), for every pixel the step size of low rank R, B and C. More values are ignored.
+            projected: (B, L, R + 2 N), for every pixel the step size of low rank R, B and C.
             scans: trees over the L pixels and directions.
             rank: R, where zeros follow the `dt_rank` values of the step size.
 
@@ -215,7 +216,7 @@ class SelectiveSSM(TraceLeaf):
             (B, L, D) of x's dtype.
         """
         rank = self.dt_rank if rank is None else rank
-        dt, B, C = projected[..., : rank + 2 * self.d_state].split([rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = projected.split([rank, self.d_state, self.d_state], dim=-1)
         if self.fuses_step:
             dt_weight, dt_bias = self.dt_proj.weight, self.dt_proj.bias
             if rank > self.dt_rank:
