@@ -5,11 +5,16 @@
 
 #include "../../checks.h"
 #include "../common/math.cuh"
+#include "../common/sum.cuh"
 #include "../common/vector.cuh"
 #include "pixel_team.cuh"
 
 namespace grootvl {
 namespace {
+
+// Of threads with several words, a multiprocessor has the registers for so many blocks at a time. It gets no more,
+// since a part of them would begin late, and in the backward pass each writes sums.
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;
 
 constexpr int kNumParameters = 5;  // D_skip, weight and bias of LN(h), weight and bias of the outer LN
 
@@ -32,8 +37,9 @@ struct NormData {
 
 // The parameters of a thread's channels. A thread with one word keeps them in registers; one with several has no room
 // for them, and loads them again from the first-level cache for each pixel.
-template <int kWords, int kVec, typename acc_t>
+template <typename Shape, typename acc_t>
 struct Parameters {
+  static constexpr int kWords = Shape::kWords, kVec = Shape::kVec;
   static constexpr bool kKept = kWords == 1;
   const acc_t* from[kNumParameters];
   Vector<acc_t, kVec> kept[kKept ? kNumParameters : 1];
@@ -57,7 +63,7 @@ struct Parameters {
       if constexpr (kKept) {
         word = kept[p];
       } else {
-        word = load<kVec>(from[p] + w * blockDim.x * kVec);
+        word = load<kVec>(from[p] + w * Shape::width() * kVec);
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) use(w * kVec + i, word.values[i]);
@@ -68,11 +74,11 @@ struct Parameters {
 enum Parameter { kSkip, kInnerWeight, kInnerBias, kOuterWeight, kOuterBias };
 
 // A thread's share of a pixel, loaded before it is needed. Past the end of the maps, the last pixel.
-template <int kWords, int kVec, typename T>
+template <typename Shape, typename T>
 struct WordsOfPixel {
   int64_t row;
   bool valid;
-  Words<kWords, kVec, T> h, x, z;
+  Words<Shape, T> h, x, z;
   T C;
 
   template <typename acc_t>
@@ -85,14 +91,15 @@ struct WordsOfPixel {
         C(data.C[row * data.C_stride]) {}
 };
 
-template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kernel(NormData<T, acc_t> data) {
-  constexpr int kValues = kWords * kVec;
+template <typename Shape, typename T, typename acc_t>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kWords > 1 ? kForwardBlocks : 1)
+    gated_norm_kernel(NormData<T, acc_t> data) {
+  constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool in_map = threadIdx.x * kVec < data.channels;
   const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
   const acc_t share = acc_t(1) / data.channels;
-  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
-  using ThisPixel = WordsOfPixel<kWords, kVec, T>;
+  const Parameters<Shape, acc_t> parameters(data, channel);
+  using ThisPixel = WordsOfPixel<Shape, T>;
   ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
@@ -101,18 +108,18 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
     const acc_t C = static_cast<acc_t>(pixel.C);
     acc_t y[kValues], x[kValues];
     pixel.h.unpack(y);
-    const auto [h_mean, h_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
+    const auto [h_mean, h_scale] = normalise<Shape>(y, in_map, share, data.eps);
     pixel.x.unpack(x);
     // As in the backward pass, which must get the same bits: with fma, the compiler has no choice of what to round.
     parameters(kInnerWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kInnerBias, [&](int i, acc_t bias) { y[i] = C * (y[i] + bias); });
     parameters(kSkip, [&](int i, acc_t skip) { y[i] = fma(skip, x[i], y[i]); });
-    const auto [y_mean, y_scale] = normalise<(kWords > 1)>(y, in_map, share, data.eps);
+    const auto [y_mean, y_scale] = normalise<Shape>(y, in_map, share, data.eps);
     pixel.z.unpack(x);
     parameters(kOuterWeight, [&](int i, acc_t weight) { y[i] *= weight; });
     parameters(kOuterBias, [&](int i, acc_t bias) { y[i] = (y[i] + bias) * x[i] * sigmoid(x[i]); });
     if (!(in_map && pixel.valid)) continue;
-    store_words<kWords, kVec>(data.out + pixel.row * data.channels + channel, y);
+    store_words<Shape>(data.out + pixel.row * data.channels + channel, y);
     if (threadIdx.x == 0) {
       acc_t* statistics = data.statistics + 4 * pixel.row;
       statistics[0] = h_mean, statistics[1] = h_scale, statistics[2] = y_mean, statistics[3] = y_scale;
@@ -121,24 +128,25 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 4 : 1) gated_norm_kerne
 }
 
 // The same for the backward pass, with the gradient of the result.
-template <int kWords, int kVec, typename T>
-struct WordsWithGradient : WordsOfPixel<kWords, kVec, T> {
-  Words<kWords, kVec, T> grad;
+template <typename Shape, typename T>
+struct WordsWithGradient : WordsOfPixel<Shape, T> {
+  Words<Shape, T> grad;
 
   template <typename acc_t>
   __device__ __forceinline__ WordsWithGradient(const NormData<T, acc_t>& data, int channel, int64_t wanted)
-      : WordsOfPixel<kWords, kVec, T>(data, channel, wanted), grad(data.grad + this->row * data.channels + channel) {}
+      : WordsOfPixel<Shape, T>(data, channel, wanted), grad(data.grad + this->row * data.channels + channel) {}
 };
 
-template <int kThreads, int kWords, int kVec, typename T, typename acc_t>
-__global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backward_kernel(NormData<T, acc_t> data) {
-  constexpr int kValues = kWords * kVec;
+template <typename Shape, typename T, typename acc_t>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kWords > 1 ? kBackwardBlocks : 1)
+    gated_norm_backward_kernel(NormData<T, acc_t> data) {
+  constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool in_map = threadIdx.x * kVec < data.channels;
   const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
   const acc_t share = acc_t(1) / data.channels;
-  const Parameters<kWords, kVec, acc_t> parameters(data, channel);
+  const Parameters<Shape, acc_t> parameters(data, channel);
   acc_t dparameters[kNumParameters][kValues] = {};
-  using ThisPixel = WordsWithGradient<kWords, kVec, T>;
+  using ThisPixel = WordsWithGradient<Shape, T>;
   ThisPixel next(data, channel, int64_t(blockIdx.x) * blockDim.y + threadIdx.y);
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step) {
     const ThisPixel pixel = next;
@@ -178,8 +186,8 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backw
       sums[1] += d[i] * y[i];
     });
     parameters(kOuterBias, [&](int i, acc_t bias) { z[i] = slope[i] * (z[i] + bias); });
-    if (active) store_words<kWords, kVec>(data.dz + pixel.row * data.channels + channel, z);
-    team_sum<(kWords > 1)>(sums, 0);
+    if (active) store_words<Shape>(data.dz + pixel.row * data.channels + channel, z);
+    team_sum<Shape>(sums, 0);
     const acc_t dy_mean = sums[0] * share, dy_slope = sums[1] * share;
 
     // From here on d is the gradient of C LN(h) + D_skip x, and z that of LN(h) over C.
@@ -200,18 +208,18 @@ __global__ void __launch_bounds__(kThreads, kWords > 1 ? 3 : 1) gated_norm_backw
       more[1] += z[i] * h[i];
     });
     parameters(kSkip, [&](int i, acc_t skip) { d[i] *= skip; });
-    if (active) store_words<kWords, kVec>(data.dx + pixel.row * data.channels + channel, d);
-    team_sum<(kWords > 1)>(more, 1);
+    if (active) store_words<Shape>(data.dx + pixel.row * data.channels + channel, d);
+    team_sum<Shape>(more, 1);
     const acc_t dh_mean = more[0] * share, dh_slope = more[1] * share, dh_scale = C * h_scale;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) h[i] = dh_scale * (z[i] - (dh_mean + h[i] * dh_slope));
     if (!active) continue;
-    store_words<kWords, kVec>(data.dh + pixel.row * data.channels + channel, h);
+    store_words<Shape>(data.dh + pixel.row * data.channels + channel, h);
     if (threadIdx.x == 0) data.dC[pixel.row] = static_cast<T>(more[1] + more[2]);
   }
   for (int p = 0; p < kNumParameters; ++p) {
     acc_t* sums = data.dparameters + (int64_t(blockIdx.x) * kNumParameters + p) * data.channels;
-    store_block_sums<kThreads, kWords, kVec>(sums, dparameters[p], data.channels);
+    store_block_sums<Shape>(sums, dparameters[p], data.channels);
   }
 }
 
@@ -238,16 +246,16 @@ struct NormInputs {
     aligned = all_aligned();
   }
 
-  // The blocks, of which each multiprocessor runs up to `per_processor`. Threads may have several words, of `word`
-  // channels.
-  TeamLaunch launch(int word, int vec, int per_processor, bool several) const {
+  // The blocks, of which each multiprocessor runs up to `per_processor`, or `per_processor_several` of threads with
+  // several words, of `word` channels, which they may have if `several`.
+  TeamLaunch launch(int word, int vec, int per_processor, bool several, int per_processor_several) const {
     const int64_t channels = h.size(2);
     const int words = several && aligned && channels % word == 0 ? words_of_thread(channels / word) : 1;
     return TeamLaunch("gated_norm", h.size(0) * h.size(1), channels,
                       words > 1 ? word
                       : aligned ? vec
                                 : 1,
-                      per_processor, words);
+                      words > 1 ? per_processor_several : per_processor, words);
   }
 
   // Whether the row of each pixel begins at a multiple of `vec` values.
@@ -295,9 +303,9 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     constexpr int kWord = std::min(kVec, 4);
-    const TeamLaunch launch = inputs.launch(kWord, kVec, 16, true);
-    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
-      gated_norm_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 16, true, kForwardBlocks);
+    launch.with_words<kWord, kVec, 8, 16, 32, 64>(inputs.aligned, [&](auto shape) {
+      gated_norm_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -337,14 +345,15 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     // Short words, where long ones would leave lanes of a warp without channels.
     constexpr int kWord = std::min(kVec, 2);
-    const TeamLaunch launch = inputs.launch(kWord, kVec, 8, h.size(2) / kVec % kWarpLanes != 0);
+    const bool several = h.size(2) / kVec % kWarpLanes != 0;
+    const TeamLaunch launch = inputs.launch(kWord, kVec, 8, several, kBackwardBlocks);
     const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_words<kWord, kVec>(inputs.aligned, [&](auto threads, auto words, auto vec) {
-      gated_norm_backward_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, stream>>>(data);
+    launch.with_words<kWord, kVec, 16, 32, 64>(inputs.aligned, [&](auto shape) {
+      gated_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    totals = sum(dparameters, 0, accumulation);
+    totals = sum_parts(dparameters, 1, {kNumParameters, h.size(2)}, accumulation);
   });
   return {dh, dx, dz, dC, totals};
 }

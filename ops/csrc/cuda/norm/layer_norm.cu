@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
     data.statistics = statistics.mutable_data_ptr<acc_t>();
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const auto [launch, aligned] = inputs.launch("layer_norm", kVec, 16, {&out});
-    launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto threads, auto words, auto vec) {
-      layer_norm_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
+    launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
+      layer_norm_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -56,11 +56,11 @@ std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor
     const auto [launch, aligned] = inputs.launch("layer_norm", kVec, 8, {&grad, &dx});
     const Tensor dparameters = empty(x, {launch.blocks, 2, x.size(-1)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto threads, auto words, auto vec) {
-      layer_norm_backward_kernel<threads(), words(), vec()><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
+    launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
+      layer_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    totals = sum(dparameters, 0, accumulation);
+    totals = sum_parts(dparameters, 1, {2, x.size(-1)}, accumulation);
   });
   return {dx, totals};
 }

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../../checks.h"
+#include "../common/sum.cuh"
 #include "../common/vector.cuh"
 #include "pixel_team.cuh"
 
@@ -41,18 +42,18 @@ struct LayerNormData {
   }
 };
 
-template <int kThreads, int kWords, int kVec, typename T, typename branch_t, typename out_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, branch_t, out_t, acc_t> data) {
+template <typename Shape, typename T, typename branch_t, typename out_t, typename acc_t>
+__global__ void __launch_bounds__(Shape::kThreads) layer_norm_kernel(LayerNormData<T, branch_t, out_t, acc_t> data) {
   constexpr bool kAdds = data.kAdds;
-  constexpr int kValues = kWords * kVec;
+  constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool active = threadIdx.x * kVec < data.channels;
   const int channel = active ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
   const acc_t share = acc_t(1) / data.channels;
   acc_t weight[kValues], bias[kValues];
-  Words<kWords, kVec, acc_t>(data.weight + channel).unpack(weight);
-  Words<kWords, kVec, acc_t>(data.bias + channel).unpack(bias);
+  Words<Shape, acc_t>(data.weight + channel).unpack(weight);
+  Words<Shape, acc_t>(data.bias + channel).unpack(bias);
   const auto pixel = [&](int64_t row) { return min(row, data.rows - 1) * data.channels + channel; };
-  using BranchWords = Words<kWords, kVec, std::conditional_t<kAdds, branch_t, T>>;
+  using BranchWords = Words<Shape, std::conditional_t<kAdds, branch_t, T>>;
   const auto load_branch = [&](int64_t row) {
     if constexpr (kAdds) {
       return BranchWords(data.branch + pixel(row));
@@ -61,14 +62,14 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, b
     }
   };
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  Words<kWords, kVec, T> next(data.x + pixel(row));
+  Words<Shape, T> next(data.x + pixel(row));
   auto next_branch = load_branch(row);
   // All teams of a block take the same number of steps, since they wait for each other.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step, row += step) {
     const bool write = active && row < data.rows;
     acc_t x[kValues];
     next.unpack(x);
-    next = Words<kWords, kVec, T>(data.x + pixel(row + step));
+    next = Words<Shape, T>(data.x + pixel(row + step));
     if constexpr (kAdds) {
       acc_t branch[kValues];
       next_branch.unpack(branch);
@@ -76,40 +77,41 @@ __global__ void __launch_bounds__(kThreads) layer_norm_kernel(LayerNormData<T, b
       const acc_t factor = data.factor(row);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) x[i] += factor * branch[i];
-      if (write) store_words<kWords, kVec>(data.sum + pixel(row), x);
+      if (write) store_words<Shape>(data.sum + pixel(row), x);
     }
-    const auto [mean, scale] = normalise<(kWords > 1)>(x, active, share, data.eps);
+    const auto [mean, scale] = normalise<Shape>(x, active, share, data.eps);
     if (!write) continue;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) x[i] = x[i] * weight[i] + bias[i];
-    store_words<kWords, kVec>(data.out + pixel(row), x);
+    store_words<Shape>(data.out + pixel(row), x);
     if (threadIdx.x == 0) data.statistics[2 * row] = mean, data.statistics[2 * row + 1] = scale;
   }
 }
 
-template <int kThreads, int kWords, int kVec, typename T, typename branch_t, typename out_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNormData<T, branch_t, out_t, acc_t> data) {
+template <typename Shape, typename T, typename branch_t, typename out_t, typename acc_t>
+__global__ void __launch_bounds__(Shape::kThreads)
+    layer_norm_backward_kernel(LayerNormData<T, branch_t, out_t, acc_t> data) {
   constexpr bool kAdds = data.kAdds;
-  constexpr int kValues = kWords * kVec;
+  constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool active = threadIdx.x * kVec < data.channels;
   const int channel = active ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
   const acc_t share = acc_t(1) / data.channels;
   acc_t weight[kValues], dweight[kValues] = {}, dbias[kValues] = {};
-  Words<kWords, kVec, acc_t>(data.weight + channel).unpack(weight);
+  Words<Shape, acc_t>(data.weight + channel).unpack(weight);
   const auto pixel = [&](int64_t row) { return min(row, data.rows - 1) * data.channels + channel; };
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  Words<kWords, kVec, T> next_x(data.x + pixel(row));
-  Words<kWords, kVec, out_t> next_grad(data.grad + pixel(row));
+  Words<Shape, T> next_x(data.x + pixel(row));
+  Words<Shape, out_t> next_grad(data.grad + pixel(row));
   int buffer = 0;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < data.rows; first += step, row += step) {
     acc_t x[kValues], dx[kValues], sums[2] = {};
     next_x.unpack(x);
     next_grad.unpack(dx);
-    next_x = Words<kWords, kVec, T>(data.x + pixel(row + step));
-    next_grad = Words<kWords, kVec, out_t>(data.grad + pixel(row + step));
+    next_x = Words<Shape, T>(data.x + pixel(row + step));
+    next_grad = Words<Shape, out_t>(data.grad + pixel(row + step));
     acc_t grad_sum[kValues] = {};
     if constexpr (kAdds) {
-      if (data.grad_sum != nullptr) Words<kWords, kVec, T>(data.grad_sum + pixel(row)).unpack(grad_sum);
+      if (data.grad_sum != nullptr) Words<Shape, T>(data.grad_sum + pixel(row)).unpack(grad_sum);
     }
     const bool write = active && row < data.rows;
     const acc_t* statistics = data.statistics + 2 * min(row, data.rows - 1);
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
       sums[0] += dx[i];
       sums[1] += dx[i] * x[i];
     }
-    team_sum<(kWords > 1)>(sums, buffer);
+    team_sum<Shape>(sums, buffer);
     buffer = 1 - buffer;
     if (!write) continue;
     const acc_t dx_mean = sums[0] * share, dx_slope = sums[1] * share;
@@ -132,18 +134,18 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
     for (int i = 0; i < kValues; ++i) {
       dx[i] = grad_sum[i] + scale * (dx[i] - (dx_mean + x[i] * dx_slope));
     }
-    store_words<kWords, kVec>(data.dx + pixel(row), dx);
+    store_words<Shape>(data.dx + pixel(row), dx);
     if constexpr (kAdds) {
       if (data.dbranch == nullptr) continue;
       const acc_t factor = data.factor(row);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) dx[i] *= factor;
-      store_words<kWords, kVec>(data.dbranch + pixel(row), dx);
+      store_words<Shape>(data.dbranch + pixel(row), dx);
     }
   }
   acc_t* dparameters = data.dparameters + 2 * int64_t(blockIdx.x) * data.channels;
-  store_block_sums<kThreads, kWords, kVec>(dparameters, dweight, data.channels);
-  store_block_sums<kThreads, kWords, kVec>(dparameters + data.channels, dbias, data.channels);
+  store_block_sums<Shape>(dparameters, dweight, data.channels);
+  store_block_sums<Shape>(dparameters + data.channels, dbias, data.channels);
 }
 
 struct LayerNormInputs {

@@ -21,21 +21,32 @@ constexpr int kBlockThreads = 128;  // at least; teams may be larger
 // separately.
 constexpr int kUsualThreads = 384;
 
+// What a kernel is compiled for: the most threads of a block, the threads of a team (0 for any), and the words of a
+// thread. If the threads of a team are known, the words' distances are constants, and addresses take fewer
+// instructions.
+template <int kThreads_, int kWidth, int kWords_, int kVec_>
+struct TeamShape {
+  static constexpr int kThreads = kThreads_, kWords = kWords_, kVec = kVec_, kValues = kWords * kVec;
+  static constexpr bool kPartOfWarp = kWords > 1;  // whether a team may be less than a warp
+
+  static __device__ __forceinline__ unsigned width() { return kWidth > 0 ? kWidth : blockDim.x; }
+};
+
 // Sums over the threads of a team, those with one threadIdx.y. Calls that follow one another must alternate between the
-// two buffers, since slower threads may still read the last one. Only with kPartOfWarp may a team be less than a warp.
-template <bool kPartOfWarp, int kSums, typename acc_t>
+// two buffers, since slower threads may still read the last one.
+template <typename Shape, int kSums, typename acc_t>
 __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
 #pragma unroll
   for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
-    if (kPartOfWarp && distance >= blockDim.x) continue;
+    if (Shape::kPartOfWarp && distance >= Shape::width()) continue;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], distance);
   }
-  if (blockDim.x <= kWarpLanes) return;
+  if (Shape::width() <= kWarpLanes) return;
   constexpr int kMaxSums = 3;
   static_assert(kSums <= kMaxSums);
   __shared__ acc_t shared[2][kMaxBlockThreads / kWarpLanes][kMaxSums];
-  const int warps = blockDim.x / kWarpLanes, first = threadIdx.y * warps;
+  const int warps = Shape::width() / kWarpLanes, first = threadIdx.y * warps;
   if (threadIdx.x % kWarpLanes == 0) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) shared[buffer][first + threadIdx.x / kWarpLanes][i] = sums[i];
@@ -50,20 +61,21 @@ __device__ __forceinline__ void team_sum(acc_t (&sums)[kSums], int buffer) {
 
 // Normalises values in place; returns mean and reciprocal deviation. `share` is the reciprocal of the number of
 // channels, since a division takes about ten instructions.
-template <bool kPartOfWarp, int kValues, typename acc_t>
-__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kValues], bool active, acc_t share,
+template <typename Shape, typename acc_t>
+__device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[Shape::kValues], bool active, acc_t share,
                                                              acc_t eps) {
+  constexpr int kValues = Shape::kValues;
   acc_t sum[1] = {0}, squares[1] = {0};
 #pragma unroll
   for (int i = 0; i < kValues; ++i) sum[0] += active ? values[i] : acc_t(0);
-  team_sum<kPartOfWarp>(sum, 0);
+  team_sum<Shape>(sum, 0);
   const acc_t mean = sum[0] * share;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     values[i] -= mean;
     squares[0] += active ? values[i] * values[i] : acc_t(0);
   }
-  team_sum<kPartOfWarp>(squares, 1);
+  team_sum<Shape>(squares, 1);
   const acc_t scale = rsqrt(squares[0] * share + eps);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] *= scale;
@@ -71,17 +83,18 @@ __device__ __forceinline__ std::pair<acc_t, acc_t> normalise(acc_t (&values)[kVa
 }
 
 // The words of a thread begin at its channel, one for each thread of the team after the other.
-template <int kWords, int kVec, typename T>
+template <typename Shape, typename T>
 struct Words {
+  static constexpr int kWords = Shape::kWords, kVec = Shape::kVec;
   Vector<T, kVec> words[kWords];
 
   __device__ __forceinline__ explicit Words(const T* channel) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = load<kVec>(channel + w * blockDim.x * kVec);
+    for (int w = 0; w < kWords; ++w) words[w] = load<kVec>(channel + w * Shape::width() * kVec);
   }
 
   template <typename acc_t>
-  __device__ __forceinline__ void unpack(acc_t (&to)[kWords * kVec]) const {
+  __device__ __forceinline__ void unpack(acc_t (&to)[Shape::kValues]) const {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
 #pragma unroll
@@ -90,28 +103,30 @@ struct Words {
   }
 };
 
-template <int kWords, int kVec, typename acc_t, typename T>
-__device__ __forceinline__ void store_words(T* channel, const acc_t (&from)[kWords * kVec]) {
+template <typename Shape, typename acc_t, typename T>
+__device__ __forceinline__ void store_words(T* channel, const acc_t (&from)[Shape::kValues]) {
+  constexpr int kWords = Shape::kWords, kVec = Shape::kVec;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     Vector<T, kVec> vector;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) vector.values[i] = static_cast<T>(from[w * kVec + i]);
-    *reinterpret_cast<Vector<T, kVec>*>(channel + w * blockDim.x * kVec) = vector;
+    *reinterpret_cast<Vector<T, kVec>*>(channel + w * Shape::width() * kVec) = vector;
   }
 }
 
 // Writes the sums over the teams of a block, for each channel. All threads of the block call it.
-template <int kThreads, int kWords, int kVec, typename acc_t>
-__device__ __forceinline__ void store_block_sums(acc_t* sums, const acc_t (&values)[kWords * kVec], int channels) {
+template <typename Shape, typename acc_t>
+__device__ __forceinline__ void store_block_sums(acc_t* sums, const acc_t (&values)[Shape::kValues], int channels) {
+  constexpr int kThreads = Shape::kThreads, kValues = Shape::kValues, kVec = Shape::kVec;
   if constexpr (kThreads > kUsualThreads) {  // one team
-    if (threadIdx.x * kVec < channels) store_words<kWords, kVec>(sums + threadIdx.x * kVec, values);
+    if (threadIdx.x * kVec < channels) store_words<Shape>(sums + threadIdx.x * kVec, values);
     return;
   }
-  __shared__ acc_t shared[kThreads > kUsualThreads ? 1 : kThreads * kWords * kVec];
-  const int width = blockDim.x * kWords * kVec, threads = blockDim.x * blockDim.y;
+  __shared__ acc_t shared[kThreads > kUsualThreads ? 1 : kThreads * kValues];
+  const int width = blockDim.x * kValues, threads = blockDim.x * blockDim.y;
   __syncthreads();
-  store_words<kWords, kVec>(shared + threadIdx.y * width + threadIdx.x * kVec, values);
+  store_words<Shape>(shared + threadIdx.y * width + threadIdx.x * kVec, values);
   __syncthreads();
   for (int channel = threadIdx.y * blockDim.x + threadIdx.x; channel < channels; channel += threads) {
     acc_t sum = 0;
@@ -146,14 +161,14 @@ struct TeamLaunch {
     blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
   }
 
-  // Calls `launch` with the number of threads that a kernel is to be compiled for and the channels of a thread.
+  // Calls `launch` with the `TeamShape` of a kernel whose threads have one word of kVec channels, or one channel.
   template <int kVec, typename Launch>
-  void with_sizes(bool aligned, Launch launch) const {
+  void with_one_word(bool aligned, Launch launch) const {
     const auto with_threads = [&](auto vec) {
       if (block.x * block.y <= kUsualThreads) {
-        launch(std::integral_constant<int, kUsualThreads>(), vec);
+        launch(TeamShape<kUsualThreads, 0, 1, vec()>());
       } else {
-        launch(std::integral_constant<int, kMaxBlockThreads>(), vec);
+        launch(TeamShape<kMaxBlockThreads, 0, 1, vec()>());
       }
     };
     if (aligned) {
@@ -163,12 +178,17 @@ struct TeamLaunch {
     }
   }
 
-  // The same with the words of a thread, which are of kWord channels if there are several: `launch(threads, words,
-  // vec)`.
-  template <int kWord, int kVec, typename Launch>
+  // The same for kernels whose threads may have several words, of kWord channels. Those for teams of kWidths threads
+  // are compiled separately.
+  template <int kWord, int kVec, int... kWidths, typename Launch>
   void with_words(bool aligned, Launch launch) const {
     const auto with_several = [&](auto several) {
-      launch(std::integral_constant<int, kBlockThreads>(), several, std::integral_constant<int, kWord>());
+      const auto with_width = [&](auto width) {
+        launch(TeamShape<kBlockThreads, width(), several(), kWord>());
+        return true;
+      };
+      const bool known = ((block.x == kWidths && with_width(std::integral_constant<int, kWidths>())) || ...);
+      if (!known) with_width(std::integral_constant<int, 0>());
     };
     switch (words) {
       case 3:
@@ -178,8 +198,7 @@ struct TeamLaunch {
       case 5:
         return with_several(std::integral_constant<int, 5>());
       default:
-        return with_sizes<kVec>(
-            aligned, [&](auto threads, auto vec) { launch(threads, std::integral_constant<int, 1>(), vec); });
+        return with_one_word<kVec>(aligned, launch);
     }
   }
 };

@@ -7,6 +7,7 @@
 
 #include "../../checks.h"
 #include "../common/device.cuh"
+#include "../common/sum.cuh"
 #include "../common/vector.cuh"
 #include "finish.cuh"
 #include "gradients.cuh"
@@ -75,7 +76,7 @@ auto with_gradient_pass(Direction direction, Run run) {
 
 // The gradients of a selective scan's parameters, unset for other scans.
 struct ParameterGradients {
-  Tensor input_weight;   // (maps, L), of the accumulation type
+  Tensor input_weight;   // (maps, L), of x's type
   Tensor output_weight;  // likewise, of a gradient pass
   Tensor of_channels;    // (2, scans, D): of delta_bias and A_log; in a gradient pass (3, ...), also of dy x
 };
@@ -154,7 +155,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   constexpr int kChannelGradients = is_gradient(pass) ? 3 : 2;
   if (maps * length * channels == 0) {
     if (!kParameterGradients) return {};
-    const Tensor of_weights = zeros(x, {maps, length}, accumulation);
+    const Tensor of_weights = zeros(x, {maps, length}, x.scalar_type());
     return {of_weights, of_weights, zeros(x, {kChannelGradients, data.scans, channels}, accumulation)};
   }
   GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
@@ -250,8 +251,10 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
   launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
   if (!kParameterGradients) return {};
-  return {sum(dinput_weight, 0, accumulation), is_gradient(pass) ? sum(doutput_weight, 0, accumulation) : Tensor(),
-          sum(dparameters, 2, accumulation)};
+  const auto sum_of_groups = [&](const Tensor& parts) { return sum_parts(parts, 1, {maps, length}, x.scalar_type()); };
+  return {
+      sum_of_groups(dinput_weight), is_gradient(pass) ? sum_of_groups(doutput_weight) : Tensor(),
+      sum_parts(dparameters, kChannelGradients * data.scans, {kChannelGradients, data.scans, channels}, accumulation)};
 }
 
 // The fields of trees as the kernels read them, (trees, L) contiguous: of one tree that was expanded to a batch, the

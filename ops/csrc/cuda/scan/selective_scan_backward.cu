@@ -67,7 +67,7 @@ Gradients selective_scan_backward(const Tensor& grad_, const Tensor& x, const Te
   if (!C && A_log.dim() == 1) {
     const ScanGradients gradients = gradients_from_h(inputs, contiguous(grad_), 0, direction);
     dx = reshaped(gradients.x, map), draw_delta = reshaped(gradients.raw_delta, map);
-    dB = to(gradients.parameters.input_weight, type);
+    dB = gradients.parameters.input_weight;
     dparameters = reshaped(gradients.parameters.of_channels, {2, x.size(2)});
   } else {  // sums over the states, in the precision of the sums inside a scan
     const bool one_sweep = C && direction != Direction::kBoth;
