@@ -184,9 +184,27 @@ def block_bytes(channels: int) -> int:
     return channels * (24 + 10 + 8 + 4 + 28 + 16 + 6 + 20)
 
 
+def kernel_milliseconds(name: str, mode: str, training: bool) -> float:
+    """The time of all kernels of a batch of 128, one after the other."""
+    run = Run(name, 128, compile=compile_mode(mode))
+    run.model.train(training)
+    step = run.train if training else run.infer
+    for _ in range(8):
+        step(True)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(5):
+            step(True)
+        torch.cuda.synchronize()
+    del run
+    forget()
+    on_gpu = (event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation) / 5e3
+
+
 def kernel_rows(mode: str) -> Iterator[Row]:
-    """The time of all kernels of a batch, beside the time that the bytes of its blocks need at the copy bandwidth."""
-    run = Run("grootv_tiny", 128, compile=compile_mode(mode))
+    """The time of all kernels of a batch: in inference beside the time that the bytes of its blocks need at the copy
+    bandwidth, in training beside that of the peer's kernels."""
     model = timm.create_model("grootv_tiny")
     pixels = [128 * (224 // info["reduction"]) ** 2 for info in model.feature_info]
     blocks = [
@@ -194,18 +212,11 @@ def kernel_rows(mode: str) -> Iterator[Row]:
     ]
     total = sum(count * n * block_bytes(channels) for n, (count, channels) in zip(pixels, blocks, strict=True))
     floor = 1e3 * total / copy_bandwidth()
-    run.model.eval()
-    for _ in range(8):
-        run.infer(True)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        for _ in range(5):
-            run.infer(True)
-        torch.cuda.synchronize()
-    spent = sum(event.self_device_time_total for event in record.key_averages()) / 5e3
-    del run
-    forget()
+    spent = kernel_milliseconds("grootv_tiny", mode, False)
     yield ["grootv_tiny, kernels of inference", mode, f"{spent:.2f} ms", f"{spent / floor:.2f} × {floor:.2f} ms"]
+    own, peer = (kernel_milliseconds(name, mode, True) for name in ("grootv_tiny", PEER))
+    against = f"{own / peer:.2f} × the {peer:.2f} ms of {PEER}"
+    yield ["grootv_tiny, kernels of a training step", mode, f"{own:.2f} ms", against]
 
 
 def fits(name: str, side: int) -> bool:

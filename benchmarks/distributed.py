@@ -92,11 +92,13 @@ class CompiledClassifier(Classifier):
     """A classifier that is compiled as one graph, outside of DistributedDataParallel."""
 
     how = "compiled"
+    mode: str | None = None
+    """Of torch.compile."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         torch._dynamo.reset()
-        self.model = torch.compile(self.model, fullgraph=True, dynamic=False)
+        self.model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=self.mode)
         self.parallel = self.model
         self.step()
 
@@ -109,7 +111,7 @@ class SplitClassifier(CompiledClassifier):
     def __init__(self, *args) -> None:
         Classifier.__init__(self, *args)
         torch._dynamo.reset()
-        self.model = torch.compile(self.model, fullgraph=True, dynamic=False)
+        self.model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=self.mode)
         self.start(dist.group.WORLD)
         self.step()
 
@@ -331,6 +333,7 @@ def main() -> None:
     parser.add_argument("--sharded-batch", type=int, default=128)
     parser.add_argument("--dense-batch", type=int, default=2, help="images a GPU, of Mask R-CNN")
     parser.add_argument("--dense-size", type=int, nargs=2, default=(800, 1344), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--mode", choices=["default", "reduce-overhead"], help="of torch.compile, for compiled rows")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each measurement")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--name", default="distributed", help="of the file of results, before the number of processes")
@@ -338,6 +341,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
+    if args.mode:
+        CompiledClassifier.mode = args.mode
+        CompiledClassifier.how = f"compiled, {args.mode}"
     host = Host(args)
     report = Report(host)
     for row in planned(args):

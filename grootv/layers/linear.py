@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .bypass import autocasts, in_inference, is_plain, only_runs
 
 __all__ = [
+    "as_product_reads",
     "call_linear",
     "linear",
     "linear_gelu",
@@ -81,6 +82,16 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     """In which a linear layer multiplies x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if autocasts(device_type, x.dtype) else x.dtype
+
+
+def as_product_reads(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the precision in which a product with x reads it under autocast.
+
+    For a weight of which several products read a part each: autocast would convert every part, and its gradient.
+    """
+    if weight.dtype == torch.float32 and autocasts(x.device.type, x.dtype):
+        return weight.to(torch.get_autocast_dtype(x.device.type))
+    return weight
 
 
 def linear_runs_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> bool:

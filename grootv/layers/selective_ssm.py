@@ -14,7 +14,7 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, is_plain
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
-from .linear import call_linear, linear_of_whole_words, multiplies_whole_words, whole_words
+from .linear import as_product_reads, call_linear, linear_of_whole_words, multiplies_whole_words, whole_words
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -162,7 +162,10 @@ class SelectiveSSM(TraceLeaf):
                 features, z = call_linear(self.in_proj, x).chunk(2, dim=-1)  # the kernels read halves where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         if self.splits_input:  # halves of one product would be copied, and their gradients joined
-            of_features, of_gate = self.in_proj.weight.chunk(2)
+            weight = self.in_proj.weight
+            if not torch.jit.is_scripting():
+                weight = as_product_reads(weight, x)
+            of_features, of_gate = weight.chunk(2)
             features, z = F.linear(x, of_features), F.linear(x, of_gate)
         else:
             features, z = self.in_proj(x).chunk(2, dim=-1)

@@ -343,13 +343,14 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-    // Short words, where long ones would leave lanes of a warp without channels.
+    // Several short words, where threads with one long word each would leave lanes idle, or be no power of two.
     constexpr int kWord = std::min(kVec, 2);
-    const bool several = h.size(2) / kVec % kWarpLanes != 0;
+    const int64_t long_words = h.size(2) / kVec;
+    const bool several = long_words % kWarpLanes != 0 || (long_words & (long_words - 1)) != 0;
     const TeamLaunch launch = inputs.launch(kWord, kVec, 8, several, kBackwardBlocks);
     const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
-    launch.with_words<kWord, kVec, 16, 32, 64>(inputs.aligned, [&](auto shape) {
+    launch.with_words<kWord, kVec, 16, 32, 64, 128>(inputs.aligned, [&](auto shape) {
       gated_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
