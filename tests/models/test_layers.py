@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grootvl_ops
@@ -818,6 +819,30 @@ def test_mixer_in_whole_words_gives_the_same(monkeypatch, d_state):
     assert ranks == [3, 8]
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Conversions(TorchDispatchMode):
+    """Lists the shapes of what is converted to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_converts_the_weight_of_both_halves_once() -> None:
+    mixer, x = TreeSSM(12), torch.randn(2, 3, 4, 12)
+    with torch.autocast("cpu", torch.bfloat16), Conversions() as conversions:
+        out = mixer(x)
+    assert [shape for shape in conversions.shapes if shape in ((48, 12), (24, 12))] == [(48, 12)]
+    with Conversions() as conversions:
+        out.float().sum().backward()
+    assert [shape for shape in conversions.shapes if shape in ((48, 12), (24, 12))] == [(48, 12)]
+    assert mixer.in_proj.weight.grad.dtype == torch.float32
 
 
 @needs_onednn
