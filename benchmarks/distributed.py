@@ -59,6 +59,7 @@ class Classifier:
     weights_format = torch.channels_last
 
     def __init__(self, name: str, batch: int, size: int, device: torch.device) -> None:
+        torch.backends.cudnn.benchmark = True
         self.device = device
         sized = {"img_size": size} if name == PEER and size != 224 else {}
         self.model: nn.Module = timm.create_model(name, **sized).to(device, memory_format=self.weights_format)
@@ -141,6 +142,8 @@ class MaskRCNN:
     def __init__(self, name: str, batch: int, size: tuple[int, int], device: torch.device) -> None:
         from detection import build, make_batch  # needs mmdet
 
+        # The mask head sees another number of objects in each step, for each of which cuDNN would try all its kernels.
+        torch.backends.cudnn.benchmark = False
         self.device = device
         self.batch = make_batch(batch, *size)
         self.model, self.optimizer = build(name, size)
@@ -340,7 +343,6 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit to name in the results, where it cannot be asked from git")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
     if args.mode:
         CompiledClassifier.mode = args.mode
         CompiledClassifier.how = f"compiled, {args.mode}"
