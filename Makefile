@@ -31,7 +31,7 @@ VERSIONS_oldest := torch==2.10.0 torchvision==0.25.0 timm==1.0.9
 VERSIONS_newest := torch torchvision timm
 VERSIONS_PIP := -m pip --disable-pip-version-check install --quiet
 VERSIONS_TESTS := ops/tests/test_tree_scan.py ops/tests/test_trees.py ops/tests/test_selective_scan.py \
-  ops/tests/test_transforms.py ops/tests/test_package.py tests/models/test_layers.py \
+  ops/tests/test_transforms.py ops/tests/test_package.py tests/models/test_layers.py tests/models/test_fused_steps.py \
   tests/models/test_model_contract.py tests/models/test_model_golden.py tests/models/test_model_export.py \
   "tests/tools/test_train_and_test.py::test_training_learns_and_logs"
 # The short form, which continuous integration runs beside the pinned versions.
