@@ -23,53 +23,38 @@ import sys
 import time
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from report import prepare, publish, shown_arguments, table
+from throughput import PEER, Run
 
-PEER = "swin_tiny_patch4_window7_224"
 ROOT = Path(__file__).resolve().parents[1]
 IN_A_ROW = 10
 
 
 def work(args: argparse.Namespace) -> None:
     """Train when a line arrives; print milliseconds of a step, and of the host for one."""
-    import grootv  # noqa: F401  registers the models of the version at hand
-
     prepare()
-    device = torch.device(args.device)
-    model = timm.create_model(args.model).to(device, memory_format=torch.channels_last).train()
-    images = torch.randn(args.batch, 3, args.size, args.size, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    labels = torch.randint(1000, (args.batch,), device=device)
-    half = torch.bfloat16 if device.type == "cpu" else torch.float16
-
-    def step() -> None:
-        with torch.autocast(device.type, half):
-            loss = F.cross_entropy(model(images), labels)
-        (loss * 1024.0).backward()  # as a gradient scaler would
-        model.zero_grad(set_to_none=True)
+    run = Run(args.model, args.batch, (args.size, args.size), device=args.device)
+    run.model.train()
 
     def wait() -> None:
-        if device.type == "cuda":
+        if args.device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(8 if device.type == "cuda" else 1):
-        step()
+    for _ in range(8 if args.device == "cuda" else 1):
+        run.train(True)
     wait()
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         for _ in range(IN_A_ROW):
-            step()
+            run.train(True)
         wait()
         of_step = (time.perf_counter() - start) / IN_A_ROW
         of_host = []
         for _ in range(4):
             start = time.perf_counter()
-            step()
+            run.train(True)
             of_host.append(time.perf_counter() - start)
             wait()
         print(json.dumps([1e3 * of_step, 1e3 * min(of_host)]), flush=True)

@@ -198,8 +198,7 @@ def kernel_milliseconds(name: str, mode: str, training: bool) -> float:
         torch.cuda.synchronize()
     del run
     forget()
-    on_gpu = (event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation) / 5e3
+    return sum(event.self_device_time_total for event in record.key_averages()) / 5e3
 
 
 def kernel_rows(mode: str) -> Iterator[Row]:

@@ -100,10 +100,14 @@ class CompiledClassifier(Classifier):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        torch._dynamo.reset()
-        self.model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=self.mode)
+        self.compile()
         self.parallel = self.model
         self.step()
+
+    def compile(self) -> None:
+        """Have the model compiled by the next step."""
+        torch._dynamo.reset()
+        self.model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=self.mode)
 
 
 class SplitClassifier(CompiledClassifier):
@@ -113,8 +117,7 @@ class SplitClassifier(CompiledClassifier):
 
     def __init__(self, *args) -> None:
         Classifier.__init__(self, *args)
-        torch._dynamo.reset()
-        self.model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=self.mode)
+        self.compile()
         self.start(dist.group.WORLD)
         self.step()
 

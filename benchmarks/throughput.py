@@ -26,24 +26,35 @@ PEER = "swin_tiny_patch4_window7_224"
 
 
 class Run:
-    """One model with a batch of images, on the GPU; `compile` is a mode of torch.compile."""
+    """One model with a batch of images, on a GPU; `compile` is a mode of torch.compile.
+
+    On a CPU, for trials of a script, half precision is bfloat16.
+    """
 
     def __init__(
-        self, name: str, batch: int, size: tuple[int, int] = (224, 224), compile: str | None = None, adamw: bool = False
+        self,
+        name: str,
+        batch: int,
+        size: tuple[int, int] = (224, 224),
+        compile: str | None = None,
+        adamw: bool = False,
+        device: str = "cuda",
     ) -> None:
+        self.device = device
+        self.half_dtype = torch.bfloat16 if device == "cpu" else torch.float16
         peer_size = {"img_size": size} if name.startswith("swin") and size != (224, 224) else {}
-        model: nn.Module = timm.create_model(name, **peer_size).cuda().to(memory_format=torch.channels_last)
+        model: nn.Module = timm.create_model(name, **peer_size).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if adamw else None
         self.model = torch.compile(model, fullgraph=True, dynamic=False, mode=compile) if compile else model
-        self.images = torch.randn(batch, 3, *size, device="cuda").contiguous(memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (batch,), device="cuda")
+        self.images = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(1000, (batch,), device=device)
 
     def infer(self, half: bool) -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
+        with torch.inference_mode(), torch.autocast(self.device, self.half_dtype, enabled=half):
             self.model(self.images)
 
     def train(self, half: bool) -> None:
-        with torch.autocast("cuda", torch.float16, enabled=half):
+        with torch.autocast(self.device, self.half_dtype, enabled=half):
             loss = F.cross_entropy(self.model(self.images), self.labels)
         (loss * 1024.0).backward()  # as a gradient scaler would
         if self.optimizer is not None:
