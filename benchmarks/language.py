@@ -14,11 +14,12 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from report import event_milliseconds, publish, table
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 import grootl
 from grootl.trees import prompt_edges, prompt_tree
@@ -119,7 +120,8 @@ def captured_milliseconds(model: nn.Module, batch: int, length: int, repeats: in
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run()
+        for _ in range(2):
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -127,21 +129,58 @@ def captured_milliseconds(model: nn.Module, batch: int, length: int, repeats: in
     return event_milliseconds(graph.replay, repeats, 2)
 
 
+def compiled_milliseconds(model: nn.Module, batch: int, length: int, repeats: int) -> float:
+    """As `captured_milliseconds`, of a model whose layers are compiled: once, because all have the same code."""
+    torch._dynamo.reset()
+    for layer in model.backbone.layers:
+        layer.compile(dynamic=False)
+    milliseconds = captured_milliseconds(model, batch, length, repeats)
+    for layer in model.backbone.layers:
+        layer._compiled_call_impl = None
+    return milliseconds
+
+
+def times_of_lengths(milliseconds: Callable[[int], float], tokens_of: Callable[[int], int]) -> list[str]:
+    """A cell for each length: the time, the time a token, and its ratio to the best length."""
+    times = [milliseconds(length) for length in LENGTHS]
+    per_token = [1e3 * ms / tokens_of(length) for ms, length in zip(times, LENGTHS, strict=True)]
+    best = min(per_token)
+    return [
+        f"{ms:.1f} ms, {each:.1f} µs ({each / best:.1f} ×)" for ms, each in zip(times, per_token, strict=True)
+    ]  # fmt: skip
+
+
+def make_control(layers: int) -> nn.Module:
+    """A transformer of 124 million parameters for 24 of our layers, of which it needs half as many."""
+    sizes = {"vocab_size": SHAPE["vocab_size"], "n_layer": layers // 2, "n_positions": max(LENGTHS)}
+    config = GPT2Config(**sizes, attn_implementation="sdpa")
+    return GPT2LMHeadModel(config).cuda().bfloat16()
+
+
 def prefill_of_lengths(layers: int, repeats: int) -> list[str]:
-    """Sections of a report: the time a token for prompts of several lengths."""
-    ways = (prefill_milliseconds, captured_milliseconds)
+    """Sections of a report: the time a token for prompts of several lengths, of one prompt and of many."""
     torch.manual_seed(0)
-    model = make("GrootL", layers)
-    times = [[way(model, 1, length, repeats) for length in LENGTHS] for way in ways]
-    cells = []
-    for of_way in times:
-        per_token = [1e3 * milliseconds / length for milliseconds, length in zip(of_way, LENGTHS, strict=True)]
-        cells.append(
-            [f"{m:.1f} ms, {each:.1f} µs ({each / min(per_token):.1f} ×)"
-             for m, each in zip(of_way, per_token, strict=True)]
-        )  # fmt: skip
-    text = "Prefill of one prompt by GrootL, and time a token; in brackets the ratio to the best length."
-    return [text, table(["tokens", "eager", "as a CUDA graph"], list(zip(LENGTHS, *cells, strict=True)))]
+    model, control = make("GrootL", layers), make_control(layers)
+    one = {
+        "eager": partial(prefill_milliseconds, model, 1, repeats=repeats),
+        "CUDA graph": partial(captured_milliseconds, model, 1, repeats=repeats),
+        "compiled, CUDA graph": partial(compiled_milliseconds, model, 1, repeats=repeats),
+        "GPT-2, CUDA graph": partial(captured_milliseconds, control, 1, repeats=repeats),
+    }
+    columns = [times_of_lengths(way, lambda length: length) for way in one.values()]
+    total = max(LENGTHS)
+    ways = {"eager": prefill_milliseconds, "compiled, CUDA graph": compiled_milliseconds}
+    of_many = [
+        times_of_lengths(lambda length, way=way: way(model, total // length, length, repeats), lambda _: total)
+        for way in ways.values()
+    ]
+    return [
+        "Prefill of one prompt by GrootL, and by a transformer of as many parameters, and time a token; in brackets "
+        "the ratio to the best length.",
+        table(["tokens", *one], list(zip(LENGTHS, *columns, strict=True))),
+        f"Prefill of {total} tokens in prompts of one length by GrootL.",
+        table(["tokens a prompt", *ways], list(zip(LENGTHS, *of_many, strict=True))),
+    ]
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 // Rooted minimum spanning trees of grids and of graphs.
 //
-// A grid that fits the shared memory of a block is built by one block, in one kernel. A larger one, and any graph, is
-// built by a team of blocks for each tree, with the same algorithms in global memory: one cooperative launch, in which
-// the blocks wait for each other. The host does not wait for the GPU, and the launches depend on sizes only, so that
-// CUDA graphs can capture them.
+// A tree that fits the shared memory of a block is built by one block, in one kernel. A larger one is built by a team of
+// blocks, with the same algorithms in global memory: one cooperative launch, in which the blocks wait for each other.
+// The host does not wait for the GPU, and the launches depend on sizes only, so that CUDA graphs can capture them.
 
 #include <algorithm>
 #include <cstdint>
@@ -101,7 +100,8 @@ __device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Ind
   const Ranks<Word> ranks = rank_darts<Word>(team, tour, memory.places, memory.segments);
   root_grid(team, tour, ranks, memory.steps, parent, subtree_size);
   team.sync();
-  order_vertices(team, memory.steps, tour.darts(), shape.root, order);
+  order_vertices(team, memory.steps, tour.darts(), 0, order);
+  if (team.rank() == 0) order[0] = shape.root;
 }
 
 // One block for each image, all working memory in shared memory.
@@ -140,103 +140,182 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
 // To make one tree of the parts of an unconnected graph, their roots become children of an additional vertex, number
 // num_vertices. That tree has as many edges as the graph has vertices, and its tour visits all of them.
 
+struct GraphShape {
+  int vertices;
+  int edges;
+  int root;
+  int shift;  // see EdgeTour
+
+  __host__ __device__ int darts() const { return 2 * vertices; }
+  __host__ __device__ int splitters() const { return ((darts() - 1) >> shift) + 2; }
+};
+
 // Working memory of the tree of a graph.
+template <typename Index, typename Word>
 struct GraphMemory {
-  Forest<int> forest;
+  Forest<Index> forest;
   int* joined;
   int* lowest;
   int* tails;
   int* following;
   int* first_dart;
   int* tour_start;
-  uint64_t* places;
-  uint64_t* segments;
+  Word* places;
+  Word* segments;
   int64_t bytes;
 
-  __host__ __device__ GraphMemory(unsigned char* memory, int64_t vertices, int shift) {
-    const int64_t splitters = ((2 * vertices - 1) >> shift) + 2;
+  __host__ __device__ GraphMemory(unsigned char* memory, const GraphShape& shape) {
+    const int64_t vertices = shape.vertices;
     Arena arena(memory);
     forest.best = arena.take<EdgeKey>(vertices);
-    forest.label = arena.take<int>(vertices);
-    forest.hook = arena.take<int>(vertices);
+    forest.label = arena.take<Index>(vertices);
+    forest.hook = arena.take<Index>(vertices);
     joined = arena.take<int>(vertices);
     lowest = arena.take<int>(vertices);
     tails = arena.take<int>(2 * vertices);
     following = arena.take<int>(2 * vertices);
     first_dart = arena.take<int>(vertices + 1);
     tour_start = arena.take<int>(1);
-    places = arena.take<uint64_t>(2 * vertices);
-    segments = arena.take<uint64_t>(2 * (splitters + 1));
+    places = arena.take<Word>(2 * vertices);
+    segments = arena.take<Word>(2 * (int64_t{shape.splitters()} + 1));
     bytes = arena.used();
   }
 };
+
+// What the ranks of a tour say of an edge: its lower end, the vertex above it, the size of the subtree below, and the
+// rank of the dart down.
+struct RootedEdge {
+  int child;
+  int above;
+  int size;
+  int down_rank;
+
+  template <typename Word>
+  __device__ RootedEdge(const int* tails, const Ranks<Word>& ranks, int edge) {
+    const int rank = ranks(2 * edge), back = ranks(2 * edge + 1);
+    const int down = rank < back ? 2 * edge : 2 * edge + 1;
+    above = tails[down];
+    child = tails[down ^ 1];
+    size = ((rank < back ? back - rank : rank - back) + 1) / 2;
+    down_rank = rank < back ? rank : back;
+  }
+};
+
+// Siblings are visited from the smallest subtree to the largest, those of one size from the lowest vertex. Of several
+// parts the root's comes first, the others by their lowest vertex, which is their root.
+__device__ __forceinline__ int visit_key(int child, int above, int size, const GraphShape& shape) {
+  return above == shape.vertices ? child != shape.root : size;
+}
+
+// The minimum spanning tree of a graph as a tour of its edges.
+template <typename Index, typename Word, typename Team>
+__device__ __forceinline__ Ranks<Word> tour_graph(Team& team, const GraphMemory<Index, Word>& memory,
+                                                  const GraphShape& shape, const int2* edges, const float* weights) {
+  const int vertices = shape.vertices;
+  for (int v = team.rank(); v <= vertices; v += team.size()) {
+    memory.first_dart[v] = -1;
+    if (v == vertices) break;
+    memory.joined[v] = -1;
+    memory.lowest[v] = vertices;
+  }
+  const EdgeList list{edges, weights, memory.joined, shape.edges, vertices};
+  const bool connected = grow_forest(team, list, memory.forest, vertices) == 1;
+  if (!connected) {
+    for (int v = team.rank(); v < vertices; v += team.size()) atomicMin(&memory.lowest[memory.forest.label[v]], v);
+    team.sync();
+  }
+
+  // Every label but the last of each part joined another one by an edge; the last stands for the edge above the part's
+  // root.
+  for (int label = team.rank(); label < vertices; label += team.size()) {
+    Ends ends;
+    if (memory.joined[label] >= 0) {
+      ends = list.ends(memory.joined[label]);
+    } else {
+      const bool main_part = connected || memory.forest.label[shape.root] == label;
+      ends = {vertices, main_part ? shape.root : memory.lowest[label]};
+      if (main_part) *memory.tour_start = 2 * label;
+    }
+    for (int side = 0; side < 2; ++side) {
+      const int dart = 2 * label + side;
+      const int tail = side == 0 ? ends.first : ends.second;
+      memory.tails[dart] = tail;
+      memory.following[dart] = atomicExch(&memory.first_dart[tail], dart);
+    }
+  }
+  team.sync();
+
+  const EdgeTour tour{memory.tails,  memory.following,   memory.first_dart,
+                      shape.darts(), *memory.tour_start, shape.shift};
+  return rank_darts<Word>(team, tour, memory.places, memory.segments);
+}
+
+// One block for each graph, all working memory in shared memory.
+__global__ void __launch_bounds__(kMaxBlockThreads, 1)
+    small_graph_tree_kernel(const int2* edges, const float* weights, GraphShape shape, int* parent, int* order,
+                            int* subtree_size) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  Arena arena(shared_memory);
+  BlockTeam team(arena.take<BlockScratch>(1));
+  uint32_t* steps = arena.take<uint32_t>(shape.darts());
+  const GraphMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
+  const int vertices = shape.vertices, above_roots = vertices;
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * vertices;
+  const int64_t first_edge = static_cast<int64_t>(blockIdx.x) * shape.edges;
+  const Ranks<uint32_t> ranks = tour_graph(team, memory, shape, edges + first_edge, weights + first_edge);
+
+  int* sizes = memory.lowest;  // which is not needed any more
+  for (int i = team.rank(); i < vertices; i += team.size()) {
+    const RootedEdge edge(memory.tails, ranks, i);
+    parent[offset + edge.child] = edge.above == above_roots ? edge.child : edge.above;
+    subtree_size[offset + edge.child] = sizes[edge.child] = edge.size;
+  }
+  team.sync();
+  for (int i = team.rank(); i < vertices; i += team.size()) {
+    const RootedEdge edge(memory.tails, ranks, i);
+    const int key = visit_key(edge.child, edge.above, edge.size, shape);
+    int distance = 1;
+    for (int dart = memory.first_dart[edge.above]; dart >= 0; dart = memory.following[dart]) {
+      const int sibling = memory.tails[dart ^ 1];
+      if (sibling == above_roots) continue;
+      const int size = sizes[sibling];
+      if (edge.above != above_roots && size > sizes[edge.above]) continue;  // the vertex above
+      const int sibling_key = visit_key(sibling, edge.above, size, shape);
+      if (sibling_key < key || (sibling_key == key && sibling < edge.child)) distance += size;
+    }
+    steps[edge.down_rank] = pack<uint32_t>(edge.child, distance);
+    steps[edge.down_rank + 2 * edge.size - 1] = pack<uint32_t>(edge.child, -distance);
+  }
+  team.sync();
+  order_vertices(team, steps, shape.darts(), -1, order + offset);
+}
 
 // Parents and subtree sizes of the trees; for each vertex the rank of the dart down to it, and a key by which siblings
 // sort next to each other, in the order of their visit (for equal keys: by vertex). Cooperative, as
 // large_grid_tree_kernel.
 __global__ void __launch_bounds__(kMaxBlockThreads, 1)
-    graph_tree_kernel(const int2* edges, const float* weights, int batch, int num_edges, int vertices, int root,
-                      int shift, int team_blocks, GridScratch* scratch, unsigned char* workspace, int* parent,
-                      int* subtree_size, int* down_ranks, int64_t* sibling_keys) {
+    large_graph_tree_kernel(const int2* edges, const float* weights, GraphShape shape, int batch, int team_blocks,
+                            GridScratch* scratch, unsigned char* workspace, int* parent, int* subtree_size,
+                            int* down_ranks, int64_t* sibling_keys) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int team_number = blockIdx.x / team_blocks;
   const int teams = gridDim.x / team_blocks;
   GridTeam team(reinterpret_cast<BlockScratch*>(shared_memory), scratch + team_number, blockIdx.x % team_blocks,
                 team_blocks);
-  const int64_t bytes = GraphMemory(nullptr, vertices, shift).bytes;
-  const GraphMemory memory(workspace + team_number * bytes, vertices, shift);
-  const int above_roots = vertices;
+  using Memory = GraphMemory<int, uint64_t>;
+  const Memory memory(workspace + team_number * Memory(nullptr, shape).bytes, shape);
   for (int graph = team_number; graph < batch; graph += teams) {
-    const int64_t offset = static_cast<int64_t>(graph) * vertices;
-    for (int v = team.rank(); v <= vertices; v += team.size()) {
-      memory.first_dart[v] = -1;
-      if (v == vertices) break;
-      memory.joined[v] = -1;
-      memory.lowest[v] = vertices;
-    }
-    const EdgeList list{edges + static_cast<int64_t>(graph) * num_edges,
-                        weights + static_cast<int64_t>(graph) * num_edges, memory.joined, num_edges, vertices};
-    const bool connected = grow_forest(team, list, memory.forest, vertices) == 1;
-    if (!connected) {
-      for (int v = team.rank(); v < vertices; v += team.size()) atomicMin(&memory.lowest[memory.forest.label[v]], v);
-      team.sync();
-    }
-
-    // Every label but the last of each part joined another one by an edge; the last stands for the edge above the
-    // part's root.
-    for (int label = team.rank(); label < vertices; label += team.size()) {
-      Ends ends;
-      if (memory.joined[label] >= 0) {
-        ends = list.ends(memory.joined[label]);
-      } else {
-        const bool main_part = connected || memory.forest.label[root] == label;
-        ends = {above_roots, main_part ? root : memory.lowest[label]};
-        if (main_part) *memory.tour_start = 2 * label;
-      }
-      for (int side = 0; side < 2; ++side) {
-        const int dart = 2 * label + side;
-        const int tail = side == 0 ? ends.first : ends.second;
-        memory.tails[dart] = tail;
-        memory.following[dart] = atomicExch(&memory.first_dart[tail], dart);
-      }
-    }
-    team.sync();
-
-    const EdgeTour tour{memory.tails, memory.following, memory.first_dart, 2 * vertices, *memory.tour_start, shift};
-    const Ranks<uint64_t> ranks = rank_darts<uint64_t>(team, tour, memory.places, memory.segments);
-    for (int edge = team.rank(); edge < vertices; edge += team.size()) {
-      const int rank = ranks(2 * edge);
-      const int back = ranks(2 * edge + 1);
-      const int down = rank < back ? 2 * edge : 2 * edge + 1;
-      const int above = memory.tails[down];
-      const int child = memory.tails[down ^ 1];
-      const int size = ((rank < back ? back - rank : rank - back) + 1) / 2;
-      parent[offset + child] = above == above_roots ? child : above;
-      subtree_size[offset + child] = size;
-      down_ranks[offset + child] = rank < back ? rank : back;
-      // The part of the root comes first, the others by their lowest vertex, which is their root.
-      const int visit = above == above_roots ? child != root : size;
-      sibling_keys[offset + child] = static_cast<int64_t>(above) << 32 | visit;
+    const int64_t offset = static_cast<int64_t>(graph) * shape.vertices;
+    const int64_t first_edge = static_cast<int64_t>(graph) * shape.edges;
+    const Ranks<uint64_t> ranks = tour_graph(team, memory, shape, edges + first_edge, weights + first_edge);
+    for (int i = team.rank(); i < shape.vertices; i += team.size()) {
+      const RootedEdge edge(memory.tails, ranks, i);
+      const int64_t at_child = offset + edge.child;
+      parent[at_child] = edge.above == shape.vertices ? edge.child : edge.above;
+      subtree_size[at_child] = edge.size;
+      down_ranks[at_child] = edge.down_rank;
+      sibling_keys[at_child] =
+          static_cast<int64_t>(edge.above) << 32 | visit_key(edge.child, edge.above, edge.size, shape);
     }
     team.sync();  // before the next graph overwrites the memory
   }
@@ -416,6 +495,9 @@ TreeTensors grid_tree(const Tensor& weights, int64_t height, int64_t width, int6
   return {parent, order, subtree_size};
 }
 
+// The most vertices or edges of a graph that one block builds. Beyond, a team of blocks is faster.
+constexpr int64_t kSmallGraph = 16384;
+
 TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_vertices, int64_t root) {
   check_graph(edges, weights, num_vertices, root);
   const DeviceGuard guard(weights);
@@ -438,31 +520,45 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
   }
   // The kernel loads both ends of an edge at once.
   if (!is_aligned(ends.const_data_ptr(), sizeof(int2))) ends = clone(ends);
-  const Tensor down_ranks = empty_like(parent);
-  const Tensor sibling_keys = empty(parent, parent.sizes(), ScalarType::Long);
-
-  const Teams teams = plan_teams(graph_tree_kernel, batch, std::max(num_vertices, weights.size(1)));
-  int shift = bin_shift(2 * num_vertices, teams.threads());
-  const int64_t bytes = GraphMemory(nullptr, num_vertices, shift).bytes;
-  const Tensor scratch = team_scratch(teams, weights);
-  const Tensor memory = workspace(teams.count * bytes, weights);
   const auto* edge_data = reinterpret_cast<const int2*>(ends.const_data_ptr<int>());
   const float* key_data = static_cast<const float*>(keys.const_data_ptr());
+  int* parent_data = parent.mutable_data_ptr<int>();
+  int* size_data = subtree_size.mutable_data_ptr<int>();
+  GraphShape shape{static_cast<int>(num_vertices), static_cast<int>(weights.size(1)), static_cast<int>(root), 0};
+  const int64_t members = std::max(num_vertices, weights.size(1));
+
+  const int64_t threads =
+      std::min<int64_t>((members + kWarpLanes - 1) / kWarpLanes * kWarpLanes, kMaxBlockThreads);
+  shape.shift = bin_shift(shape.darts(), threads);
+  Arena shared(nullptr);
+  shared.take<BlockScratch>(1);
+  shared.take<uint32_t>(shape.darts());
+  const int64_t shared_bytes = shared.used() + GraphMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
+  if (members <= kSmallGraph && shared_bytes <= current_limits().shared_of_block) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(small_graph_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    small_graph_tree_kernel<<<batch, threads, shared_bytes, current_stream()>>>(
+        edge_data, key_data, shape, parent_data, order.mutable_data_ptr<int>(), size_data);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return {parent, order, subtree_size};
+  }
+
+  const Tensor down_ranks = empty_like(parent);
+  const Tensor sibling_keys = empty(parent, parent.sizes(), ScalarType::Long);
+  const Teams teams = plan_teams(large_graph_tree_kernel, batch, members);
+  shape.shift = bin_shift(shape.darts(), teams.threads());
+  const int64_t bytes = GraphMemory<int, uint64_t>(nullptr, shape).bytes;
+  const Tensor scratch = team_scratch(teams, weights);
+  const Tensor memory = workspace(teams.count * bytes, weights);
   int batch_argument = static_cast<int>(batch);
-  int num_edges = static_cast<int>(weights.size(1));
-  int vertices = static_cast<int>(num_vertices);
-  int root_argument = static_cast<int>(root);
   int team_blocks = teams.blocks;
   auto* scratch_data = reinterpret_cast<GridScratch*>(scratch.mutable_data_ptr());
   auto* memory_data = reinterpret_cast<unsigned char*>(memory.mutable_data_ptr());
-  int* parent_data = parent.mutable_data_ptr<int>();
-  int* size_data = subtree_size.mutable_data_ptr<int>();
   int* rank_data = down_ranks.mutable_data_ptr<int>();
   int64_t* sibling_data = sibling_keys.mutable_data_ptr<int64_t>();
-  void* arguments[] = {&edge_data,     &key_data,  &batch_argument, &num_edges,    &vertices,
-                       &root_argument, &shift,     &team_blocks,    &scratch_data, &memory_data,
-                       &parent_data,   &size_data, &rank_data,      &sibling_data};
-  launch_teams(graph_tree_kernel, teams, arguments);
+  void* arguments[] = {&edge_data,    &key_data,    &shape,     &batch_argument, &team_blocks, &scratch_data,
+                       &memory_data, &parent_data, &size_data, &rank_data,      &sibling_data};
+  launch_teams(large_graph_tree_kernel, teams, arguments);
 
   const auto [sorted_keys, children] = sort_rows(sibling_keys);
   const Tensor sizes = call("aten::gather", "", subtree_size, int64_t{1}, children, false);

@@ -226,9 +226,10 @@ __device__ __forceinline__ void root_grid(Team& team, const GridTour& tour, cons
   }
 }
 
-// Writes each vertex at its place in the preorder, which is the sum of the steps up to its dart down.
+// Writes each vertex but the first of the tour at its place in the preorder, which is the sum of the steps up to its dart
+// down, counted from the place of that first one.
 template <typename Word, typename Team>
-__device__ __forceinline__ void order_vertices(Team& team, const Word* steps, int darts, int root, int* order) {
+__device__ __forceinline__ void order_vertices(Team& team, const Word* steps, int darts, int first_place, int* order) {
   // An odd number of steps for each thread, so that the threads of a warp read from different banks of shared memory.
   const int share = (darts + team.size() - 1) / team.size() | 1;
   const int64_t start = static_cast<int64_t>(team.rank()) * share;
@@ -236,13 +237,12 @@ __device__ __forceinline__ void order_vertices(Team& team, const Word* steps, in
   const int end = begin + share < darts ? begin + share : darts;
   int sum = 0;
   for (int i = begin; i < end; ++i) sum += low_half(steps[i]);
-  int place = team.exclusive_sum(sum);
+  int place = first_place + team.exclusive_sum(sum);
   for (int i = begin; i < end; ++i) {
     const Word step = steps[i];
     place += low_half(step);
     if (low_half(step) > 0) order[place] = high_half(step);
   }
-  if (team.rank() == 0) order[0] = root;
 }
 
 }  // namespace grootvl
