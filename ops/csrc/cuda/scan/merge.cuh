@@ -21,35 +21,6 @@ struct Merge {
   int64_t rows;  // batch L
 };
 
-// Adds kCount maps from number `first` on to the sums of kSize channels at i of a map's `size` values. All maps are read
-// before any is added, because a read takes long.
-template <int kCount, bool kWeighs, int kSize, typename T, typename acc_t, typename out_t>
-__device__ __forceinline__ void add_maps(const Merge<T, acc_t, out_t>& data, int first, int64_t row, int64_t size,
-                                         int64_t i, acc_t (&sum)[kSize]) {
-  Vector<T, kSize> maps[kCount];
-  acc_t weights[kCount], values[kSize];
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    maps[j] = load<kSize>(data.maps + (first + j) * size + i);
-    weights[j] = kWeighs ? static_cast<acc_t>(*data.weights.of(first + j, row)) : acc_t(1);
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    unpack(values, maps[j]);
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) sum[k] += weights[j] * values[k];
-  }
-}
-
-template <bool kWeighs, int kSize, typename T, typename acc_t, typename out_t>
-__device__ __forceinline__ void add_all_maps(const Merge<T, acc_t, out_t>& data, int64_t row, int64_t size, int64_t i,
-                                             acc_t (&sum)[kSize]) {
-  int s = 0;
-  for (; s + 8 <= data.scans; s += 8) add_maps<8, kWeighs>(data, s, row, size, i, sum);
-  for (; s + 4 <= data.scans; s += 4) add_maps<4, kWeighs>(data, s, row, size, i, sum);
-  for (; s < data.scans; ++s) add_maps<1, kWeighs>(data, s, row, size, i, sum);
-}
-
 // A thread takes kSize neighbouring channels.
 template <int kSize, typename T, typename acc_t, typename out_t>
 __global__ void merge_maps(Merge<T, acc_t, out_t> data) {
@@ -59,10 +30,12 @@ __global__ void merge_maps(Merge<T, acc_t, out_t> data) {
   if (row >= data.rows) return;
   acc_t sum[kSize] = {}, values[kSize];
   if (data.accumulates) unpack(sum, load<kSize>(data.out + i));
-  if (data.weights.data != nullptr) {
-    add_all_maps<true>(data, row, size, i, sum);
-  } else {
-    add_all_maps<false>(data, row, size, i, sum);
+#pragma unroll 4
+  for (int s = 0; s < data.scans; ++s) {
+    unpack(values, load<kSize>(data.maps + s * size + i));
+    const acc_t weight = data.weights.data ? static_cast<acc_t>(*data.weights.of(s, row)) : acc_t(1);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] += weight * values[j];
   }
   if (data.x != nullptr) {
     acc_t skip[kSize];

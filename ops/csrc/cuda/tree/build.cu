@@ -1,8 +1,9 @@
 // Rooted minimum spanning trees of grids and of graphs.
 //
-// A tree that fits the shared memory of a block is built by one block, in one kernel. A larger one is built by a team of
-// blocks, with the same algorithms in global memory: one cooperative launch, in which the blocks wait for each other.
-// The host does not wait for the GPU, and the launches depend on sizes only, so that CUDA graphs can capture them.
+// A tree that fits the shared memory of a block is built by one block, in one kernel. A larger one is built by a team
+// of blocks, with the same algorithms in global memory: one cooperative launch, in which the blocks wait for each
+// other. The host does not wait for the GPU, and the launches depend on sizes only, so that CUDA graphs can capture
+// them.
 
 #include <algorithm>
 #include <cstdint>
@@ -527,8 +528,7 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
   GraphShape shape{static_cast<int>(num_vertices), static_cast<int>(weights.size(1)), static_cast<int>(root), 0};
   const int64_t members = std::max(num_vertices, weights.size(1));
 
-  const int64_t threads =
-      std::min<int64_t>((members + kWarpLanes - 1) / kWarpLanes * kWarpLanes, kMaxBlockThreads);
+  const int64_t threads = std::min<int64_t>((members + kWarpLanes - 1) / kWarpLanes * kWarpLanes, kMaxBlockThreads);
   shape.shift = bin_shift(shape.darts(), threads);
   Arena shared(nullptr);
   shared.take<BlockScratch>(1);
@@ -556,7 +556,7 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
   auto* memory_data = reinterpret_cast<unsigned char*>(memory.mutable_data_ptr());
   int* rank_data = down_ranks.mutable_data_ptr<int>();
   int64_t* sibling_data = sibling_keys.mutable_data_ptr<int64_t>();
-  void* arguments[] = {&edge_data,    &key_data,    &shape,     &batch_argument, &team_blocks, &scratch_data,
+  void* arguments[] = {&edge_data,   &key_data,    &shape,     &batch_argument, &team_blocks, &scratch_data,
                        &memory_data, &parent_data, &size_data, &rank_data,      &sibling_data};
   launch_teams(large_graph_tree_kernel, teams, arguments);
 

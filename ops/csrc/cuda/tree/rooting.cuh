@@ -226,8 +226,8 @@ __device__ __forceinline__ void root_grid(Team& team, const GridTour& tour, cons
   }
 }
 
-// Writes each vertex but the first of the tour at its place in the preorder, which is the sum of the steps up to its dart
-// down, counted from the place of that first one.
+// Writes each vertex but the first of the tour at its place in the preorder, which is the sum of the steps up to its
+// dart down, counted from the place of that first one.
 template <typename Word, typename Team>
 __device__ __forceinline__ void order_vertices(Team& team, const Word* steps, int darts, int first_place, int* order) {
   // An odd number of steps for each thread, so that the threads of a warp read from different banks of shared memory.
