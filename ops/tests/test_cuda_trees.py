@@ -144,6 +144,7 @@ def test_deterministic_on_poisoned_memory(height, width, poisoned_memory):
             check_grid(weights, height, width)
 
 
+# A block of threads holds graphs of up to some 4600 vertices in its shared memory, and takes up to 16,384 edges.
 def random_graph(num_vertices: int, additional: int) -> Tensor:
     """Connected, with parallel edges and loops, its edges in no order."""
     vertices = torch.randperm(num_vertices)
@@ -159,7 +160,7 @@ def check_graph(edges: Tensor, weights: Tensor, num_vertices: int, root: int = 0
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("num_vertices", [2, 3, 50, 1000, 60_000])
+@pytest.mark.parametrize("num_vertices", [1, 2, 3, 50, 1000, 4112, 5000, 60_000])
 def test_graphs(num_vertices, dtype):
     edges = torch.stack([random_graph(num_vertices, 2 * num_vertices) for _ in range(2)]).to(dtype)
     shape = edges.shape[:2]
@@ -170,18 +171,40 @@ def test_graphs(num_vertices, dtype):
     check_graph(edges[0], torch.randint(5, shape).float(), num_vertices, root)
 
 
-@pytest.mark.parametrize("root", [0, 70_000, 99_999])
-def test_large_star(root):
-    leaves = torch.cat((torch.arange(70_000), torch.arange(70_001, 100_000)))
-    edges = torch.stack((torch.full_like(leaves, 70_000), leaves), dim=1)
-    check_graph(edges, torch.rand(2, 99_999), 100_000, root)
+@pytest.mark.parametrize("num_vertices", [4500, 4600, 4700])
+def test_graphs_about_the_size_of_shared_memory(num_vertices):
+    edges = random_graph(num_vertices, 0)
+    check_graph(edges, torch.rand(2, len(edges)), num_vertices, 5)
 
 
-def test_long_path():
-    vertices = torch.randperm(100_000)
+@pytest.mark.parametrize("additional", [15_000, 16_000, 90_000])
+def test_graphs_of_many_edges(additional):
+    edges = random_graph(1000, additional)
+    check_graph(edges, torch.randint(50, (2, len(edges))).float(), 1000, 5)
+
+
+@pytest.mark.parametrize("num_vertices", [40, 4000, 100_000])
+@pytest.mark.parametrize("root", [0, 0.7, 1])
+def test_star(num_vertices, root):
+    centre = 7 * num_vertices // 10
+    leaves = torch.cat((torch.arange(centre), torch.arange(centre + 1, num_vertices)))
+    edges = torch.stack((torch.full_like(leaves, centre), leaves), dim=1)
+    check_graph(edges, torch.rand(2, num_vertices - 1), num_vertices, int(root * (num_vertices - 1)))
+
+
+@pytest.mark.parametrize("num_vertices", [4000, 100_000])
+def test_long_path(num_vertices):
+    vertices = torch.randperm(num_vertices)
     edges = torch.stack((vertices[:-1], vertices[1:]), dim=1)
-    weights = torch.stack((torch.rand(99_999), torch.arange(99_999).float()))
-    check_graph(edges, weights, 100_000, int(vertices[30_000]))
+    weights = torch.stack((torch.rand(num_vertices - 1), torch.arange(num_vertices - 1).float()))
+    check_graph(edges, weights, num_vertices, int(vertices[num_vertices // 3]))
+
+
+@pytest.mark.parametrize("num_vertices", [500, 9000])
+def test_graphs_on_poisoned_memory(num_vertices, poisoned_memory):
+    edges = random_graph(num_vertices, num_vertices)
+    for _ in range(3):
+        check_graph(edges, torch.randint(9, (2, len(edges))).float(), num_vertices, 3)
 
 
 def test_edges_at_any_address():
@@ -219,7 +242,7 @@ def forest(edges: Tensor, weights: Tensor, num_vertices: int, root: int) -> Tree
     return Tree(parent, torch.cat([orders[key] for key in sorted(orders)])[None], size)
 
 
-@pytest.mark.parametrize("num_vertices, edges", [(6, 0), (9, 4), (300, 200), (3000, 2500)])
+@pytest.mark.parametrize("num_vertices, edges", [(6, 0), (9, 4), (300, 200), (3000, 2500), (9000, 8000)])
 def test_parts_of_an_unconnected_graph_become_trees(num_vertices, edges):
     ends = torch.randint(num_vertices, (edges, 2))
     weights = torch.randint(9, (edges,)).float()
@@ -229,16 +252,19 @@ def test_parts_of_an_unconnected_graph_become_trees(num_vertices, edges):
 
 
 @pytest.mark.parametrize("vertex", [-1, 500, 2**31 - 1, 2**31, 2**32 + 3, -(2**40)])
-def test_edges_out_of_range_are_left_out(vertex):
-    edges = random_graph(500, 700)
+@pytest.mark.parametrize("num_vertices", [500, 9000])
+def test_edges_out_of_range_are_left_out(vertex, num_vertices):
+    if 0 <= vertex < num_vertices:
+        vertex = num_vertices
+    edges = random_graph(num_vertices, 700)
     weights = torch.rand(1, len(edges))
     wrong, loop = torch.tensor([[vertex, 3], [3, vertex]]), torch.tensor([[3, 3], [3, 3]])
     light = torch.cat((torch.zeros(1, 2), weights), dim=1)
-    tree = grootvl_ops.build_tree_from_edges(torch.cat((wrong, edges)).cuda(), light.cuda(), 500)
-    assert_same(tree, grootvl_ops.build_tree_from_edges(torch.cat((loop, edges)), light, 500))
+    tree = grootvl_ops.build_tree_from_edges(torch.cat((wrong, edges)).cuda(), light.cuda(), num_vertices)
+    assert_same(tree, grootvl_ops.build_tree_from_edges(torch.cat((loop, edges)), light, num_vertices))
 
 
-# What is captured in a CUDA graph and must not wait: one block, several blocks, float64, and any graph.
+# What is captured in a CUDA graph and must not wait: one block, several blocks, float64, and graphs of both.
 GRIDS = [(2, 56, 56, torch.float32), (2, 120, 120, torch.float32), (2, 56, 56, torch.float64)]
 
 

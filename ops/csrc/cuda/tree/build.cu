@@ -258,14 +258,16 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Arena arena(shared_memory);
   BlockTeam team(arena.take<BlockScratch>(1));
-  uint32_t* steps = arena.take<uint32_t>(shape.darts());
   const GraphMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
   const int vertices = shape.vertices, above_roots = vertices;
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * vertices;
   const int64_t first_edge = static_cast<int64_t>(blockIdx.x) * shape.edges;
   const Ranks<uint32_t> ranks = tour_graph(team, memory, shape, edges + first_edge, weights + first_edge);
 
-  int* sizes = memory.lowest;  // which is not needed any more
+  // The forest's memory is not needed any more.
+  int* sizes = memory.lowest;
+  uint32_t* steps = reinterpret_cast<uint32_t*>(memory.forest.best);  // two for each vertex
+  static_assert(2 * sizeof(*steps) == sizeof(EdgeKey));
   for (int i = team.rank(); i < vertices; i += team.size()) {
     const RootedEdge edge(memory.tails, ranks, i);
     parent[offset + edge.child] = edge.above == above_roots ? edge.child : edge.above;
@@ -532,7 +534,6 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
   shape.shift = bin_shift(shape.darts(), threads);
   Arena shared(nullptr);
   shared.take<BlockScratch>(1);
-  shared.take<uint32_t>(shape.darts());
   const int64_t shared_bytes = shared.used() + GraphMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
   if (members <= kSmallGraph && shared_bytes <= current_limits().shared_of_block) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(small_graph_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
