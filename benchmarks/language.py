@@ -164,7 +164,8 @@ def prefill_of_lengths(layers: int, repeats: int) -> list[str]:
     of_many = times_of_lengths(
         lambda length: prefill_milliseconds(model, total // length, length, repeats), lambda _: total
     )
-    # The layers have the same code, which is compiled twice for each length: the first layer's input is in half precision.
+    # The layers have the same code. It is compiled twice for each length, because the first layer's input is in half
+    # precision.
     torch._dynamo.config.recompile_limit = 2 * len(LENGTHS)
     for layer in model.backbone.layers:
         layer.compile(dynamic=False)
