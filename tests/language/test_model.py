@@ -432,6 +432,20 @@ def test_torch_compile():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_layers_share_their_code():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = small_model(num_hidden_layers=4), random_ids(2, 14)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for layer in model.backbone.layers:
+            layer.compile(dynamic=False, fullgraph=True)
+        found = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_no_layer_is_bypassed():
     """Each layer of a mixer runs by its own `forward`, in training and in decoding."""
     model = small_model()
