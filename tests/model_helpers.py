@@ -21,6 +21,11 @@ OFFICIAL_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "official
 VMAMBA_NAMES: dict[str, dict[str, list[int]]] = json.loads((GOLDEN / "vmamba_names.json").read_text())
 
 
+def double(*shape: int, seed: int = 1) -> Tensor:
+    """Normally distributed float64 values, the same in each call."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     return float((actual - expected).norm() / expected.norm())

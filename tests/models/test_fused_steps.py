@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from model_helpers import double
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +17,6 @@ import grootvl_ops
 from grootv.layers import SS2D, TreeSSM, selective_ssm
 from grootv.layers.linear import call_linear, linear_of_whole_words
 from grootv.models.backbone import Downsample, Mlp, Stage
-
-
-def double(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def make_stage(drop_path: float = 0.0, tree_per: str = "block") -> Stage:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from model_helpers import double
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
@@ -18,10 +19,6 @@ from grootv.models import GrootV, VMamba
 from grootvl_ops import Tree, build_tree, path_tree
 
 DIM, SIZE = 20, (3, 4)  # dt_proj then has a rank of 2
-
-
-def double(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def make(kind: type[SelectiveSSM] = TreeSSM, **kwargs: object) -> SelectiveSSM:

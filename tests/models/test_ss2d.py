@@ -3,17 +3,14 @@ compared with a plain recomputation in test_vmamba_golden.py."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from model_helpers import double
+from torch import nn
 from torch.nn.utils import prune
 
 from grootv.layers import SS2D
 from grootv.models import VMamba
 
 DIM, SIZE = 20, (3, 4)
-
-
-def double(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def make(**kwargs: object) -> SS2D:
