@@ -498,8 +498,9 @@ TreeTensors grid_tree(const Tensor& weights, int64_t height, int64_t width, int6
   return {parent, order, subtree_size};
 }
 
-// The most vertices or edges of a graph that one block builds. Beyond, a team of blocks is faster.
-constexpr int64_t kSmallGraph = 16384;
+// The most vertices or edges of a graph that one block builds, 16 for each thread, and the most darts, which it counts
+// in the lower half of a 32-bit word.
+constexpr int64_t kSmallGraph = 16 * kMaxBlockThreads, kMaxSmallDarts = INT16_MAX;
 
 TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_vertices, int64_t root) {
   check_graph(edges, weights, num_vertices, root);
@@ -535,7 +536,7 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
   Arena shared(nullptr);
   shared.take<BlockScratch>(1);
   const int64_t shared_bytes = shared.used() + GraphMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
-  if (members <= kSmallGraph && shared_bytes <= current_limits().shared_of_block) {
+  if (members <= kSmallGraph && shape.darts() <= kMaxSmallDarts && shared_bytes <= current_limits().shared_of_block) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(small_graph_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
     small_graph_tree_kernel<<<batch, threads, shared_bytes, current_stream()>>>(
