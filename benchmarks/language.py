@@ -14,7 +14,6 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable
-from functools import partial
 
 import timm
 import torch
@@ -130,10 +129,17 @@ def captured_milliseconds(model: nn.Module, batch: int, length: int, repeats: in
     return event_milliseconds(graph.replay, repeats, 2)
 
 
-def times_of_lengths(milliseconds: Callable[[int], float], tokens_of: Callable[[int], int]) -> list[str]:
-    """A cell for each length: the time, the time a token, and its ratio to the best length."""
-    times = [milliseconds(length) for length in LENGTHS]
-    per_token = [1e3 * ms / tokens_of(length) for ms, length in zip(times, LENGTHS, strict=True)]
+def of_lengths(
+    milliseconds: Callable[..., float], model: nn.Module, repeats: int, total: int | None = None
+) -> list[str]:
+    """A cell for each length: the time, the time a token, and its ratio to the best length.
+
+    Of one prompt, or of as many as have `total` tokens together.
+    """
+    batches = [1 if total is None else total // length for length in LENGTHS]
+    shapes = list(zip(batches, LENGTHS, strict=True))
+    times = [milliseconds(model, batch, length, repeats) for batch, length in shapes]
+    per_token = [1e3 * ms / (batch * length) for ms, (batch, length) in zip(times, shapes, strict=True)]
     best = min(per_token)
     return [f"{ms:.1f} ms, {each:.1f} µs ({each / best:.1f} ×)" for ms, each in zip(times, per_token, strict=True)]
 
@@ -156,23 +162,17 @@ def prefill_of_lengths(layers: int, repeats: int) -> list[str]:
     model, control = make("GrootL", layers), Control().cuda().bfloat16()
     total = max(LENGTHS)
     of_one = {
-        "eager": times_of_lengths(partial(prefill_milliseconds, model, 1, repeats=repeats), lambda length: length),
-        "CUDA graph": times_of_lengths(
-            partial(captured_milliseconds, model, 1, repeats=repeats), lambda length: length
-        ),
+        "eager": of_lengths(prefill_milliseconds, model, repeats),
+        "CUDA graph": of_lengths(captured_milliseconds, model, repeats),
     }
-    of_many = times_of_lengths(
-        lambda length: prefill_milliseconds(model, total // length, length, repeats), lambda _: total
-    )
+    of_many = of_lengths(prefill_milliseconds, model, repeats, total)
     # The layers have the same code. It is compiled twice for each length, because the first layer's input is in half
     # precision.
     torch._dynamo.config.recompile_limit = 2 * len(LENGTHS)
     for layer in model.backbone.layers:
         layer.compile(dynamic=False)
-    for name, network in {"compiled, CUDA graph": model, "ViT-B, CUDA graph": control}.items():
-        of_one[name] = times_of_lengths(
-            partial(captured_milliseconds, network, 1, repeats=repeats), lambda length: length
-        )
+    of_one["compiled, CUDA graph"] = of_lengths(captured_milliseconds, model, repeats)
+    of_one["ViT-B, CUDA graph"] = of_lengths(captured_milliseconds, control, repeats)
     return [
         "Prefill of one prompt by GrootL, and as many tokens through the blocks of ViT-B (timm): time, and time a "
         "token; in brackets the ratio to the best length.",

@@ -147,6 +147,7 @@ struct GraphShape {
   int root;
   int shift;  // see EdgeTour
 
+  __device__ int above_roots() const { return vertices; }  // the additional vertex
   __host__ __device__ int darts() const { return 2 * vertices; }
   __host__ __device__ int splitters() const { return ((darts() - 1) >> shift) + 2; }
 };
@@ -205,7 +206,7 @@ struct RootedEdge {
 // Siblings are visited from the smallest subtree to the largest, those of one size from the lowest vertex. Of several
 // parts the root's comes first, the others by their lowest vertex, which is their root.
 __device__ __forceinline__ int visit_key(int child, int above, int size, const GraphShape& shape) {
-  return above == shape.vertices ? child != shape.root : size;
+  return above == shape.above_roots() ? child != shape.root : size;
 }
 
 // The minimum spanning tree of a graph as a tour of its edges.
@@ -234,7 +235,7 @@ __device__ __forceinline__ Ranks<Word> tour_graph(Team& team, const GraphMemory<
       ends = list.ends(memory.joined[label]);
     } else {
       const bool main_part = connected || memory.forest.label[shape.root] == label;
-      ends = {vertices, main_part ? shape.root : memory.lowest[label]};
+      ends = {shape.above_roots(), main_part ? shape.root : memory.lowest[label]};
       if (main_part) *memory.tour_start = 2 * label;
     }
     for (int side = 0; side < 2; ++side) {
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
   Arena arena(shared_memory);
   BlockTeam team(arena.take<BlockScratch>(1));
   const GraphMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
-  const int vertices = shape.vertices, above_roots = vertices;
+  const int vertices = shape.vertices, above_roots = shape.above_roots();
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * vertices;
   const int64_t first_edge = static_cast<int64_t>(blockIdx.x) * shape.edges;
   const Ranks<uint32_t> ranks = tour_graph(team, memory, shape, edges + first_edge, weights + first_edge);
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
     for (int i = team.rank(); i < shape.vertices; i += team.size()) {
       const RootedEdge edge(memory.tails, ranks, i);
       const int64_t at_child = offset + edge.child;
-      parent[at_child] = edge.above == shape.vertices ? edge.child : edge.above;
+      parent[at_child] = edge.above == shape.above_roots() ? edge.child : edge.above;
       subtree_size[at_child] = edge.size;
       down_ranks[at_child] = edge.down_rank;
       sibling_keys[at_child] =
@@ -416,6 +417,14 @@ Tensor comparable(const Tensor& weights) {
   return ranks;  // non-negative integers are in the order of the floats with their bits
 }
 
+// Shared memory of a block that builds a tree alone, in a `Memory`.
+template <typename Memory, typename Shape>
+int64_t block_bytes(const Shape& shape) {
+  Arena arena(nullptr);
+  arena.take<BlockScratch>(1);
+  return arena.used() + Memory(nullptr, shape).bytes;
+}
+
 // How the blocks of a cooperative launch are divided among teams.
 struct Teams {
   int count;
@@ -470,9 +479,7 @@ TreeTensors grid_tree(const Tensor& weights, int64_t height, int64_t width, int6
   const int64_t threads = ((vertices + turns - 1) / turns + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
   GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
   shape.shift = bin_shift(vertices, threads);
-  Arena shared(nullptr);
-  shared.take<BlockScratch>(1);
-  const int64_t shared_bytes = shared.used() + GridMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
+  const int64_t shared_bytes = block_bytes<GridMemory<uint16_t, uint32_t>>(shape);
   constexpr int64_t kLargest16Bit = 16384;  // darts are counted in the lower half of a 32-bit word
   if (vertices <= kLargest16Bit && shared_bytes <= current_limits().shared_of_block) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(small_grid_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -533,9 +540,7 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
 
   const int64_t threads = std::min<int64_t>((members + kWarpLanes - 1) / kWarpLanes * kWarpLanes, kMaxBlockThreads);
   shape.shift = bin_shift(shape.darts(), threads);
-  Arena shared(nullptr);
-  shared.take<BlockScratch>(1);
-  const int64_t shared_bytes = shared.used() + GraphMemory<uint16_t, uint32_t>(nullptr, shape).bytes;
+  const int64_t shared_bytes = block_bytes<GraphMemory<uint16_t, uint32_t>>(shape);
   if (members <= kSmallGraph && shape.darts() <= kMaxSmallDarts && shared_bytes <= current_limits().shared_of_block) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(small_graph_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
