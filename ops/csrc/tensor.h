@@ -136,10 +136,9 @@ inline Tensor select(const Tensor& tensor, int64_t dim, int64_t index) {
   return call("aten::select", "int", tensor, dim, index);
 }
 
-// `count` of the first dimension from `first` on.
-inline Tensor slice(const Tensor& tensor, int64_t first, int64_t count) {
-  return call("aten::slice", "Tensor", tensor, int64_t{0}, std::optional(first), std::optional(first + count),
-              int64_t{1});
+// `count` of a dimension from `first` on.
+inline Tensor slice(const Tensor& tensor, int64_t first, int64_t count, int64_t dim = 0) {
+  return call("aten::slice", "Tensor", tensor, dim, std::optional(first), std::optional(first + count), int64_t{1});
 }
 
 // Another view of the same memory, which begins where `tensor` does.

@@ -400,6 +400,33 @@ def test_several_states(device, states, direction, dtype):
     assert_near(actual, expected, dtype)
 
 
+# Sizes of one run, of several, and of several sections; the last states and channels fill no warp.
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("states", [1, 4, 7, 16, 18])
+@pytest.mark.parametrize(
+    "shape, size",
+    [("scattered", (3, 100, 40)), ("forest", (2, 700, 7)), ("binary", (1, 1500, 9)), ("comb", (1, 9000, 5))],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_states_on_cuda(cuda_kernels, shape, size, states, direction, dtype, poisoned_memory):
+    """Against the kernels for CPUs in float64; the same bits twice."""
+    batch, length, channels = size
+    tree = make_tree(shape, batch, length)
+    operands = state_operands(batch, length, channels, 2, states, dtype)
+    grad = torch.randn(size).to(dtype)
+
+    def run(operands: list[Tensor], grad: Tensor, tree: Tree) -> list[Tensor]:
+        scan = grootvl_ops.selective_scan
+        return with_gradients(lambda *o: scan(*o[:6], tree, direction, o[6]), operands, grad)
+
+    expected = run([o.double() for o in operands], grad.double(), tree)
+    on_device = [o.to(cuda_kernels) for o in operands], grad.to(cuda_kernels), Tree(*(f.to(cuda_kernels) for f in tree))
+    actual, again = run(*on_device), run(*on_device)
+    assert_near(actual, expected, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_step_sizes_that_are_projected_already(device, bias):
     """The step size of each channel given in place of a low-rank one and its weight."""

@@ -34,6 +34,8 @@ inline int choose_log2_section(int64_t length, int log2_run) {
   return log2_run + log2_runs;
 }
 
+constexpr int kMaxBlocks = 32;  // on one multiprocessor
+
 // Shared memory to request for each block, which needs `bytes`, so that the blocks are spread evenly over the
 // multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
 // the multiprocessors that the kernel before leaves first.
@@ -65,6 +67,13 @@ auto with_pass(Direction direction, Run run) {
     default:
       return run(std::integral_constant<Pass, kBackward ? Pass::kBothBackward : Pass::kBoth>());
   }
+}
+
+// Calls `run` with the pass of one sweep.
+template <typename Run>
+auto with_sweep(Direction direction, Run run) {
+  if (direction == Direction::kUp) return run(std::integral_constant<Pass, Pass::kUp>());
+  return run(std::integral_constant<Pass, Pass::kDown>());
 }
 
 // Calls `run` with the gradient pass of a direction as a constant.
@@ -146,6 +155,48 @@ struct PlannedTrees {
   }
 };
 
+// Entries of the stacks of a scan.
+inline int walk_capacity(const Plan& plan, int64_t length) {
+  if (plan.runs.cuts == nullptr) return stack_capacity(length);
+  const int log2_run = plan.runs.log2_size;
+  return stack_capacity(std::max(int64_t{1} << log2_run, length >> log2_run));
+}
+
+// Memory for what the kernels hand to each other of runs, or of sections, which `storage` keeps.
+template <typename acc_t>
+RunData<acc_t> run_data(const Pieces& pieces, int operands, int64_t maps, int64_t channels, const Tensor& x,
+                        std::vector<Tensor>& storage) {
+  storage.push_back(empty(x, {2 + 3 * operands, maps, pieces.capacity, channels}, accumulation_type(x)));
+  RunData<acc_t> result{};
+  result.stride = maps * pieces.capacity * channels;
+  result.beta = storage.back().template mutable_data_ptr<acc_t>();
+  result.a_end = result.beta + result.stride;
+  result.U = result.a_end + result.stride;
+  result.P = result.U + operands * result.stride;
+  result.E = result.P + operands * result.stride;
+  return result;
+}
+
+// Step 2 of a scan in runs: launches the kernels that find what enters each run.
+template <Pass pass, typename T, typename acc_t>
+void join_all_runs(const ScanData<T, acc_t>& data, const Plan& plan, const RunData<acc_t>& runs, int capacity,
+                   const Tensor& x, std::vector<Tensor>& storage) {
+  constexpr int kOperands = num_operands(pass);
+  const int64_t maps = data.maps, channels = data.channels;
+  const cudaStream_t stream = current_stream();
+  const size_t bytes = stack_bytes<acc_t>(1, capacity);
+  const unsigned section_blocks = blocks_of(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
+  RunData<acc_t> sections{};
+  if (plan.sections.cuts != nullptr) {
+    sections = run_data<acc_t>(plan.sections, kOperands, maps, channels, x, storage);
+    launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, runs, sections,
+           capacity);
+    launch(join_sections<pass, T, acc_t>, blocks_of(kOperands * maps * channels, kWalkThreads), kWalkThreads, bytes,
+           stream, data, plan, sections, capacity);
+  }
+  launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, runs, sections, capacity);
+}
+
 template <Pass pass, bool kSelective, typename T, typename acc_t>
 ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& planned) {
   constexpr int kOperands = num_operands(pass);
@@ -163,7 +214,6 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
   const bool several_runs = !in_one_run(maps * groups, length);
   const Plan& plan = planned.make(data, several_runs, x);
-  const bool several_sections = plan.sections.cuts != nullptr;
   std::vector<Tensor> storage;
 
   // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
@@ -195,41 +245,18 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
 
-  const int log2_run = plan.runs.log2_size;
-  const int capacity = stack_capacity(several_runs ? std::max(int64_t{1} << log2_run, length >> log2_run) : length);
+  const int capacity = walk_capacity(plan, length);
   const unsigned run_blocks = blocks_of(maps * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
   const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
   const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
-  RunData<acc_t> runs{}, sections{};
+  RunData<acc_t> runs{};
   if (several_runs) {
-    const auto data_of = [&](const Pieces& pieces) {
-      storage.push_back(empty(x, {2 + 3 * kOperands, maps, pieces.capacity, channels}, accumulation));
-      RunData<acc_t> result{};
-      result.stride = maps * pieces.capacity * channels;
-      result.beta = storage.back().template mutable_data_ptr<acc_t>();
-      result.a_end = result.beta + result.stride;
-      result.U = result.a_end + result.stride;
-      result.P = result.U + kOperands * result.stride;
-      result.E = result.P + kOperands * result.stride;
-      return result;
-    };
-    runs = data_of(plan.runs);
+    runs = run_data<acc_t>(plan.runs, kOperands, maps, channels, x, storage);
     // Up to 48 KiB, the most that a kernel may use without setting an attribute.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
     launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan, runs,
            capacity);
-
-    const size_t join_bytes = stack_bytes<acc_t>(1, capacity);
-    const unsigned section_blocks = blocks_of(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
-    if (several_sections) {
-      sections = data_of(plan.sections);
-      launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs,
-             sections, capacity);
-      launch(join_sections<pass, T, acc_t>, blocks_of(kOperands * maps * channels, kWalkThreads), kWalkThreads,
-             join_bytes, stream, data, plan, sections, capacity);
-    }
-    launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, join_bytes, stream, data, plan, runs, sections,
-           capacity);
+    join_all_runs<pass>(data, plan, runs, capacity, x, storage);
   }
   const auto finish = [&] {
     if constexpr (is_gradient(pass)) {
@@ -244,7 +271,6 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   // The scan of long trees in full precision is bound by memory: it finds more in the cache if fewer trees are walked
   // at a time.
   const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
-  constexpr int kMaxBlocks = 32;  // on one multiprocessor
   size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
   if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
   STD_CUDA_CHECK(

@@ -3,18 +3,16 @@
 
 namespace grootvl {
 
-Tensor scan_states(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction, Tensor* kept,
-                   bool wants_h) {
+Tensor scan_maps(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction, Tensor* kept) {
   const Tensor& x = inputs.x;
-  const std::vector<int64_t> sizes{count, x.size(0), x.size(1), x.size(2)};
-  const bool keeps_h = kept != nullptr && direction == Direction::kUp;
-  const Tensor h = wants_h || keeps_h ? empty(x, sizes, x.scalar_type()) : Tensor();
-  if (kept != nullptr) *kept = keeps_h ? h : empty(x, sizes, x.scalar_type());
+  const Tensor h = empty(x, {count, x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  const bool keeps_h = direction == Direction::kUp;
+  if (kept != nullptr) *kept = keeps_h ? h : empty_like(h);
   for_floating_type(x.scalar_type(), [&](auto value) {
     using scalar_t = decltype(value);
     using acc_t = Accumulation<scalar_t>;
     auto data = inputs.data<scalar_t, acc_t>(first, count);
-    if (wants_h || keeps_h) data.out = h.mutable_data_ptr<scalar_t>();
+    data.out = h.mutable_data_ptr<scalar_t>();
     if (kept != nullptr && !keeps_h) data.kept = kept->mutable_data_ptr<scalar_t>();
     with_pass<false>(direction, [&](auto pass) { return scan<pass(), true>(data, x, inputs.planned); });
   });
@@ -32,18 +30,19 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
   const DeviceGuard guard(x);
   const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size);
   const int64_t states = inputs.scans();
-  if (!C && A_log.dim() == 1) return reshaped(scan_states(inputs, 0, 1, direction), x.sizes());
+  if (!C && A_log.dim() == 1) return reshaped(scan_maps(inputs, 0, 1, direction), x.sizes());
+  if (C && direction != Direction::kBoth) return weighed_states(inputs, direction);
   if (!C) {
     const Tensor result = empty(x, {x.size(0), x.size(1), x.size(2), states}, x.scalar_type());
     for (int64_t n = 0; n < states; ++n) {
-      copy(select(result, -1, n), reshaped(scan_states(inputs, n, 1, direction), x.sizes()));
+      copy(select(result, -1, n), reshaped(scan_maps(inputs, n, 1, direction), x.sizes()));
     }
     return result;
   }
   const int64_t at_once = scans_at_once(inputs.x, 1);
   const Tensor y = empty(x, x.sizes(), at_once < states ? accumulation_type(x) : x.scalar_type());
   for (int64_t n = 0; n < states; n += at_once) {
-    merge(scan_states(inputs, n, std::min(at_once, states - n), direction), inputs.C, n, x, Tensor(), n > 0, y);
+    merge(scan_maps(inputs, n, std::min(at_once, states - n), direction), inputs.C, n, x, Tensor(), n > 0, y);
   }
   return to(y, x.scalar_type());
 }
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const 
   const DeviceGuard guard(x);
   const SelectiveInputs inputs(x, dt, dt_weight, dt_bias, A_log, B, C, parent, order, subtree_size, true);
   Tensor kept;
-  const Tensor h = scan_states(inputs, 0, inputs.scans(), direction, keep ? &kept : nullptr);
+  const Tensor h = scan_maps(inputs, 0, inputs.scans(), direction, keep ? &kept : nullptr);
   const Tensor y = empty(x, x.sizes(), dtype.value_or(x.scalar_type()));
   merge(h, inputs.C, 0, inputs.x, D_skip ? contiguous(to(*D_skip, accumulation_type(x))) : Tensor(), false, y);
   return {y, keep ? kept : empty(x, {0}, x.scalar_type())};

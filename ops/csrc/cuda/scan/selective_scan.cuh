@@ -80,10 +80,19 @@ inline int64_t scans_at_once(const Tensor& x, int64_t maps) {
   return std::max<int64_t>(1, kBytes / (std::max<int64_t>(x.numel(), 1) * maps * bytes));
 }
 
-// h of `count` scans from `first` on, (count, B, L, D). Where `kept` is given, it is set to what `scan_gradients` reads
-// of the same shape; then `wants_h` says whether h is wanted as well, and the result is undefined otherwise.
-Tensor scan_states(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction,
-                   Tensor* kept = nullptr, bool wants_h = true);
+// h of `count` scans from `first` on, (count, B, L, D). Where `kept` is given, it is set to what gradients_from_sum
+// reads, of the same shape.
+Tensor scan_maps(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction,
+                 Tensor* kept = nullptr);
+
+// y = sum_s C_s h_s (B, L, D) of the states of one x by one sweep, and its gradients.
+Tensor weighed_states(const SelectiveInputs& inputs, Direction direction);
+struct WeighedStatesGradients {
+  Tensor x, raw_delta;  // (B, L, D)
+  Tensor parameters;    // (1 + N, D), in the precision of sums: of delta_bias, and of A_log
+  Tensor B, C;          // (B, L, N), or (B, L)
+};
+WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, const Tensor& grad, Direction direction);
 
 // out = the sum of maps (scans, batch, L, D), weighed if `weights` (batch, L, scans in all) are given, of which the
 // first map's have number `first`; + skip (D, of the accumulation type) times x where given; + what is in out if it

@@ -69,39 +69,30 @@ Gradients selective_scan_backward(const Tensor& grad_, const Tensor& x, const Te
     dx = reshaped(gradients.x, map), draw_delta = reshaped(gradients.raw_delta, map);
     dB = gradients.parameters.input_weight;
     dparameters = reshaped(gradients.parameters.of_channels, {2, x.size(2)});
+  } else if (C && direction != Direction::kBoth) {
+    const WeighedStatesGradients gradients = weighed_states_gradients(inputs, contiguous(grad_), direction);
+    dx = gradients.x, draw_delta = gradients.raw_delta, dparameters = gradients.parameters;
+    dB = gradients.B, dC = gradients.C;
   } else {  // sums over the states, in the precision of the sums inside a scan
-    const bool one_sweep = C && direction != Direction::kBoth;
-    const int64_t at_once = one_sweep ? scans_at_once(inputs.x, 3) : 1;
-    const bool sums = at_once < states;
+    const bool sums = states > 1;
     dx = empty(x, map, sums ? accumulation : type), draw_delta = empty_like(dx);
     dparameters = zeros(x, {1 + states, x.size(2)}, accumulation);
     // (N, B, L), which the kernels write.
     const Tensor dinput_weights = empty(x, {states, x.size(0), x.size(1)}, accumulation),
                  doutput_weights = empty_like(dinput_weights);
-    const Tensor grad = one_sweep ? contiguous(grad_) : grad_;
-    for (int64_t n = 0; n < states; n += at_once) {
-      const int64_t count = std::min(at_once, states - n);
-      ScanGradients gradients;
-      if (one_sweep) {
-        Tensor kept;
-        scan_states(inputs, n, count, direction, &kept, false);
-        gradients = gradients_from_sum(inputs, grad, kept, n, count, direction);
-        copy(slice(doutput_weights, n, count),
-             reshaped(gradients.parameters.output_weight, {count, x.size(0), x.size(1)}));
-      } else {
-        const Tensor of_state = contiguous(C ? multiply(grad, state_of(*C, n)) : select(grad, -1, n));
-        gradients = gradients_from_h(inputs, of_state, n, direction);
-        if (C) {
-          const Tensor h = reshaped(scan_states(inputs, n, 1, direction), map);
-          copy(select(doutput_weights, 0, n), sum(multiply(grad, h), -1, accumulation));
-        }
+    for (int64_t n = 0; n < states; ++n) {
+      const Tensor of_state = contiguous(C ? multiply(grad_, state_of(*C, n)) : select(grad_, -1, n));
+      const ScanGradients gradients = gradients_from_h(inputs, of_state, n, direction);
+      if (C) {
+        const Tensor h = reshaped(scan_maps(inputs, n, 1, direction), map);
+        copy(select(doutput_weights, 0, n), sum(multiply(grad_, h), -1, accumulation));
       }
       merge(gradients.x, Tensor(), 0, x, Tensor(), n > 0, dx);
       merge(gradients.raw_delta, Tensor(), 0, x, Tensor(), n > 0, draw_delta);
-      copy(slice(dinput_weights, n, count), reshaped(gradients.parameters.input_weight, {count, x.size(0), x.size(1)}));
+      copy(select(dinput_weights, 0, n), gradients.parameters.input_weight);
       const Tensor& of_channels = gradients.parameters.of_channels;
-      add(select(dparameters, 0, 0), sum(select(of_channels, 0, 0), 0, accumulation));
-      copy(slice(dparameters, 1 + n, count), select(of_channels, 0, 1));
+      add(select(dparameters, 0, 0), select(of_channels, 0, 0));
+      copy(slice(dparameters, 1 + n, 1), select(of_channels, 0, 1));
     }
     dx = to(dx, type), draw_delta = to(draw_delta, type);
     dB = as_weights(dinput_weights, B);

@@ -1,0 +1,75 @@
+// Plans scans of many states and launches their kernels.
+#pragma once
+
+#include "finish_states.cuh"
+#include "launch_scan.cuh"
+#include "summarise_states.cuh"
+
+namespace grootvl {
+
+// The gradients of parameters from many states, unset for other passes. The states are filled up as in StateItem.
+struct StateGradients {
+  Tensor weights;     // (batch, L, 2, states): of B, then of C
+  Tensor A_log;       // (states, D)
+  Tensor delta_bias;  // (D)
+};
+
+// Of `data.scans` states, filled up to whole parts of warp_states(kGroups); the first `states` of them have weights.
+template <int kGroups, Pass pass, bool kKeeps, typename T, typename acc_t>
+StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor& x, PlannedTrees& planned) {
+  using Item = StateItem<kGroups>;
+  constexpr bool kGradient = is_gradient(pass);
+  const int64_t parts = data.scans / Item::kStates, images = parts * data.batch;
+  const int64_t length = data.num_vertices, channels = data.channels;
+  const std::vector<int64_t> weights_sizes{data.batch, length, 2, data.scans};
+  const ScalarType accumulation = accumulation_type(x);
+  if (images * length * channels == 0) {
+    if (!kGradient) return {};
+    return {zeros(x, weights_sizes, accumulation), zeros(x, {data.scans, channels}, accumulation),
+            zeros(x, {channels}, accumulation)};
+  }
+  GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
+  const cudaStream_t stream = current_stream();
+  const int64_t channel_groups = (channels + Item::kChannels - 1) / Item::kChannels;
+  const bool several_runs = !in_one_run(images * channel_groups, length);
+  const Plan& plan = planned.make(data, several_runs, x);
+  const int capacity = walk_capacity(plan, length);
+  const unsigned blocks = blocks_of(images * plan.runs.capacity * channel_groups * kWarpLanes, kWarpLanes);
+  const size_t stack = sizeof(acc_t) * stack_size(capacity), weights = sizeof(acc_t) * weights_size(kGroups);
+  // Launches a kernel of a warp for each run.
+  const auto launch_walk = [&](auto kernel, size_t bytes, const RunData<acc_t>& runs) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    launch(kernel, blocks, kWarpLanes, bytes, stream, data, static_cast<int>(states), plan, runs, capacity);
+  };
+
+  std::vector<Tensor> storage;
+  RunData<acc_t> runs{};
+  if (several_runs) {
+    runs = run_data<acc_t>(plan.runs, 1, data.maps, channels, x, storage);
+    launch_walk(summarise_states<kGroups, pass, T, acc_t>, stack + weights, runs);
+    join_all_runs<pass>(data, plan, runs, capacity, x, storage);
+  }
+  Tensor dweights, dparameters;
+  if constexpr (kGradient) {
+    dweights = empty(x, {channel_groups, data.batch, length, 2, data.scans}, accumulation);
+    data.dinput_weight = dweights.mutable_data_ptr<acc_t>();
+    // There may be fewer runs than room for them.
+    const std::vector<int64_t> sizes{data.scans + parts, data.batch * plan.runs.capacity, channels};
+    dparameters = several_runs ? zeros(x, sizes, accumulation) : empty(x, sizes, accumulation);
+    data.dparameters = dparameters.mutable_data_ptr<acc_t>();
+  }
+  constexpr size_t kKeptBytes = kGradient ? 2 * kTileRows * kWarpLanes * kLaneStates * sizeof(T) : 0;
+  size_t bytes = stack + 2 * weights + kKeptBytes;
+  if (!several_runs) bytes = spread_evenly(blocks, kMaxBlocks, bytes);
+  if constexpr (kGradient) {
+    launch_walk(finish_state_gradients<kGroups, pass, T, acc_t>, bytes, runs);
+  } else {
+    launch_walk(finish_states<kGroups, pass, kKeeps, T, acc_t>, bytes, runs);
+    return {};
+  }
+  const Tensor of_channels = sum_parts(dparameters, data.scans + parts, {data.scans + parts, channels}, accumulation);
+  return {sum_parts(dweights, 1, weights_sizes, accumulation), slice(of_channels, 0, data.scans),
+          sum(slice(of_channels, data.scans, parts), 0, accumulation)};
+}
+
+}  // namespace grootvl

@@ -1,0 +1,110 @@
+// Selective scans of one x for the states of a state space model, by one sweep: only y = sum_s C_s h_s is asked for, so
+// that no h needs to go through memory.
+#include "launch_states.cuh"
+#include "selective_scan.cuh"
+
+namespace grootvl {
+namespace {
+
+// Calls `run(groups, data)`. `groups` is a constant, the groups of lanes for `count` states; `data` describes as many
+// scans as there are states from `first` on, filled up to whole parts.
+template <typename Run>
+void with_states(const SelectiveInputs& inputs, int64_t first, int64_t count, Run run) {
+  for_floating_type(inputs.x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    const auto run_groups = [&](auto groups) {
+      constexpr int kStates = warp_states(groups());
+      auto data = inputs.data<T, Accumulation<T>>(first, (count + kStates - 1) / kStates * kStates);
+      data.output_weight = weights_of<T>(inputs.C, first);
+      run(groups, data);
+    };
+    if (state_groups(count) == 1) {
+      run_groups(std::integral_constant<int, 1>());
+    } else {
+      run_groups(std::integral_constant<int, 4>());
+    }
+  });
+}
+
+// The gradients of `count` states from `first` on. Those of x and of raw delta are (parts, B, L, D).
+struct PartialGradients {
+  Tensor x, raw_delta;
+  StateGradients parameters;
+};
+
+PartialGradients partial_gradients(const SelectiveInputs& inputs, const Tensor& grad, int64_t first, int64_t count,
+                                   Direction direction) {
+  const Tensor& x = inputs.x;
+  const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2);
+  PartialGradients result;
+  with_states(inputs, first, count, [&](auto groups, auto data) {
+    using T = std::remove_pointer_t<decltype(data.out)>;
+    const Tensor kept = empty(x, {batch, length, channels, data.scans}, x.scalar_type());
+    data.kept = kept.template mutable_data_ptr<T>();
+    with_sweep(direction, [&](auto pass) { scan_states<groups(), pass(), true>(data, count, x, inputs.planned); });
+    result.x = empty(x, {data.scans / warp_states(groups()), batch, length, channels}, x.scalar_type());
+    result.raw_delta = empty_like(result.x);
+    data.grad = grad.const_data_ptr<T>();
+    data.out = result.x.template mutable_data_ptr<T>();
+    data.ddecay_or_raw_delta = result.raw_delta.template mutable_data_ptr<T>();
+    with_gradient_pass(direction, [&](auto pass) {
+      result.parameters = scan_states<groups(), pass(), false>(data, count, x, inputs.planned);
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+Tensor weighed_states(const SelectiveInputs& inputs, Direction direction) {
+  const Tensor& x = inputs.x;
+  Tensor parts;  // (parts, B, L, D)
+  with_states(inputs, 0, inputs.scans(), [&](auto groups, auto data) {
+    using T = std::remove_pointer_t<decltype(data.out)>;
+    parts = empty(x, {data.scans / warp_states(groups()), x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+    data.out = parts.template mutable_data_ptr<T>();
+    with_sweep(direction,
+               [&](auto pass) { scan_states<groups(), pass(), false>(data, inputs.scans(), x, inputs.planned); });
+  });
+  if (parts.size(0) == 1) return reshaped(parts, x.sizes());
+  const Tensor y = empty_like(x);
+  merge(parts, Tensor(), 0, x, Tensor(), false, y);
+  return y;
+}
+
+WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, const Tensor& grad,
+                                                Direction direction) {
+  const Tensor& x = inputs.x;
+  const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), states = inputs.scans();
+  const ScalarType type = x.scalar_type(), accumulation = accumulation_type(x);
+  // What the scans keep of all states would take much memory if maps are large: then few states are taken at once.
+  constexpr int64_t kMostKept = int64_t{1} << 29;  // values
+  const int64_t at_once = x.numel() * states <= kMostKept ? states : kLaneStates;
+  WeighedStatesGradients result;
+  result.parameters = zeros(x, {1 + states, channels}, accumulation);
+  result.B = empty_like(inputs.B), result.C = empty_like(inputs.C);
+  const auto with_states_dim = [&](const Tensor& weights) { return reshaped(weights, {batch, length, states}); };
+  const Tensor dB = with_states_dim(result.B), dC = with_states_dim(result.C);
+  for (int64_t first = 0; first < states; first += at_once) {
+    const int64_t count = std::min(at_once, states - first);
+    const PartialGradients part = partial_gradients(inputs, grad, first, count, direction);
+    const StateGradients& parameters = part.parameters;
+    const Tensor bias = select(result.parameters, 0, 0);
+    if (count == states && part.x.size(0) == 1) {
+      result.x = reshaped(part.x, x.sizes()), result.raw_delta = reshaped(part.raw_delta, x.sizes());
+      copy(bias, parameters.delta_bias);
+    } else {
+      if (first == 0) result.x = empty(x, x.sizes(), accumulation), result.raw_delta = empty_like(result.x);
+      merge(part.x, Tensor(), 0, x, Tensor(), first > 0, result.x);
+      merge(part.raw_delta, Tensor(), 0, x, Tensor(), first > 0, result.raw_delta);
+      add(bias, parameters.delta_bias);
+    }
+    copy(slice(result.parameters, 1 + first, count), slice(parameters.A_log, 0, count));
+    copy(slice(dB, first, count, 2), slice(select(parameters.weights, 2, 0), 0, count, 2));
+    copy(slice(dC, first, count, 2), slice(select(parameters.weights, 2, 1), 0, count, 2));
+  }
+  result.x = to(result.x, type), result.raw_delta = to(result.raw_delta, type);
+  return result;
+}
+
+}  // namespace grootvl
