@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from grootvl_ops import Tree, build_tree_from_edges
+from grootvl_ops import Tree, build_tree_from_edges, neighbour_cosines
 
 __all__ = ["chain_tree", "edge_weights", "prompt_edges", "prompt_tree"]
 
@@ -48,7 +47,7 @@ def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
     """-cos(x_i, x_j) for the scan's inputs x_i = (delta u)_i B_i as one vector of D * N values each.
 
     The paper's weights are exp(-cos), whose order, and so whose trees, are the same. x is an outer product, so that the
-    cosine of two tokens is ((delta u)_i . (delta u)_j) (B_i . B_j) / (|x_i| |x_j|), with |x_i| = |(delta u)_i| |B_i|.
+    cosine of two tokens is cos((delta u)_i, (delta u)_j) cos(B_i, B_j).
 
     Args:
         delta_u: (Batch, L, D), the product of step sizes and inputs.
@@ -58,13 +57,8 @@ def edge_weights(delta_u: Tensor, B: Tensor, neighbours: int) -> Tensor:
     Returns:
         (Batch, L * neighbours), in the order of `prompt_edges`; 0 where a token has fewer tokens before it.
     """
-    norm = torch.linalg.vector_norm(delta_u, dim=-1, keepdim=True) * torch.linalg.vector_norm(B, dim=-1, keepdim=True)
-    # One tensor for both factors: for short prompts, each operation costs the host more than the device.
-    vectors = torch.cat((delta_u, B / norm.clamp(min=1e-8)), dim=-1)
-    # (Batch, L, neighbours, D + N), from the largest distance to 1: the vectors of the tokens before; 0 for none.
-    before = F.pad(vectors, (0, 0, neighbours, -1)).unfold(1, neighbours, 1).mT
-    in_delta_u, in_B = (vectors.unsqueeze(2) * before).split([delta_u.shape[-1], B.shape[-1]], dim=-1)
-    return (in_delta_u.sum(-1) * in_B.sum(-1)).neg().flip(1, 2).flatten(1)
+    cosines = neighbour_cosines(delta_u, neighbours) * neighbour_cosines(B, neighbours)
+    return cosines.neg().flip(1).flatten(1)
 
 
 def prompt_tree(delta_u: Tensor, B: Tensor, edges: Tensor, neighbours: int) -> Tree:

@@ -24,6 +24,7 @@ __all__ = [
     "edge_weights_flops",
     "fvcore_handles",
     "merged_scan_flops",
+    "neighbour_cosines_flops",
     "norm_flops",
     "ptflops_hooks",
     "scan_flops",
@@ -74,6 +75,11 @@ def edge_weights_flops(features_shape: list[int], *args: object, **kwargs: objec
     return batch * channels * (edges + height * width)
 
 
+def neighbour_cosines_flops(x_shape: list[int], neighbours: int, *args: object, **kwargs: object) -> int:
+    """Of the cosines of each vector with those before it: a product for each, and one for the vector's norm."""
+    return prod(x_shape) * (neighbours + 1)
+
+
 def depthwise_convolution_flops(input_shape: list[int], *args: object, **kwargs: object) -> int:
     """Of a depthwise 3x3 convolution: nine for each value."""
     return 9 * prod(input_shape)
@@ -99,6 +105,7 @@ def _merged_scan_in_all(*args: Any, **kwargs: Any) -> int:
 
 _FORMULAS: dict[str, Callable[..., int]] = {
     "edge_weights": edge_weights_flops,
+    "neighbour_cosines": neighbour_cosines_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
     "merged_scan": _merged_scan_in_all,

@@ -43,6 +43,12 @@ inline void check_features(const Tensor& features) {
   GROOTVL_CHECK(is_floating(features.scalar_type()), "features must be floating point, got ", features.scalar_type());
 }
 
+inline void check_neighbour_cosines(const Tensor& x, int64_t neighbours) {
+  GROOTVL_CHECK(x.dim() == 3 && x.size(2) > 0, "x must be (B, L, D) with D > 0, got ", x.sizes());
+  GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  GROOTVL_CHECK(neighbours >= 1, "neighbours must be at least 1, got ", neighbours);
+}
+
 inline void check_weights(const Tensor& weights, int64_t num_edges, int64_t num_vertices, int64_t root) {
   GROOTVL_CHECK(weights.scalar_type() == ScalarType::Float || weights.scalar_type() == ScalarType::Double,
                 "weights must be float32 or float64, got ", weights.scalar_type());

@@ -26,6 +26,7 @@ from .trees import (
     check_tree,
     edge_weights,
     grid_edges,
+    neighbour_cosines,
     path_tree,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "grid_edges",
     "layer_norm",
     "merged_scan",
+    "neighbour_cosines",
     "path_tree",
     "selective_scan",
     "tree_scan",

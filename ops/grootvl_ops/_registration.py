@@ -61,7 +61,7 @@ _register_composite(
     partial(reference.merged_scan_backward, scan_backward=torch.ops.grootvl_ops.selective_scan_backward),
 )
 _FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
-for _name in ("path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
+for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
 
 
@@ -73,6 +73,11 @@ def _(features: Tensor, metric: str) -> Tensor:
     batch, height, width, _ = features.shape
     dtype = reference.accumulation_dtype(features.dtype)
     return features.new_empty((batch, (height - 1) * width + height * (width - 1)), dtype=dtype)
+
+
+@torch.library.register_fake("grootvl_ops::neighbour_cosines")
+def _(x: Tensor, neighbours: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], neighbours), dtype=reference.accumulation_dtype(x.dtype))
 
 
 def _fake_tree(like: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:

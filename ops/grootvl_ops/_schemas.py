@@ -15,6 +15,7 @@ _GATED_NORM = (
 
 SCHEMAS = (
     "edge_weights(Tensor features, str metric) -> Tensor",
+    "neighbour_cosines(Tensor x, int neighbours) -> Tensor",
     "grid_tree(Tensor weights, SymInt height, SymInt width, SymInt root) -> (Tensor, Tensor, Tensor)",
     "graph_tree(Tensor edges, Tensor weights, SymInt num_vertices, SymInt root) -> (Tensor, Tensor, Tensor)",
     "path_tree(Tensor order) -> (Tensor, Tensor, Tensor)",

@@ -142,5 +142,8 @@ def _register_batching(name: str) -> None:
     torch.library.register_vmap(f"grootvl_ops::{name}", batched, lib=library)
 
 
-for _name in ("edge_weights", "grid_tree", "graph_tree", "path_tree", "tree_scan", "tree_scan_backward"):
+for _name in (
+    *("edge_weights", "neighbour_cosines", "grid_tree", "graph_tree", "path_tree"),
+    *("tree_scan", "tree_scan_backward"),
+):
     _register_batching(_name)

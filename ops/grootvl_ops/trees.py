@@ -17,6 +17,7 @@ __all__ = [
     "check_tree",
     "edge_weights",
     "grid_edges",
+    "neighbour_cosines",
     "path_tree",
 ]
 
@@ -79,6 +80,31 @@ def edge_weights(features: Tensor, metric: str = "cosine") -> Tensor:
     vertical = spatial[:, :num_vertical].reshape(batch, frames * num_vertical)
     horizontal = spatial[:, num_vertical:].reshape(batch, frames * height * (width - 1))
     return torch.cat((in_time, vertical, horizontal), dim=1)
+
+
+def neighbour_cosines(x: Tensor, neighbours: int) -> Tensor:
+    """Cosines of the vectors of a sequence with those shortly before them: weights for a graph in which each token is
+    joined to its predecessors (paper, section 3.3).
+
+    Args:
+        x: (B, L, D), floating point. Need not be contiguous.
+        neighbours: how many of the vectors before each one, at least 1.
+
+    Returns:
+        (B, L, neighbours): at [b, t, d - 1] cos(x_t, x_(t-d)), with norms of at least 1e-8; 0 for d > t. float64 for
+        float64 x, else float32. Not differentiable: no gradient passes through the choice of a tree.
+
+    Raises:
+        ValueError: wrong rank, no channels, or `neighbours` below 1.
+        TypeError: x that is not floating point.
+    """
+    if x.dim() != 3 or x.size(2) < 1:
+        raise ValueError(f"x must be (B, L, D) with D > 0, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if neighbours < 1:
+        raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+    return torch.ops.grootvl_ops.neighbour_cosines(x.detach(), neighbours)
 
 
 def build_tree(features: Tensor, metric: str = "cosine", root: int = 0) -> Tree:

@@ -13,6 +13,7 @@ class Operations:
     """What users call. On compiled kernels where there are some for the device."""
 
     edge_weights = staticmethod(grootvl_ops.edge_weights)
+    neighbour_cosines = staticmethod(grootvl_ops.neighbour_cosines)
     build_tree = staticmethod(grootvl_ops.build_tree)
     build_tree_from_grid = staticmethod(grootvl_ops.build_tree_from_grid)
     build_tree_from_edges = staticmethod(grootvl_ops.build_tree_from_edges)
@@ -33,6 +34,7 @@ class Reference:
     """The functions of `grootvl_ops.reference`, called directly."""
 
     edge_weights = staticmethod(reference.edge_weights)
+    neighbour_cosines = staticmethod(reference.neighbour_cosines)
 
     @staticmethod
     def build_tree(features: Tensor, metric: str = "cosine", root: int = 0) -> Tree:

@@ -29,6 +29,17 @@ def edge_weights(features: Tensor, metric: str) -> Tensor:
     return torch.linalg.vector_norm(f - g, ord={"euclidean": 2, "manhattan": 1}[metric], dim=-1)
 
 
+def neighbour_cosines(x: Tensor, neighbours: int) -> Tensor:
+    """In float64 through torch.nn.functional, one pair after the other."""
+    vectors = x.detach().cpu().double()
+    cosines = torch.zeros(*x.shape[:2], neighbours, dtype=torch.float64)
+    for later in range(x.shape[1]):
+        for distance in range(1, min(neighbours, later) + 1):
+            pair = vectors[:, later], vectors[:, later - distance]
+            cosines[:, later, distance - 1] = F.cosine_similarity(*pair, dim=-1, eps=1e-8)
+    return cosines
+
+
 def spanning_edges(edges: np.ndarray, weights: np.ndarray, num_vertices: int) -> np.ndarray:
     """The edges (L - 1, 2), sorted, of the minimum spanning tree of one graph; NaN is the largest weight.
 

@@ -113,6 +113,14 @@ def fuzz_edge_weights(case: Case) -> None:
     check(case, [found], [oracles.edge_weights(features, metric)], exact)
 
 
+def fuzz_neighbour_cosines(case: Case) -> None:
+    dtype, neighbours = case.dtype(), case.size(5)
+    x = case.randn(case.size(2), case.size(9), case.size(20), dtype=dtype)
+    found = grootvl_ops.neighbour_cosines(x, neighbours)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32  # half formats are read exactly
+    check(case, [found], [oracles.neighbour_cosines(x, neighbours)], exact)
+
+
 def fuzz_path_tree(case: Case) -> None:
     order = torch.stack([torch.randperm(1 + case.random.randrange(20))] * case.size(2))
     tree = grootvl_ops.path_tree(order)
@@ -180,6 +188,7 @@ def fuzz_layer_norm(case: Case) -> None:
 KINDS = [
     *[fuzz_grid_tree, fuzz_graph_tree, fuzz_tree_scan] * 2,
     fuzz_edge_weights,
+    fuzz_neighbour_cosines,
     fuzz_path_tree,
     fuzz_selective_scan,
     fuzz_gated_norm,
@@ -202,6 +211,7 @@ def valid_call(case: Case) -> tuple:
     x = torch.randn(2, 6, 4)
     calls = [
         (grootvl_ops.edge_weights, [torch.randn(2, 3, 4, 5), "cosine"]),
+        (grootvl_ops.neighbour_cosines, [x, 3]),
         (grootvl_ops.build_tree, [torch.randn(2, 3, 4, 5), "euclidean", 0]),
         (grootvl_ops.build_tree_from_grid, [torch.randn(2, 17), 3, 4, 0]),
         (grootvl_ops.build_tree_from_edges, [torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.rand(2, 3), 3, 0]),

@@ -167,6 +167,13 @@ def test_opcheck_edge_weights(device, metric):
     torch.library.opcheck(library.edge_weights.default, (torch.randn(2, 1, 4, 5, device=device).half(), metric))
 
 
+def test_opcheck_neighbour_cosines(device):
+    for dtype in (torch.float32, torch.float16):
+        for neighbours in (1, 7):
+            operands = torch.randn(2, 5, 6, device=device).to(dtype), neighbours
+            torch.library.opcheck(library.neighbour_cosines.default, operands)
+
+
 def test_opcheck_trees(device):
     weights = torch.rand(2, 17, device=device)
     edges = torch.tensor(oracles.pixel_pairs(3, 4), device=device).expand(2, -1, -1)

@@ -29,7 +29,17 @@ from .scans import (
     tree_scan_backward,
     up_sweep,
 )
-from .trees import METRICS, edge_weights, graph_tree, grid_edges, grid_tree, kruskal, path_tree, root_tree
+from .trees import (
+    METRICS,
+    edge_weights,
+    graph_tree,
+    grid_edges,
+    grid_tree,
+    kruskal,
+    neighbour_cosines,
+    path_tree,
+    root_tree,
+)
 
 __all__ = [
     "DIRECTIONS",
@@ -51,6 +61,7 @@ __all__ = [
     "layer_norm_backward",
     "merged_scan",
     "merged_scan_backward",
+    "neighbour_cosines",
     "path_tree",
     "rerooting_sweep",
     "root_tree",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .scans import accumulation_dtype
@@ -46,6 +47,20 @@ def edge_weights(features: Tensor, metric: str) -> Tensor:
         edges = features.shape[axis] - 1
         weights.append(weigh(features.narrow(axis, 0, edges), features.narrow(axis, 1, edges)).flatten(1))
     return torch.cat(weights, dim=1)
+
+
+def neighbour_cosines(x: Tensor, neighbours: int) -> Tensor:
+    """Cosines of the vectors of a sequence with those before them: (B, L, neighbours) of x (B, L, D), in float32 (or
+    float64), with norms of at least 1e-8. At [b, t, d - 1] is cos(x_t, x_(t-d)), and 0 for d > t."""
+    x = x.to(accumulation_dtype(x.dtype))
+    length = x.shape[1]
+    norm = x.square().sum(-1).sqrt().clamp(min=1e-8)
+    cosines = []
+    for distance in range(1, neighbours + 1):
+        first = min(distance, length)
+        product = (x[:, first:] * x[:, : length - first]).sum(-1)
+        cosines.append(F.pad(product / (norm[:, first:] * norm[:, : length - first]), (first, 0)))
+    return torch.stack(cosines, dim=-1)
 
 
 def kruskal(edges: list[list[int]], weights: Tensor, num_vertices: int) -> list[list[int]]:
