@@ -234,13 +234,14 @@ class GrootLMixer(MambaMixer):
         if cache is not None and state is not None:
             cache.update_recurrent_state(state, self.layer_idx)
 
-        y = torch.addcmul(y, x if readers is None else u, self.D) * F.silu(_wide(gate))
+        y = torch.addcmul(y, x if readers is None else u, _wide(self.D)) * F.silu(_wide(gate))
         return self.out_proj(y.to(hidden_states.dtype))
 
     def _convolve(self, u: Tensor, cache: Cache | None, last_inputs: Tensor | None) -> Tensor:
         """The causal convolution of u (B, L, D) behind what the cache holds, which is brought up to date."""
         length, kernel = u.shape[1], self.conv_kernel_size
-        inputs = u.transpose(1, 2)
+        # As the convolution wants it: in its backward pass, PyTorch would copy another layout several times.
+        inputs = u.transpose(1, 2).contiguous()
         if cache is not None and last_inputs is None:
             inputs = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=kernel).to(u.dtype)
         elif cache is not None and last_inputs is not None:

@@ -30,6 +30,7 @@ __all__ = [
     "scan_flops",
     "selective_scan_flops",
     "step_projection_flops",
+    "stepped_scan_flops",
     "two_norms_flops",
 ]
 
@@ -54,6 +55,20 @@ def selective_scan_flops(
     """Of a scan for each state, and of the sum over the states if C weights them."""
     states = A_log_shape[1] if len(A_log_shape) == 2 else 1
     return states * (scan_flops(x_shape, *args) + (prod(x_shape) if C_shape is not None else 0))
+
+
+def stepped_scan_flops(
+    x_shape: list[int],
+    dt_shape: list[int],
+    decay_dt_shape: list[int],
+    A_log_shape: list[int],
+    B_shape: list[int],
+    C_shape: list[int],
+    *args: object,
+    **kwargs: object,
+) -> int:
+    """Of a selective scan of as many states, whose decays have their own steps."""
+    return selective_scan_flops(x_shape, dt_shape, None, None, A_log_shape, B_shape, C_shape, *args)
 
 
 def merged_scan_flops(x_shape: list[int], dt_shape: list[int], *args: object, **kwargs: object) -> int:
@@ -108,6 +123,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "neighbour_cosines": neighbour_cosines_flops,
     "tree_scan": scan_flops,
     "selective_scan": _selective_scan_in_all,
+    "stepped_scan": stepped_scan_flops,
     "merged_scan": _merged_scan_in_all,
     "depthwise_conv_silu": depthwise_convolution_flops,
     "gated_norm": two_norms_flops,

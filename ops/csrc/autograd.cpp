@@ -163,6 +163,29 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
       std::string(direction));
 }
 
+variable_list stepped_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                     const c10::IValue& direction) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, std::string_view);
+  static const auto operation = find_operation<Signature>("grootvl_ops::stepped_scan_backward");
+  auto [dx, ddt, ddecay_dt, dA_log, dB, dC] =
+      call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7],
+           saved[8], direction.toStringView());
+  return {dx, ddt, ddecay_dt, dA_log, dB, dC};
+}
+
+Tensor stepped_scan(const Tensor& x, const Tensor& dt, const Tensor& decay_dt, const Tensor& A_log, const Tensor& B,
+                    const Tensor& C, const Tensor& parent, const Tensor& order, const Tensor& subtree_size,
+                    std::string_view direction) {
+  static const auto operation = find_operation<decltype(stepped_scan)>("grootvl_ops::stepped_scan");
+  const Tensor y =
+      call_below_autograd(operation, x, dt, decay_dt, A_log, B, C, parent, order, subtree_size, direction);
+  return differentiable<stepped_scan_gradients>(y, {x, dt, decay_dt, A_log, B, C},
+                                                {x, dt, decay_dt, A_log, B, C, parent, order, subtree_size},
+                                                std::string(direction));
+}
+
 variable_list merged_scan_gradients(const variable_list& grads, const variable_list& saved,
                                     const c10::IValue& direction) {
   using Optional = const std::optional<Tensor>&;
@@ -328,13 +351,14 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("tree_scan", TORCH_FN(tree_scan));
   m.impl("selective_scan", TORCH_FN(selective_scan));
+  m.impl("stepped_scan", TORCH_FN(stepped_scan));
   m.impl("merged_scan", TORCH_FN(merged_scan));
   m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
   for (const char* name :
-       {"tree_scan_backward", "selective_scan_backward", "merged_scan_backward", "depthwise_conv_silu_backward",
+       {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward", "depthwise_conv_silu_backward",
         "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }

@@ -141,6 +141,14 @@ inline void check_selective_scan(const Tensor& x, const Tensor& dt, const std::o
   check_parameter("A_log", A_log, "x", x, rates);
 }
 
+inline void check_stepped_scan(const Tensor& x, const Tensor& dt, const Tensor& decay_dt, const Tensor& A_log,
+                               const Tensor& B, const Tensor& C, const Tensor& parent, const Tensor& order,
+                               const Tensor& subtree_size) {
+  check_selective_scan(x, dt, {}, {}, A_log, B, C, parent, order, subtree_size);
+  GROOTVL_CHECK(A_log.dim() == 2, "A_log must be (D, N), got ", A_log.sizes());
+  check_like("decay_dt", decay_dt, "x", x, x.sizes());
+}
+
 inline void check_merged_scan(const Tensor& x, const Tensor& dt, const Tensor& dt_weight,
                               const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
                               const Tensor& C, const std::optional<Tensor>& D_skip, const Tensor& parent,

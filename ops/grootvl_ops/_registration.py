@@ -55,10 +55,16 @@ _register_composite(
     "selective_scan_backward",
     partial(reference.selective_scan_backward, scan=_scan, scan_backward=_scan_backward),
 )
-_register_composite("merged_scan", partial(reference.merged_scan, scan=torch.ops.grootvl_ops.selective_scan))
+_selective_scan = torch.ops.grootvl_ops.selective_scan
+_selective_scan_backward = torch.ops.grootvl_ops.selective_scan_backward
+_register_composite("stepped_scan", partial(reference.stepped_scan, scan=_selective_scan))
+_register_composite(
+    "stepped_scan_backward", partial(reference.stepped_scan_backward, scan_backward=_selective_scan_backward)
+)
+_register_composite("merged_scan", partial(reference.merged_scan, scan=_selective_scan))
 _register_composite(
     "merged_scan_backward",
-    partial(reference.merged_scan_backward, scan_backward=torch.ops.grootvl_ops.selective_scan_backward),
+    partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
 _FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
 for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
@@ -123,6 +129,17 @@ def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *tree) -> tuple[Tensor, ...]
     dx, ddt, dB = (operand.new_empty(operand.shape) for operand in (x, dt, B))
     dweight, dC = (x.new_empty(0) if given is None else given.new_empty(given.shape) for given in (dt_weight, C))
     return dx, ddt, dweight, dparameters, dB, dC
+
+
+@torch.library.register_fake("grootvl_ops::stepped_scan")
+def _(x: Tensor, *others) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::stepped_scan_backward")
+def _(grad, x, dt, decay_dt, A_log, B, C, *tree) -> tuple[Tensor, ...]:
+    dx, ddt, ddecay_dt, dB, dC = (operand.new_empty(operand.shape) for operand in (x, dt, decay_dt, B, C))
+    return dx, ddt, ddecay_dt, A_log.new_empty(A_log.shape, dtype=reference.accumulation_dtype(x.dtype)), dB, dC
 
 
 @torch.library.register_fake("grootvl_ops::merged_scan")
@@ -243,6 +260,11 @@ def _selective_scan_gradients(ctx, grad: Tensor):
     )
 
 
+def _stepped_scan_gradients(ctx, grad: Tensor):
+    gradients = torch.ops.grootvl_ops.stepped_scan_backward(grad, *ctx.saved_tensors, ctx.direction)
+    return *gradients, *[None] * 4
+
+
 def _merged_scan_gradients(ctx, grad: Tensor, _):
     saved = ctx.saved_tensors
     _, _, _, dt_bias, _, _, _, D_skip, *_ = saved
@@ -303,6 +325,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
     for name, save, gradients in (
         ("tree_scan", _save_for_scan, _tree_scan_gradients),
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
+        ("stepped_scan", _save_for_scan, _stepped_scan_gradients),
         ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
         ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),

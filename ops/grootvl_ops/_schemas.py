@@ -8,6 +8,7 @@ _SELECTIVE = (
 _MERGED = (
     f"Tensor x, Tensor dt, Tensor dt_weight, Tensor? dt_bias, Tensor A_log, Tensor B, Tensor C, Tensor? D_skip, {_TREE}"
 )
+_STEPPED = f"Tensor x, Tensor dt, Tensor decay_dt, Tensor A_log, Tensor B, Tensor C, {_TREE}, str direction"
 _GATED_NORM = (
     "Tensor h, Tensor x, Tensor z, Tensor C, Tensor D_skip, Tensor h_weight, Tensor h_bias, "
     "Tensor out_weight, Tensor out_bias"
@@ -23,6 +24,8 @@ SCHEMAS = (
     f'tree_scan_backward(Tensor grad, Tensor x, Tensor decay, {_TREE}, str direction="both") -> (Tensor, Tensor)',
     f"selective_scan({_SELECTIVE}) -> Tensor",
     f"selective_scan_backward(Tensor grad, {_SELECTIVE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"stepped_scan({_STEPPED}) -> Tensor",
+    f"stepped_scan_backward(Tensor grad, {_STEPPED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -112,6 +112,9 @@ def tree_scan(x: Tensor, decay: Tensor, tree: tuple[Tensor, Tensor, Tensor], dir
 
 # With the arguments and results of the operations, in the order of their schemas.
 selective_scan = without_autocast(partial(reference.selective_scan, scan=tree_scan_below))
+stepped_scan = without_autocast(
+    partial(reference.stepped_scan, scan=partial(reference.selective_scan, scan=tree_scan_below))
+)
 merged_scan = without_autocast(
     partial(reference.merged_scan, scan=partial(reference.selective_scan, scan=tree_scan_below))
 )

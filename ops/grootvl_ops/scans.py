@@ -72,6 +72,7 @@ def selective_scan(
     tree: Tree,
     direction: str = "both",
     C: Tensor | None = None,
+    decay_dt: Tensor | None = None,
 ) -> Tensor:
     """A selective state space model along a tree (paper, section 3.2 and Algorithm 1), with N states a channel:
 
@@ -80,8 +81,8 @@ def selective_scan(
         y = sum_n C_n h_n                                        where C is given
 
     On CUDA the discretisation is part of the scan: neither decays nor scaled inputs are written to memory, and the
-    backward pass computes them once more from what the forward pass was given. States are computed one after the other,
-    so that no (B, L, D, N) tensor is in memory where C is given.
+    backward pass computes them once more from what the forward pass was given. Where C is given, no (B, L, D, N) tensor
+    is in memory, but in the backward pass on CUDA one of 4 states, or of all states if it has up to 2^29 values.
 
     Args:
         x: (B, L, D), floating point: what is aggregated.
@@ -93,6 +94,9 @@ def selective_scan(
         tree: over the L pixels, of batch size B or one.
         direction: see `tree_scan`.
         C: of B's shape and dtype: each pixel's weights of its states; None for the states themselves.
+        decay_dt: (B, L, D), of x's dtype: the steps of the decays before softplus, where they are not those of the
+            inputs: h_n = tree_scan(softplus(dt) B_n x, exp(-exp(A_log_n) softplus(decay_dt))). Only with C, with one
+            sweep, "up" or "down", with A_log (D, N), and with dt_weight and dt_bias None.
 
     Returns:
         y, (B, L, D), or without C the states h: (B, L, D) if A_log is (D), else (B, L, D, N). Of x's dtype. Computed in
@@ -120,6 +124,18 @@ def selective_scan(
         check_parameter("dt_bias", dt_bias, x, [channels])
     _check_direction(direction)
     tree = _tree_for(x, tree)
+    if decay_dt is not None:
+        check_operand("decay_dt", decay_dt, x, [batch, length, channels])
+        if C is None or A_log.dim() != 2 or dt_weight is not None or dt_bias is not None or direction == "both":
+            raise ValueError(
+                "decay_dt needs C, A_log (D, N), the direction 'up' or 'down', and no dt_weight or dt_bias"
+            )
+        if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
+            if _transforms.active():
+                return _transforms.stepped_scan(x, dt, decay_dt, A_log, B, C, *tree, direction)
+        return torch.ops.grootvl_ops.stepped_scan(
+            x, dt, decay_dt, A_log, B, C, tree.parent, tree.order, tree.subtree_size, direction
+        )
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in tree_scan)
         if _transforms.active():
             return _transforms.selective_scan(x, dt, dt_weight, dt_bias, A_log, B, C, *tree, direction)

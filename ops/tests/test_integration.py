@@ -117,6 +117,7 @@ def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
         "selective_scan": ([maps[0], low_rank, weight, *vectors[:2], per_pixel, None], (*tree, "both")),
         "selective_scan of states": ([maps[0], low_rank, weight, vectors[0], rates, *states], (*tree, "down")),
         "selective_scan of projected steps": ([*maps[:2], None, None, vectors[1], per_pixel, per_pixel], (*tree, "up")),
+        "stepped_scan": ([*maps[:3], rates, *states], (*tree, "up")),
         "merged_scan": (merged_operands(device), (*tree, "down", None, True)),
         "merged_scan without bias and skip": (
             [o if i not in (3, 7) else None for i, o in enumerate(merged_operands(device))],

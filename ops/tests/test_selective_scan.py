@@ -427,6 +427,79 @@ def test_sums_over_states_on_cuda(cuda_kernels, shape, size, states, direction, 
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+def stepped_operands(batch: int, length: int, channels: int, states: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, dt, decay_dt, A_log, B, C; one step of a decay is so small that it decays nothing."""
+    maps = [torch.randn(batch, length, channels).to(dtype) for _ in range(3)]
+    maps[2][:, length // 2] = -1e4
+    A_log = torch.randn(channels, states).to(dtype if dtype == torch.float64 else torch.float32) / 2
+    return [*maps, A_log, *(torch.randn(batch, length, states).to(dtype) for _ in range(2))]
+
+
+def stepped(x, dt, decay_dt, A_log, B, C, tree: Tree, direction: str) -> Tensor:
+    return grootvl_ops.selective_scan(x, dt, None, None, A_log, B, tree, direction, C, decay_dt)
+
+
+def defined_steps(x, dt, decay_dt, A_log, B, C, tree: Tree, direction: str) -> Tensor:
+    """State by state, by discretisation in PyTorch and the tree scan."""
+    states = [
+        grootvl_ops.tree_scan(
+            F.softplus(dt) * B[..., n, None] * x, torch.exp(-A_log[:, n].exp() * F.softplus(decay_dt)), tree, direction
+        )
+        for n in range(A_log.shape[1])
+    ]
+    return (torch.stack(states, -1) * C.unsqueeze(2)).sum(-1)
+
+
+@DTYPES
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 19, 5, 3), (2, 300, 40, 16), (1, 900, 7, 18)], ids=str)
+def test_decays_with_steps_of_their_own(device, size, direction, dtype, poisoned_memory):
+    batch, length, channels, states = size
+    tree = make_tree("scattered", batch, length)
+    operands, grad = stepped_operands(*size, dtype), torch.randn(batch, length, channels).to(dtype)
+    expected = with_gradients(defined_steps, [o.double() for o in operands], grad.double(), tree, direction)
+    on_device = Tree(*(field.to(device) for field in tree))
+    actual = with_gradients(stepped, [o.to(device) for o in operands], grad.to(device), on_device, direction)
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    assert_near(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_equal_steps_of_decays_change_nothing(device, direction):
+    tree = make_tree("binary", 2, 30, device)
+    x, dt, _, A_log, B, C = (o.to(device) for o in stepped_operands(2, 30, 9, 4, torch.float64))
+    found = grootvl_ops.selective_scan(x, dt, None, None, A_log, B, tree, direction, C, dt)
+    torch.testing.assert_close(found, grootvl_ops.selective_scan(x, dt, None, None, A_log, B, tree, direction, C))
+
+
+def test_steps_of_decays_are_checked(device):
+    tree = make_tree("path", 2, 5, device)
+    x, dt, decay_dt, A_log, B, C = (o.to(device) for o in stepped_operands(2, 5, 3, 2, torch.float32))
+    scan = grootvl_ops.selective_scan
+    for steps in (decay_dt[:, :4], decay_dt[..., :2], decay_dt[:1]):
+        with pytest.raises(ValueError, match="decay_dt must be"):
+            scan(x, dt, None, None, A_log, B, tree, "up", C, steps)
+    with pytest.raises(TypeError, match="decay_dt must"):
+        scan(x, dt, None, None, A_log, B, tree, "up", C, decay_dt.double())
+    bias, weight = torch.zeros(3, device=device), torch.zeros(3, 3, device=device)
+    for arguments in (
+        (None, None, A_log, B, tree, "both", C),
+        (None, None, A_log, B, tree, "up", None),
+        (None, bias, A_log, B, tree, "up", C),
+        (weight, None, A_log, B, tree, "up", C),
+        (None, None, A_log[:, 0], B[..., 0], tree, "up", C[..., 0]),
+    ):
+        with pytest.raises(ValueError, match="decay_dt needs C"):
+            scan(x, dt, *arguments, decay_dt)
+
+
+def test_opcheck_of_steps_of_decays(device):
+    tree = make_tree("scattered", 2, 9, device)
+    operands = [o.to(device) for o in stepped_operands(2, 9, 3, 2, torch.float32)]
+    torch.library.opcheck(library.stepped_scan_backward.default, (operands[0], *operands, *tree, "down"))
+    torch.library.opcheck(library.stepped_scan.default, (*(o.requires_grad_() for o in operands), *tree, "up"))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_step_sizes_that_are_projected_already(device, bias):
     """The step size of each channel given in place of a low-rank one and its weight."""

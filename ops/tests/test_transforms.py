@@ -24,6 +24,7 @@ OPERATIONS = (
     *(f"tree_scan {direction}" for direction in DIRECTIONS),
     *(f"selective_scan {direction}" for direction in DIRECTIONS),
     "selective_scan of states",
+    "selective_scan with steps of decays",
     "merged_scan down",
     "gated_norm",
     "layer_norm",
@@ -55,6 +56,12 @@ def operation(name: str, device: str, shape: str = "scattered", length: int = 7)
 
         def function(x, dt, weight, bias, A_log, B, C):
             return grootvl_ops.selective_scan(x, dt, weight, bias, A_log, B, tree, "both", C)
+
+    elif direction == "with steps of decays":
+        sizes = [*[(2, length, D)] * 3, (D, N), (2, length, N), (2, length, N)]
+
+        def function(x, dt, decay_dt, A_log, B, C):
+            return grootvl_ops.selective_scan(x, dt, None, None, A_log, B, tree, "up", C, decay_dt)
 
     elif direction:
         function = partial(function, tree=tree, direction=direction)

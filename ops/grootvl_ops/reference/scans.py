@@ -223,8 +223,7 @@ def selective_scan_backward(
         ddelta += dscanned * scale * x_ + by_rate
         dA_log.append((by_rate * delta).sum((0, 1)))
         dB.append((dscanned * delta * x_).sum(-1))
-    # Above 20 softplus is the identity.
-    draw = ddelta * raw_delta.sigmoid().masked_fill(raw_delta > 20, 1)
+    draw = ddelta * _softplus_slope(raw_delta)
     if dt_weight is None:
         ddt, dweight = draw, x.new_empty(0)
     else:
@@ -238,6 +237,76 @@ def selective_scan_backward(
         torch.stack(dB, dim=-1).view(B.shape).to(B.dtype),
         x.new_empty(0) if C is None else torch.stack(dC, dim=-1).view(C.shape).to(C.dtype),
     )
+
+
+# A step this small does not decay any state, and the quotient of two steps remains in the range of float32.
+_SMALLEST_STEP = -30.0
+
+
+def stepped_scan(
+    x: Tensor,
+    dt: Tensor,
+    decay_dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    scan: Callable[..., Tensor] = selective_scan,
+) -> Tensor:
+    """A selective scan with C whose decays have other steps, `decay_dt`, than its inputs: the sum of C_n h_n over
+
+        h_n = tree_scan(softplus(dt) B_n x, exp(-exp(A_log_n) softplus(decay_dt))).
+
+    `scan` is a selective scan. It multiplies its input by the step of its decays, so x is divided by that before.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    decay_dt = decay_dt.to(dtype).clamp(min=_SMALLEST_STEP)
+    scaled = F.softplus(dt.to(dtype)) * x.to(dtype) / F.softplus(decay_dt)
+    weights = B.to(dtype), C.to(dtype)
+    return scan(scaled, decay_dt, None, None, A_log, *weights, parent, order, subtree_size, direction).to(x.dtype)
+
+
+def stepped_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    decay_dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    parent: Tensor,
+    order: Tensor,
+    subtree_size: Tensor,
+    direction: str,
+    scan_backward: Callable[..., tuple[Tensor, ...]] = selective_scan_backward,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `stepped_scan` for x, dt, decay_dt, A_log, B and C."""
+    dtype = accumulation_dtype(x.dtype)
+    x_, raw, raw_decay = x.to(dtype), dt.to(dtype), decay_dt.to(dtype).clamp(min=_SMALLEST_STEP)
+    delta, decay_delta = F.softplus(raw), F.softplus(raw_decay)
+    scaled = delta * x_ / decay_delta
+    tree = (parent, order, subtree_size, direction)
+    dscaled, ddecay, _, dparameters, dB, dC = scan_backward(
+        grad.to(dtype), scaled, raw_decay, None, None, A_log, B.to(dtype), C.to(dtype), *tree
+    )
+    dquotient = dscaled / decay_delta
+    ddecay = ddecay - dquotient * scaled * _softplus_slope(raw_decay)
+    return (
+        (dquotient * delta).to(x.dtype),
+        (dquotient * x_ * _softplus_slope(raw)).to(dt.dtype),
+        ddecay.masked_fill(decay_dt < _SMALLEST_STEP, 0).to(decay_dt.dtype),
+        dparameters[1:].T.contiguous(),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
+    )
+
+
+def _softplus_slope(x: Tensor) -> Tensor:
+    """Of PyTorch's softplus, which is the identity above 20."""
+    return x.sigmoid().masked_fill(x > 20, 1)
 
 
 def merged_scan(

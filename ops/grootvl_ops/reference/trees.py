@@ -55,12 +55,12 @@ def neighbour_cosines(x: Tensor, neighbours: int) -> Tensor:
     x = x.to(accumulation_dtype(x.dtype))
     length = x.shape[1]
     norm = x.square().sum(-1).sqrt().clamp(min=1e-8)
-    cosines = []
-    for distance in range(1, neighbours + 1):
-        first = min(distance, length)
-        product = (x[:, first:] * x[:, : length - first]).sum(-1)
-        cosines.append(F.pad(product / (norm[:, first:] * norm[:, : length - first]), (first, 0)))
-    return torch.stack(cosines, dim=-1)
+    cosines = [norm.new_zeros((*norm.shape, 0))]
+    for distance in range(1, min(neighbours + 1, length)):
+        product = (x[:, distance:] * x[:, :-distance]).sum(-1)
+        cosine = product / (norm[:, distance:] * norm[:, :-distance])
+        cosines.append(F.pad(cosine, (distance, 0)).unsqueeze(-1))
+    return F.pad(torch.cat(cosines, dim=-1), (0, neighbours + 1 - len(cosines)))
 
 
 def kruskal(edges: list[list[int]], weights: Tensor, num_vertices: int) -> list[list[int]]:

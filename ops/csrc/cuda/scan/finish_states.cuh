@@ -61,15 +61,16 @@ __global__ void __launch_bounds__(kWarpLanes)
   acc_t deltas[Item::kOwnRows], inputs[Item::kOwnRows], y[kTileRows];
   const uint32_t row_bytes = data.channels * sizeof(T), kept_row_bytes = row_bytes * data.scans;
   T *out = data.out + item.map_column, *kept = data.kept + item.column * data.scans + item.first_state;
-  const T* maps[] = {data.decay_or_raw_delta + item.column, data.x + item.column};
+  const T* maps[] = {data.decay_or_raw_delta + item.column, data.x + item.column, own_steps(data, item)};
   const PixelWeights<T> weights[] = {data.input_weight, data.output_weight};
   walk_states<kUp ? Sweep::kUp : Sweep::kDown>(
       data, plan, item, maps, weights, memory + stack_size(capacity), [](uint32_t, int) {},
-      [&](const T(&values)[2][Item::kOwnRows]) {
+      [&](const T(&values)[3][Item::kOwnRows]) {
 #pragma unroll
         for (int i = 0; i < Item::kOwnRows; ++i) {
-          deltas[i] = softplus(static_cast<acc_t>(values[0][i]) + bias).value;
-          inputs[i] = static_cast<acc_t>(values[1][i]) * deltas[i];
+          const Steps<acc_t> steps(values[0][i], values[2][i], bias, maps[2] != nullptr);
+          deltas[i] = steps.decay.value;
+          inputs[i] = static_cast<acc_t>(values[1][i]) * steps.input.value;
         }
       },
       [&](uint32_t node, int j, const States<acc_t>(&weights)[2]) {
@@ -103,10 +104,11 @@ __global__ void __launch_bounds__(kWarpLanes)
       });
 }
 
-// The gradients, from that of y, `data.grad`, and what was kept: of x and raw delta (parts of the states, batch, L, D),
-// and sums over the warp's channels, of B and then of C, in `data.dinput_weight` (groups of channels, batch, L, 2,
-// states). `data.dparameters` gets sums over a run: of A_log (states, batch, runs, D), and behind them of delta's bias
-// (parts, batch, runs, D). See finish_gradients for a single state.
+// The gradients, from that of y, `data.grad`, and what was kept: of x and raw delta (parts of the states, batch, L, D)
+// (and of the decays' own raw delta, if they have one), and sums over the warp's channels, of B and then of C, in
+// `data.dinput_weight` (groups of channels, batch, L, 2, states). `data.dparameters` gets sums over a run: of A_log
+// (states, batch, runs, D), and behind them of delta's bias (parts, batch, runs, D). See finish_gradients for a single
+// state.
 template <int kGroups, Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWarpLanes)
     finish_state_gradients(ScanData<T, acc_t> data, int states, Plan plan, RunData<acc_t> runs, int capacity) {
@@ -126,7 +128,8 @@ __global__ void __launch_bounds__(kWarpLanes)
   load_entering<kUp>(entering, item, plan, runs);
   acc_t dbias = 0;
   // Of the rows that this group owns.
-  acc_t deltas[kOwnRows], slopes[kOwnRows], grads[kOwnRows], xs[kOwnRows], inputs[kOwnRows];
+  acc_t deltas[kOwnRows], slopes[kOwnRows], decay_deltas[kOwnRows], decay_slopes[kOwnRows];
+  acc_t grads[kOwnRows], xs[kOwnRows], inputs[kOwnRows];
   acc_t dinputs[kTileRows], ddeltas[kTileRows];  // sums over this lane's states
 
   // What was kept is copied to shared memory a tile ahead; a lane reads what it has copied itself.
@@ -163,25 +166,29 @@ __global__ void __launch_bounds__(kWarpLanes)
                     value / kLaneStates * data.scans + item.first_state + value % kLaneStates;
   const bool writes_weights = item.lane_channel % kSameLanes == 0;
   T *dx = data.out + item.map_column, *draw_deltas = data.ddecay_or_raw_delta + item.map_column;
-  const T* maps[] = {data.decay_or_raw_delta + item.column, data.grad + item.column, data.x + item.column};
+  T* ddecay_raw_deltas = data.ddecay_raw_delta + item.map_column;
+  const T* maps[] = {data.decay_or_raw_delta + item.column, data.grad + item.column, data.x + item.column,
+                     own_steps(data, item)};
+  const bool has_own_steps = maps[3] != nullptr;
   const PixelWeights<T> weights[] = {data.input_weight, data.output_weight};
   walk_states<kUp ? Sweep::kUp : Sweep::kDown>(
       data, plan, item, maps, weights, memory, prefetch,
-      [&](const T(&values)[3][kOwnRows]) {
+      [&](const T(&values)[4][kOwnRows]) {
         await_async_copies<0>();
         const uint32_t free = current;
         current = ahead, ahead = free;
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
-          const Softplus<acc_t> delta = softplus(static_cast<acc_t>(values[0][i]) + bias);
-          deltas[i] = delta.value, slopes[i] = delta.slope;
+          const Steps<acc_t> steps(values[0][i], values[3][i], bias, has_own_steps);
+          deltas[i] = steps.input.value, slopes[i] = steps.input.slope;
+          decay_deltas[i] = steps.decay.value, decay_slopes[i] = steps.decay.slope;
           grads[i] = item.active ? static_cast<acc_t>(values[1][i]) : acc_t(0);
           xs[i] = item.active ? static_cast<acc_t>(values[2][i]) : acc_t(0);
           inputs[i] = xs[i] * deltas[i];
         }
       },
       [&](uint32_t node, int j, const States<acc_t>(&weights)[2]) {
-        const acc_t delta = item.of_row(deltas, j), grad = item.of_row(grads, j), input = item.of_row(inputs, j);
+        const acc_t delta = item.of_row(decay_deltas, j), grad = item.of_row(grads, j), input = item.of_row(inputs, j);
         T kept_values[kLaneStates];
 #pragma unroll
         for (int s = 0; s < kLaneStates; ++s) {
@@ -227,7 +234,13 @@ __global__ void __launch_bounds__(kWarpLanes)
         for (int i = 0; i < kOwnRows; ++i) {
           if (!item.active || nodes[i] & kPast) continue;
           const uint32_t vertex = nodes[i] & kVertexMask;
-          const acc_t draw_delta = (dinput[i] * xs[i] + ddelta[i] * decays.kLog2) * slopes[i];
+          acc_t draw_delta = dinput[i] * xs[i] * slopes[i];
+          const acc_t of_decays = ddelta[i] * decays.kLog2 * decay_slopes[i];
+          if (has_own_steps) {
+            store_streaming(at_vertex(ddecay_raw_deltas, vertex, row_bytes), static_cast<T>(of_decays));
+          } else {
+            draw_delta += of_decays;
+          }
           store_streaming(at_vertex(dx, vertex, row_bytes), static_cast<T>(dinput[i] * deltas[i]));
           store_streaming(at_vertex(draw_deltas, vertex, row_bytes), static_cast<T>(draw_delta));
           dbias += draw_delta;

@@ -26,9 +26,9 @@ void with_states(const SelectiveInputs& inputs, int64_t first, int64_t count, Ru
   });
 }
 
-// The gradients of `count` states from `first` on. Those of x and of raw delta are (parts, B, L, D).
+// The gradients of `count` states from `first` on. Those of maps are (parts, B, L, D).
 struct PartialGradients {
-  Tensor x, raw_delta;
+  Tensor x, raw_delta, decay_raw_delta;
   StateGradients parameters;
 };
 
@@ -47,6 +47,10 @@ PartialGradients partial_gradients(const SelectiveInputs& inputs, const Tensor& 
     data.grad = grad.const_data_ptr<T>();
     data.out = result.x.template mutable_data_ptr<T>();
     data.ddecay_or_raw_delta = result.raw_delta.template mutable_data_ptr<T>();
+    if (inputs.decay_raw_delta.defined()) {
+      result.decay_raw_delta = empty_like(result.x);
+      data.ddecay_raw_delta = result.decay_raw_delta.template mutable_data_ptr<T>();
+    }
     with_gradient_pass(direction, [&](auto pass) {
       result.parameters = scan_states<groups(), pass(), false>(data, count, x, inputs.planned);
     });
@@ -90,21 +94,70 @@ WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, c
     const PartialGradients part = partial_gradients(inputs, grad, first, count, direction);
     const StateGradients& parameters = part.parameters;
     const Tensor bias = select(result.parameters, 0, 0);
-    if (count == states && part.x.size(0) == 1) {
-      result.x = reshaped(part.x, x.sizes()), result.raw_delta = reshaped(part.raw_delta, x.sizes());
-      copy(bias, parameters.delta_bias);
-    } else {
-      if (first == 0) result.x = empty(x, x.sizes(), accumulation), result.raw_delta = empty_like(result.x);
-      merge(part.x, Tensor(), 0, x, Tensor(), first > 0, result.x);
-      merge(part.raw_delta, Tensor(), 0, x, Tensor(), first > 0, result.raw_delta);
-      add(bias, parameters.delta_bias);
-    }
+    // The sum over the parts, and over those before.
+    const auto sum_maps = [&](const Tensor& maps, Tensor& sum) {
+      if (!maps.defined()) return;
+      if (count == states && maps.size(0) == 1) {
+        sum = reshaped(maps, x.sizes());
+        return;
+      }
+      if (first == 0) sum = empty(x, x.sizes(), accumulation);
+      merge(maps, Tensor(), 0, x, Tensor(), first > 0, sum);
+      if (first + count == states) sum = to(sum, type);
+    };
+    sum_maps(part.x, result.x);
+    sum_maps(part.raw_delta, result.raw_delta);
+    sum_maps(part.decay_raw_delta, result.decay_raw_delta);
+    add(bias, parameters.delta_bias);
     copy(slice(result.parameters, 1 + first, count), slice(parameters.A_log, 0, count));
     copy(slice(dB, first, count, 2), slice(select(parameters.weights, 2, 0), 0, count, 2));
     copy(slice(dC, first, count, 2), slice(select(parameters.weights, 2, 1), 0, count, 2));
   }
-  result.x = to(result.x, type), result.raw_delta = to(result.raw_delta, type);
   return result;
 }
 
+namespace {
+
+SelectiveInputs stepped_inputs(const Tensor& x, const Tensor& dt, const Tensor& decay_dt, const Tensor& A_log,
+                               const Tensor& B, const Tensor& C, const Tensor& parent, const Tensor& order,
+                               const Tensor& subtree_size) {
+  SelectiveInputs inputs(x, dt, {}, {}, A_log, B, C, parent, order, subtree_size);
+  inputs.decay_raw_delta = contiguous(decay_dt);
+  return inputs;
+}
+
+Tensor stepped_scan(const Tensor& x, const Tensor& dt, const Tensor& decay_dt, const Tensor& A_log, const Tensor& B,
+                    const Tensor& C, const Tensor& parent, const Tensor& order, const Tensor& subtree_size,
+                    std::string_view direction_name) {
+  check_stepped_scan(x, dt, decay_dt, A_log, B, C, parent, order, subtree_size);
+  const Direction direction = parse_one_sweep(direction_name);
+  const DeviceGuard guard(x);
+  return weighed_states(stepped_inputs(x, dt, decay_dt, A_log, B, C, parent, order, subtree_size), direction);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stepped_scan_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& dt, const Tensor& decay_dt, const Tensor& A_log, const Tensor& B,
+    const Tensor& C, const Tensor& parent, const Tensor& order, const Tensor& subtree_size,
+    std::string_view direction_name) {
+  check_stepped_scan(x, dt, decay_dt, A_log, B, C, parent, order, subtree_size);
+  check_like("grad", grad, "x", x, x.sizes());
+  const Direction direction = parse_one_sweep(direction_name);
+  const DeviceGuard guard(x);
+  const SelectiveInputs inputs = stepped_inputs(x, dt, decay_dt, A_log, B, C, parent, order, subtree_size);
+  const WeighedStatesGradients gradients = weighed_states_gradients(inputs, contiguous(grad), direction);
+  return {gradients.x,
+          gradients.raw_delta,
+          gradients.decay_raw_delta,
+          copy_as(transpose(slice(gradients.parameters, 1, inputs.scans())), accumulation_type(x)),
+          gradients.B,
+          gradients.C};
+}
+
+}  // namespace
+
 }  // namespace grootvl
+
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
+  m.impl("stepped_scan", TORCH_BOX(&grootvl::stepped_scan));
+  m.impl("stepped_scan_backward", TORCH_BOX(&grootvl::stepped_scan_backward));
+}

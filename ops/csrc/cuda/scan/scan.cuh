@@ -152,10 +152,12 @@ struct ScanData {
   const T* x;                   // (batch, L, D)
   const T* decay_or_raw_delta;  // the decay, or of a selective scan the step size before bias and softplus: of all
   int64_t raw_delta_stride;     // scans (0), or from one scan to the next
+  const T* decay_raw_delta;     // (batch, L, D), or null: of many states, the step size of decays alone
   const T* grad;                // (batch, L, D)
   T* out;                       // (maps, L, D): h or u; in a backward or gradient pass dx
   T* kept;                      // (maps, L, D): for a gradient pass
   T* ddecay_or_raw_delta;       // (maps, L, D)
+  T* ddecay_raw_delta;          // likewise, if there is a decay_raw_delta
   // Of a selective scan.
   PixelWeights<T> input_weight;   // B in the paper
   PixelWeights<T> output_weight;  // C, of a gradient pass

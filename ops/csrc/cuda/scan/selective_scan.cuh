@@ -25,6 +25,7 @@ PixelWeights<T> weights_of(const Tensor& weights, int64_t first) {
 // own step sizes, biases and trees.
 struct SelectiveInputs {
   Tensor x, dt, dt_weight, dt_bias, A_log, B, C, raw_delta;
+  Tensor decay_raw_delta;  // (B, L, D), where decays have steps of their own
   TreeFields tree;
   mutable PlannedTrees planned;  // by the first scan, for all
   bool grouped;
@@ -61,6 +62,7 @@ struct SelectiveInputs {
     GROOTVL_CHECK(count * data.batch <= INT32_MAX, "the tensors are too large for one scan");
     data.maps = static_cast<int>(count) * data.batch;
     data.input_weight = weights_of<T>(B, first);
+    if (decay_raw_delta.defined()) data.decay_raw_delta = decay_raw_delta.const_data_ptr<T>();
     data.delta_bias = dt_bias.const_data_ptr<acc_t>();
     data.A_log = A_log.const_data_ptr<acc_t>() + first * data.channels;
     if (grouped) {
@@ -88,9 +90,9 @@ Tensor scan_maps(const SelectiveInputs& inputs, int64_t first, int64_t count, Di
 // y = sum_s C_s h_s (B, L, D) of the states of one x by one sweep, and its gradients.
 Tensor weighed_states(const SelectiveInputs& inputs, Direction direction);
 struct WeighedStatesGradients {
-  Tensor x, raw_delta;  // (B, L, D)
-  Tensor parameters;    // (1 + N, D), in the precision of sums: of delta_bias, and of A_log
-  Tensor B, C;          // (B, L, N), or (B, L)
+  Tensor x, raw_delta, decay_raw_delta;  // (B, L, D), the last one where decays have steps of their own
+  Tensor parameters;                     // (1 + N, D), in the precision of sums: of delta_bias, and of A_log
+  Tensor B, C;                           // (B, L, N), or (B, L)
 };
 WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, const Tensor& grad, Direction direction);
 

@@ -22,15 +22,17 @@ __global__ void __launch_bounds__(kWarpLanes)
 #pragma unroll
   for (int s = 0; s < kLaneStates; ++s) product[s] = factor[s] = 1;
   acc_t deltas[Item::kOwnRows], inputs[Item::kOwnRows];
-  const T* maps[] = {data.decay_or_raw_delta + item.column, (is_gradient(pass) ? data.grad : data.x) + item.column};
+  const T* maps[] = {data.decay_or_raw_delta + item.column, (is_gradient(pass) ? data.grad : data.x) + item.column,
+                     own_steps(data, item)};
   const PixelWeights<T> weights[] = {is_gradient(pass) ? data.output_weight : data.input_weight};
   walk_states<Sweep::kUp>(
       data, plan, item, maps, weights, memory + stack_size(capacity), [](uint32_t, int) {},
-      [&](const T(&values)[2][Item::kOwnRows]) {
+      [&](const T(&values)[3][Item::kOwnRows]) {
 #pragma unroll
         for (int i = 0; i < Item::kOwnRows; ++i) {
-          deltas[i] = softplus(static_cast<acc_t>(values[0][i]) + bias).value;
-          inputs[i] = static_cast<acc_t>(values[1][i]) * (is_gradient(pass) ? acc_t(1) : deltas[i]);
+          const Steps<acc_t> steps(values[0][i], values[2][i], bias, maps[2] != nullptr);
+          deltas[i] = steps.decay.value;
+          inputs[i] = static_cast<acc_t>(values[1][i]) * (is_gradient(pass) ? acc_t(1) : steps.input.value);
         }
       },
       [&](uint32_t node, int j, const States<acc_t>(&weights)[1]) {

@@ -127,6 +127,23 @@ struct StateDecays {
   __device__ static __forceinline__ double power_of_2(double x) { return exp2(x); }
 };
 
+// The map of the decays' own step sizes, or null.
+template <int kGroups, typename T, typename acc_t>
+__device__ __forceinline__ const T* own_steps(const ScanData<T, acc_t>& data, const StateItem<kGroups>& item) {
+  return data.decay_raw_delta == nullptr ? nullptr : data.decay_raw_delta + item.column;
+}
+
+// The step sizes of a row's input and of its decays.
+template <typename acc_t>
+struct Steps {
+  Softplus<acc_t> input, decay;
+
+  __device__ __forceinline__ Steps(acc_t raw_delta, acc_t raw_decay_delta, acc_t bias, bool own_steps)
+      : input(softplus(raw_delta + bias)), decay(input) {
+    if (own_steps) decay = softplus(raw_decay_delta + bias);
+  }
+};
+
 // Pending sums as in stack.cuh, of all states of a lane, which push and pop together: behind a branch, since in a tree
 // of text few vertices do, and in a chain none.
 template <typename acc_t>
@@ -160,10 +177,10 @@ constexpr int stack_size(int capacity) { return capacity * kWarpLanes * kLaneSta
 // What a walk over states is to do with a run.
 //
 // For each tile it calls `begin(values)` with what this lane has loaded of the kMaps `maps` (pointers to the lane's
-// channel) for the rows that its group owns; `visit(node, j, weights)` for every row in turn, with the weights of this
-// lane's states of kKinds kinds; and `finish(nodes)`, with the nodes of the rows that the group owns. `prefetch(nodes,
-// lane)` is called a tile ahead: the lanes from `lane` on have the nodes of the next tile. As in walk.cuh, the last
-// tile is filled up with copies of the last row that are marked kPast.
+// channel, of which the last may be null) for the rows that its group owns; `visit(node, j, weights)` for every row in
+// turn, with the weights of this lane's states of kKinds kinds; and `finish(nodes)`, with the nodes of the rows that
+// the group owns. `prefetch(nodes, lane)` is called a tile ahead: the lanes from `lane` on have the nodes of the next
+// tile. As in walk.cuh, the last tile is filled up with copies of the last row that are marked kPast.
 template <Sweep sweep, int kMaps, int kKinds, int kGroups, typename T, typename acc_t, typename Prefetch,
           typename Begin, typename Visit, typename Finish>
 __device__ __forceinline__ void walk_states(const ScanData<T, acc_t>& data, const Plan& plan,
@@ -198,7 +215,10 @@ __device__ __forceinline__ void walk_states(const ScanData<T, acc_t>& data, cons
     for (int i = 0; i < kOwnRows; ++i) {
       own_nodes[i] = __shfl_sync(kAllLanes, from, first + item.group * kOwnRows + i);
 #pragma unroll
-      for (int m = 0; m < kMaps; ++m) values[m][i] = at_vertex(maps[m], own_nodes[i] & kVertexMask, row_bytes);
+      for (int m = 0; m < kMaps; ++m) {
+        if (m == kMaps - 1 && maps[m] == nullptr) continue;
+        values[m][i] = at_vertex(maps[m], own_nodes[i] & kVertexMask, row_bytes);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
