@@ -95,8 +95,8 @@ def prefix_scan(
     if edges is not None:
         with torch.no_grad():  # no gradient passes through the choice of the tree
             tree = prompt_tree(F.softplus(dt) * u, B, edges, neighbours)
-        # The decay of the root, which is the last token, is not used. Roll takes twice as long as this on CUDA.
-        decay_dt = torch.cat((dt[:, 1:], dt[:, :1]), dim=1) if edge_decay == "next" else None
+        # The decay of the root, which is the last token, is not used.
+        decay_dt = F.pad(dt[:, 1:], (0, 0, 0, 1)) if edge_decay == "next" else None
         of_tree = selective_scan(u, dt, None, None, A_log, B, tree, "up", C, decay_dt)
         y = of_chain.add(of_tree, alpha=tree_scale)
     if num_readers == 0:
