@@ -35,8 +35,9 @@ inline Tensor sum_parts(const Tensor& parts, int64_t outer, Sizes sizes, ScalarT
   if (sums.numel() == 0) return sums;
   for_accumulation_type(parts.scalar_type(), [&](auto value) {
     using acc_t = decltype(value);
-    // Eight columns fill a sector of memory. There are few columns where there are many parts.
-    const dim3 block = count < 64 ? dim3(256, 1) : dim3(8, 64);
+    // Eight columns fill a sector of memory. Several threads share a column where there are many parts and few columns.
+    constexpr int64_t kManyColumns = 1 << 16;
+    const dim3 block = count < 64 || inner >= kManyColumns ? dim3(256, 1) : dim3(8, 64);
     const dim3 blocks((inner + block.x - 1) / block.x, outer);
     const size_t shared = block.y > 1 ? sizeof(acc_t) * block.x * block.y : 0;
     for_floating_type(type, [&](auto result) {
