@@ -5,10 +5,13 @@
 
 namespace grootvl {
 
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+constexpr float kLog2e = 1.44269504f;
+
+// Results, and 1 / results of fast_reciprocal, too small for normal numbers are 0.
+__device__ __forceinline__ float fast_exp(float x) { return exp2_without_denormals(kLog2e * x); }
 __device__ __forceinline__ double fast_exp(double x) { return exp(x); }
-__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double fast_divide(double a, double b) { return a / b; }
+__device__ __forceinline__ float fast_reciprocal(float x) { return reciprocal_without_denormals(x); }
+__device__ __forceinline__ double fast_reciprocal(double x) { return 1 / x; }
 
 // a b, rounded: the compiler makes no single instruction of it and a sum that follows.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
@@ -16,8 +19,7 @@ __device__ __forceinline__ double rounded_product(double a, double b) { return _
 
 // 1 / (1 + exp(-x)).
 __device__ __forceinline__ float sigmoid(float x) {
-  constexpr float kLog2e = 1.44269504f;
-  return reciprocal_without_denormals(1 + exp2_without_denormals(-kLog2e * x));
+  return fast_reciprocal(1 + fast_exp(-x));
 }
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 

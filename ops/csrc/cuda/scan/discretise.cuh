@@ -27,7 +27,7 @@ __device__ __forceinline__ Softplus<float> softplus(float z) {
   log_ratio = fmaf(log_ratio, t, 0.3327548f);
   log_ratio = fmaf(log_ratio, t, -0.499974054f);
   log_ratio = fmaf(log_ratio, t, 0.999999806f);
-  const float upper = fast_divide(1.f, 1 + t);
+  const float upper = fast_reciprocal(1 + t);
   return {fmaf(t, log_ratio, fmaxf(z, 0.f)), z > 0 ? upper : t * upper};
 }
 
