@@ -119,6 +119,18 @@ def scan_misaligned() -> None:
     backward(grootvl_ops.selective_scan(x, dt, None, None, randn(40), randn(1, 420), tree), misaligned)
 
 
+def many_states(make_tree: Callable[[], Tree], channels: int, dtype: torch.dtype, states: int) -> None:
+    """States of which only the sum is asked for, by sweeps up and down; decays also with steps of their own."""
+    tree = make_tree()
+    batch, length = tree.parent.shape
+    x, dt, decay_dt = (randn(batch, length, channels, dtype=dtype) for _ in range(3))
+    B, C = (randn(batch, length, states, dtype=dtype) for _ in range(2))
+    for direction in ("up", "down"):
+        for steps in (None, decay_dt):
+            A_log = randn(channels, states)
+            backward(grootvl_ops.selective_scan(x, dt, None, None, A_log, B, tree, direction, C, steps))
+
+
 def merged_scan(groups: int, length: int, channels: int, dtype: torch.dtype) -> None:
     """Several scans of one launch, each along its own path, in both directions, aligned and not."""
     path = grootvl_ops.path_tree(torch.stack([torch.randperm(length) for _ in range(groups)]).to(DEVICE))
@@ -151,10 +163,17 @@ def scans() -> Cases:
     yield scan_misaligned
 
 
+def states() -> Cases:
+    for length in LENGTHS:
+        for channels, dtype, count in ((13, torch.float32, 16), (40, torch.float16, 18), (33, torch.float64, 3)):
+            yield partial(many_states, partial(forest, length), channels, dtype, count)
+
+
 def weights(channels: int, dtype: torch.dtype, metric: str) -> None:
-    """Edge weights of maps and of clips."""
+    """Edge weights of maps and of clips, and the cosines of a sequence."""
     grootvl_ops.edge_weights(randn(2, 17, 19, channels, dtype=dtype), metric)
     grootvl_ops.edge_weights(randn(2, 3, 9, 10, channels, dtype=dtype), metric)
+    grootvl_ops.neighbour_cosines(randn(2, 61, channels, dtype=dtype), 5)
 
 
 def grid(batch: int, height: int, width: int) -> None:
@@ -245,6 +264,7 @@ def convolutions() -> Cases:
 PARTS: dict[str, Callable[[], Cases]] = {
     "convolutions": convolutions,
     "scans": scans,
+    "states": states,
     "trees": trees,
     "norms": norms,
     "mixers": mixers,
