@@ -104,11 +104,10 @@ __global__ void __launch_bounds__(kWarpLanes)
       });
 }
 
-// The gradients, from that of y, `data.grad`, and what was kept: of x and raw delta (parts of the states, batch, L, D)
-// (and of the decays' own raw delta, if they have one), and sums over the warp's channels, of B and then of C, in
-// `data.dinput_weight` (groups of channels, batch, L, 2, states). `data.dparameters` gets sums over a run: of A_log
-// (states, batch, runs, D), and behind them of delta's bias (parts, batch, runs, D). See finish_gradients for a single
-// state.
+// The gradients, from that of y, `data.grad`, and what was kept: of x and of raw delta (parts of the states, batch, L,
+// D), and of the decays' own raw delta, if they have one. `data.dinput_weight` (2, groups of channels, batch, L,
+// states) gets sums over the warp's channels, of B and of C; `data.dparameters` sums over a run, of delta's bias
+// (parts, batch, runs, D), and behind them of A_log (states, batch, runs, D). See finish_gradients for a single state.
 template <int kGroups, Pass pass, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWarpLanes)
     finish_state_gradients(ScanData<T, acc_t> data, int states, Plan plan, RunData<acc_t> runs, int capacity) {
@@ -160,10 +159,9 @@ __global__ void __launch_bounds__(kWarpLanes)
   // C. Lanes of as many channels as there are for each of the values have the same one.
   constexpr int kValues = 2 * kLaneStates, kSameLanes = kChannels / kValues;
   const int value = item.lane_channel / kSameLanes;
-  const int64_t row_size = 2 * data.scans;
-  acc_t* dweights = data.dinput_weight +
-                    (int64_t(item.channel_group) * data.batch + item.image) * data.num_vertices * row_size +
-                    value / kLaneStates * data.scans + item.first_state + value % kLaneStates;
+  const int64_t of_group = int64_t(value / kLaneStates) * item.channel_groups + item.channel_group;
+  acc_t* dweights = data.dinput_weight + (of_group * data.batch + item.image) * data.num_vertices * data.scans +
+                    item.first_state + value % kLaneStates;
   const bool writes_weights = item.lane_channel % kSameLanes == 0;
   T *dx = data.out + item.map_column, *draw_deltas = data.ddecay_or_raw_delta + item.map_column;
   T* ddecay_raw_deltas = data.ddecay_raw_delta + item.map_column;
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(kWarpLanes)
         }
 #pragma unroll
         for (; distance > 0; distance /= 2) shares[0] += __shfl_xor_sync(kAllLanes, shares[0], distance);
-        if (writes_weights && !(node & kPast)) dweights[(node & kVertexMask) * row_size] = shares[0];
+        if (writes_weights && !(node & kPast)) dweights[int64_t(node & kVertexMask) * data.scans] = shares[0];
       },
       [&](const uint32_t (&nodes)[kOwnRows]) {
         acc_t dinput[kOwnRows], ddelta[kOwnRows];
@@ -248,13 +246,13 @@ __global__ void __launch_bounds__(kWarpLanes)
       });
   dbias = item.sum_groups(dbias);
   if (!item.active) return;
+  const int parts = data.scans / kStates, part = item.first_state / kStates;
 #pragma unroll
   for (int s = 0; s < kLaneStates; ++s) {
-    data.dparameters[item.at_run + s * item.state_stride] = dA_log[s] * decays.rates[s] * decays.kLog2;
+    data.dparameters[item.at_run + (parts + s) * item.state_stride] = dA_log[s] * decays.rates[s] * decays.kLog2;
   }
   if (item.group > 0) return;
-  const int64_t part = item.first_state / kStates;
-  data.dparameters[item.at_run + (data.scans + part - item.first_state) * item.state_stride] = dbias;
+  data.dparameters[item.at_run + (part - item.first_state) * item.state_stride] = dbias;
 }
 
 }  // namespace grootvl

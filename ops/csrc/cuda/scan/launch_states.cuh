@@ -9,9 +9,8 @@ namespace grootvl {
 
 // The gradients of parameters from many states, unset for other passes. The states are filled up as in StateItem.
 struct StateGradients {
-  Tensor weights;     // (batch, L, 2, states): of B, then of C
-  Tensor A_log;       // (states, D)
-  Tensor delta_bias;  // (D)
+  Tensor B, C;         // (batch, L, states), of x's type
+  Tensor of_channels;  // of delta_bias (parts, D), and behind them of A_log (states, D)
 };
 
 // Of `data.scans` states, filled up to whole parts of warp_states(kGroups); the first `states` of them have weights.
@@ -21,12 +20,13 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
   constexpr bool kGradient = is_gradient(pass);
   const int64_t parts = data.scans / Item::kStates, images = parts * data.batch;
   const int64_t length = data.num_vertices, channels = data.channels;
-  const std::vector<int64_t> weights_sizes{data.batch, length, 2, data.scans};
+  const std::vector<int64_t> weights_sizes{data.batch, length, data.scans},
+      parameter_sizes{parts + data.scans, channels};
   const ScalarType accumulation = accumulation_type(x);
   if (images * length * channels == 0) {
     if (!kGradient) return {};
-    return {zeros(x, weights_sizes, accumulation), zeros(x, {data.scans, channels}, accumulation),
-            zeros(x, {channels}, accumulation)};
+    return {zeros(x, weights_sizes, x.scalar_type()), zeros(x, weights_sizes, x.scalar_type()),
+            zeros(x, parameter_sizes, accumulation)};
   }
   GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   const cudaStream_t stream = current_stream();
@@ -51,10 +51,10 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
   }
   Tensor dweights, dparameters;
   if constexpr (kGradient) {
-    dweights = empty(x, {channel_groups, data.batch, length, 2, data.scans}, accumulation);
+    dweights = empty(x, {2, channel_groups, data.batch, length, data.scans}, accumulation);
     data.dinput_weight = dweights.mutable_data_ptr<acc_t>();
     // There may be fewer runs than room for them.
-    const std::vector<int64_t> sizes{data.scans + parts, data.batch * plan.runs.capacity, channels};
+    const std::vector<int64_t> sizes{parts + data.scans, data.batch * plan.runs.capacity, channels};
     dparameters = several_runs ? zeros(x, sizes, accumulation) : empty(x, sizes, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
@@ -67,9 +67,10 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
     launch_walk(finish_states<kGroups, pass, kKeeps, T, acc_t>, bytes, runs);
     return {};
   }
-  const Tensor of_channels = sum_parts(dparameters, data.scans + parts, {data.scans + parts, channels}, accumulation);
-  return {sum_parts(dweights, 1, weights_sizes, accumulation), slice(of_channels, 0, data.scans),
-          sum(slice(of_channels, data.scans, parts), 0, accumulation)};
+  const auto sum_weights = [&](int64_t which) {
+    return sum_parts(slice(dweights, which, 1), 1, weights_sizes, x.scalar_type());
+  };
+  return {sum_weights(0), sum_weights(1), sum_parts(dparameters, parts + data.scans, parameter_sizes, accumulation)};
 }
 
 }  // namespace grootvl

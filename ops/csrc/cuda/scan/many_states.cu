@@ -85,15 +85,11 @@ WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, c
   constexpr int64_t kMostKept = int64_t{1} << 29;  // values
   const int64_t at_once = x.numel() * states <= kMostKept ? states : kLaneStates;
   WeighedStatesGradients result;
-  result.parameters = zeros(x, {1 + states, channels}, accumulation);
-  result.B = empty_like(inputs.B), result.C = empty_like(inputs.C);
-  const auto with_states_dim = [&](const Tensor& weights) { return reshaped(weights, {batch, length, states}); };
-  const Tensor dB = with_states_dim(result.B), dC = with_states_dim(result.C);
+  Tensor dB, dC;  // (B, L, N)
   for (int64_t first = 0; first < states; first += at_once) {
     const int64_t count = std::min(at_once, states - first);
     const PartialGradients part = partial_gradients(inputs, grad, first, count, direction);
-    const StateGradients& parameters = part.parameters;
-    const Tensor bias = select(result.parameters, 0, 0);
+    const auto& [B, C, of_channels] = part.parameters;
     // The sum over the parts, and over those before.
     const auto sum_maps = [&](const Tensor& maps, Tensor& sum) {
       if (!maps.defined()) return;
@@ -108,11 +104,21 @@ WeighedStatesGradients weighed_states_gradients(const SelectiveInputs& inputs, c
     sum_maps(part.x, result.x);
     sum_maps(part.raw_delta, result.raw_delta);
     sum_maps(part.decay_raw_delta, result.decay_raw_delta);
-    add(bias, parameters.delta_bias);
-    copy(slice(result.parameters, 1 + first, count), slice(parameters.A_log, 0, count));
-    copy(slice(dB, first, count, 2), slice(select(parameters.weights, 2, 0), 0, count, 2));
-    copy(slice(dC, first, count, 2), slice(select(parameters.weights, 2, 1), 0, count, 2));
+    if (count == states && B.size(2) == states && part.x.size(0) == 1) {  // nothing is to be summed or left out
+      dB = B, dC = C, result.parameters = of_channels;
+      break;
+    }
+    if (first == 0) {
+      dB = empty(x, {batch, length, states}, type), dC = empty_like(dB);
+      result.parameters = zeros(x, {1 + states, channels}, accumulation);
+    }
+    const int64_t parts = part.x.size(0);
+    add(select(result.parameters, 0, 0), sum(slice(of_channels, 0, parts), 0, accumulation));
+    copy(slice(result.parameters, 1 + first, count), slice(of_channels, parts, count));
+    copy(slice(dB, first, count, 2), slice(B, 0, count, 2));
+    copy(slice(dC, first, count, 2), slice(C, 0, count, 2));
   }
+  result.B = reshaped(dB, inputs.B.sizes()), result.C = reshaped(dC, inputs.C.sizes());
   return result;
 }
 

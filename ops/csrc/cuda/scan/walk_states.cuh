@@ -36,7 +36,7 @@ struct StateItem {
 
   int group, lane_channel;
   int channel;
-  unsigned channel_group;  // number of the warp's group of kChannels channels
+  unsigned channel_group, channel_groups;  // number of the warp's group of kChannels channels, and of all
   int image, first_state, states;
   int64_t map;                   // in (parts of the states, batch)
   int64_t rows, tree_rows;       // first row of the image in (batch, L), and of its tree in (trees, L)
@@ -48,7 +48,7 @@ struct StateItem {
 
   template <typename T, typename acc_t>
   __device__ StateItem(const ScanData<T, acc_t>& data, const Plan& plan, int states) : states(states) {
-    const unsigned channel_groups = (data.channels + kChannels - 1) / kChannels;
+    channel_groups = (data.channels + kChannels - 1) / kChannels;
     const unsigned run = blockIdx.x / channel_groups % plan.runs.capacity;
     map = blockIdx.x / channel_groups / plan.runs.capacity;
     image = map % data.batch;
