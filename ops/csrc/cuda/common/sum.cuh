@@ -17,8 +17,17 @@ __global__ void sum_parts_kernel(const acc_t* parts, int64_t count, int64_t inne
   const bool valid = column < inner;
   const acc_t* first = parts + blockIdx.y * count * inner + (valid ? column : 0);
   acc_t sum = 0;
-#pragma unroll 8
-  for (int64_t part = threadIdx.y; part < count; part += blockDim.y) sum += first[part * inner];
+  constexpr int kAhead = 8;  // parts that are loaded together: the compiler would wait for each one
+  for (int64_t part = threadIdx.y; part < count; part += kAhead * blockDim.y) {
+    acc_t values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t next = part + i * blockDim.y;
+      values[i] = next < count ? first[next * inner] : acc_t(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) sum += values[i];
+  }
   for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
     if (threadIdx.y >= half && threadIdx.y < 2 * half) of_threads[threadIdx.y * blockDim.x] = sum;
     __syncthreads();
@@ -36,8 +45,8 @@ inline Tensor sum_parts(const Tensor& parts, int64_t outer, Sizes sizes, ScalarT
   for_accumulation_type(parts.scalar_type(), [&](auto value) {
     using acc_t = decltype(value);
     // Eight columns fill a sector of memory. Several threads share a column where there are many parts and few columns.
-    constexpr int64_t kManyColumns = 1 << 16;
-    const dim3 block = count < 64 || inner >= kManyColumns ? dim3(256, 1) : dim3(8, 64);
+    constexpr int64_t kManyColumns = 1 << 13;
+    const dim3 block = count < 64 ? dim3(256, 1) : inner >= kManyColumns ? dim3(64, 4) : dim3(8, 64);
     const dim3 blocks((inner + block.x - 1) / block.x, outer);
     const size_t shared = block.y > 1 ? sizeof(acc_t) * block.x * block.y : 0;
     for_floating_type(type, [&](auto result) {
