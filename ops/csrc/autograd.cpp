@@ -179,8 +179,7 @@ Tensor stepped_scan(const Tensor& x, const Tensor& dt, const Tensor& decay_dt, c
                     const Tensor& C, const Tensor& parent, const Tensor& order, const Tensor& subtree_size,
                     std::string_view direction) {
   static const auto operation = find_operation<decltype(stepped_scan)>("grootvl_ops::stepped_scan");
-  const Tensor y =
-      call_below_autograd(operation, x, dt, decay_dt, A_log, B, C, parent, order, subtree_size, direction);
+  const Tensor y = call_below_autograd(operation, x, dt, decay_dt, A_log, B, C, parent, order, subtree_size, direction);
   return differentiable<stepped_scan_gradients>(y, {x, dt, decay_dt, A_log, B, C},
                                                 {x, dt, decay_dt, A_log, B, C, parent, order, subtree_size},
                                                 std::string(direction));
@@ -358,8 +357,8 @@ TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
   for (const char* name :
-       {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward", "depthwise_conv_silu_backward",
-        "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
+       {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward",
+        "depthwise_conv_silu_backward", "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

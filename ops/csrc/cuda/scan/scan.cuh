@@ -72,7 +72,8 @@
 // neither is ever stored in memory; its gradients are those of these values (discretise.cuh).
 //
 // Several scans. One launch takes several selective scans of the same x: the states of a state space model, or its
-// directions. Their results are weighed and summed by another kernel (merge.cuh), so y = sum_s C_s h_s. Gradients need
+// directions. Their results are weighed and summed, y = sum_s C_s h_s: by another kernel (merge.cuh), or, of states of
+// which the sum by one sweep is all that is asked for, in the walk itself (walk_states.cuh). Gradients need
 // one sweep only where a forward pass has kept of each scan what did not come from the vertex itself: in "down"
 // e_v = a_v h_parent, in "up" h_v (gradients.cuh). With g = C_s dy,
 //
@@ -83,7 +84,8 @@
 //
 // Files, in the order of their use: plan.cuh cuts the postorder; ring.cuh, stack.cuh and walk.cuh go over the rows of
 // a run; column.cuh goes over runs; summarise.cuh, join.cuh and finish.cuh, or gradients.cuh, are the three steps;
-// launch_scan.cuh launches them; merge.cuh sums up maps of several scans.
+// launch_scan.cuh launches them; merge.cuh sums up maps of several scans. walk_states.cuh, summarise_states.cuh,
+// finish_states.cuh and launch_states.cuh do the same for many states in one walk.
 #pragma once
 
 #include <cstdint>
