@@ -18,9 +18,7 @@ __device__ __forceinline__ float rounded_product(float a, float b) { return __fm
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // 1 / (1 + exp(-x)).
-__device__ __forceinline__ float sigmoid(float x) {
-  return fast_reciprocal(1 + fast_exp(-x));
-}
+__device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1 + fast_exp(-x)); }
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 }  // namespace grootvl
