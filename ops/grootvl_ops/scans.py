@@ -82,7 +82,8 @@ def selective_scan(
 
     On CUDA the discretisation is part of the scan: neither decays nor scaled inputs are written to memory, and the
     backward pass computes them once more from what the forward pass was given. Where C is given, no (B, L, D, N) tensor
-    is in memory, but in the backward pass on CUDA one of 4 states, or of all states if it has up to 2^29 values.
+    is in memory, except in the backward pass of "up" and "down" on CUDA: one of four states, or of all states if it has
+    up to 2^29 values.
 
     Args:
         x: (B, L, D), floating point: what is aggregated.
