@@ -218,8 +218,8 @@ def main() -> None:
     repeats, layers = args.repeats, args.layers
     fused = fused_kernels()
 
-    def both(measurement: Callable[..., object], *arguments: int, peer_repeats: int = 1) -> tuple[object, object]:
-        mamba = measure("Mamba", measurement, layers, *arguments, repeats if fused else peer_repeats)
+    def both(measurement: Callable[..., object], *arguments: int) -> tuple[object, object]:
+        mamba = measure("Mamba", measurement, layers, *arguments, repeats if fused else 1)
         return mamba, measure("GrootL", measurement, layers, *arguments, repeats)
 
     def compiled(measurement: Callable[..., object], *arguments: int) -> object:

@@ -111,13 +111,10 @@ def tree_scan(x: Tensor, decay: Tensor, tree: tuple[Tensor, Tensor, Tensor], dir
 
 
 # With the arguments and results of the operations, in the order of their schemas.
-selective_scan = without_autocast(partial(reference.selective_scan, scan=tree_scan_below))
-stepped_scan = without_autocast(
-    partial(reference.stepped_scan, scan=partial(reference.selective_scan, scan=tree_scan_below))
-)
-merged_scan = without_autocast(
-    partial(reference.merged_scan, scan=partial(reference.selective_scan, scan=tree_scan_below))
-)
+_selective_scan = partial(reference.selective_scan, scan=tree_scan_below)
+selective_scan = without_autocast(_selective_scan)
+stepped_scan = without_autocast(partial(reference.stepped_scan, scan=_selective_scan))
+merged_scan = without_autocast(partial(reference.merged_scan, scan=_selective_scan))
 gated_norm = without_autocast(reference.gated_norm)
 layer_norm = without_autocast(reference.layer_norm)
 add_layer_norm = without_autocast(reference.add_layer_norm)

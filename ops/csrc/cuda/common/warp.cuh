@@ -19,4 +19,23 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Sums of several values, each over lanes whose numbers differ in the bits from `distance` down, divided among them:
+// half of the lanes keep the first half of the values, the others the second, and so on until each has kKept, which are
+// then the first of `values`. Returns the next distance: over the bits from there down, the values are not summed up
+// yet.
+template <int kKept, int kSize, typename T>
+__device__ __forceinline__ int scatter_sums(T (&values)[kSize], int distance) {
+#pragma unroll
+  for (int half = kSize / 2; half >= kKept; half /= 2) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T kept = upper ? values[i + half] : values[i], given = upper ? values[i] : values[i + half];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
+    }
+    distance /= 2;
+  }
+  return distance;
+}
+
 }  // namespace grootvl

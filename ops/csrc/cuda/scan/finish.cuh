@@ -8,17 +8,7 @@ namespace grootvl {
 // Sums of a tile of values, each over a warp: value i / (kWarpLanes / kTileRows) for lane i.
 template <typename acc_t>
 __device__ __forceinline__ acc_t warp_sums(acc_t (&values)[kTileRows]) {
-  int distance = kWarpLanes / 2;
-#pragma unroll
-  for (int rows = kTileRows / 2; rows > 0; rows /= 2) {  // half of the lanes keep the first half of the values
-    const bool upper = threadIdx.x & distance;
-#pragma unroll
-    for (int i = 0; i < rows; ++i) {
-      const acc_t kept = upper ? values[i + rows] : values[i], given = upper ? values[i] : values[i + rows];
-      values[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
-    }
-    distance /= 2;
-  }
+  int distance = scatter_sums<1>(values, kWarpLanes / 2);
 #pragma unroll
   for (; distance > 0; distance /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], distance);
   return values[0];

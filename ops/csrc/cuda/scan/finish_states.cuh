@@ -209,17 +209,7 @@ __global__ void __launch_bounds__(kWarpLanes)
           shares[kLaneStates + s] = grad * (kUp ? weights[0][s] * input + kept : kept);
         }
         after_vertex<kUp>(node, stack, entering);
-        int distance = kChannels / 2;
-#pragma unroll
-        for (int half = kLaneStates; half > 0; half /= 2) {  // half of the lanes keep the first half of the values
-          const bool upper = threadIdx.x & distance;
-#pragma unroll
-          for (int i = 0; i < half; ++i) {
-            const acc_t own = upper ? shares[i + half] : shares[i], given = upper ? shares[i] : shares[i + half];
-            shares[i] = own + __shfl_xor_sync(kAllLanes, given, distance);
-          }
-          distance /= 2;
-        }
+        int distance = scatter_sums<1>(shares, kChannels / 2);
 #pragma unroll
         for (; distance > 0; distance /= 2) shares[0] += __shfl_xor_sync(kAllLanes, shares[0], distance);
         if (writes_weights && !(node & kPast)) dweights[int64_t(node & kVertexMask) * data.scans] = shares[0];

@@ -69,18 +69,13 @@ auto with_pass(Direction direction, Run run) {
   }
 }
 
-// Calls `run` with the pass of one sweep.
-template <typename Run>
+// Calls `run` with the pass, or the gradient pass, of a direction of one sweep as a constant.
+template <bool kGradient, typename Run>
 auto with_sweep(Direction direction, Run run) {
-  if (direction == Direction::kUp) return run(std::integral_constant<Pass, Pass::kUp>());
-  return run(std::integral_constant<Pass, Pass::kDown>());
-}
-
-// Calls `run` with the gradient pass of a direction as a constant.
-template <typename Run>
-auto with_gradient_pass(Direction direction, Run run) {
-  if (direction == Direction::kUp) return run(std::integral_constant<Pass, Pass::kUpGradient>());
-  return run(std::integral_constant<Pass, Pass::kDownGradient>());
+  if (direction == Direction::kUp) {
+    return run(std::integral_constant<Pass, kGradient ? Pass::kUpGradient : Pass::kUp>());
+  }
+  return run(std::integral_constant<Pass, kGradient ? Pass::kDownGradient : Pass::kDown>());
 }
 
 // The gradients of a selective scan's parameters, unset for other scans.

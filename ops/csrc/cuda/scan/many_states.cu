@@ -41,7 +41,8 @@ PartialGradients partial_gradients(const SelectiveInputs& inputs, const Tensor& 
     using T = std::remove_pointer_t<decltype(data.out)>;
     const Tensor kept = empty(x, {batch, length, channels, data.scans}, x.scalar_type());
     data.kept = kept.template mutable_data_ptr<T>();
-    with_sweep(direction, [&](auto pass) { scan_states<groups(), pass(), true>(data, count, x, inputs.planned); });
+    with_sweep<false>(direction,
+                      [&](auto pass) { scan_states<groups(), pass(), true>(data, count, x, inputs.planned); });
     result.x = empty(x, {data.scans / warp_states(groups()), batch, length, channels}, x.scalar_type());
     result.raw_delta = empty_like(result.x);
     data.grad = grad.const_data_ptr<T>();
@@ -51,7 +52,7 @@ PartialGradients partial_gradients(const SelectiveInputs& inputs, const Tensor& 
       result.decay_raw_delta = empty_like(result.x);
       data.ddecay_raw_delta = result.decay_raw_delta.template mutable_data_ptr<T>();
     }
-    with_gradient_pass(direction, [&](auto pass) {
+    with_sweep<true>(direction, [&](auto pass) {
       result.parameters = scan_states<groups(), pass(), false>(data, count, x, inputs.planned);
     });
   });
@@ -67,8 +68,8 @@ Tensor weighed_states(const SelectiveInputs& inputs, Direction direction) {
     using T = std::remove_pointer_t<decltype(data.out)>;
     parts = empty(x, {data.scans / warp_states(groups()), x.size(0), x.size(1), x.size(2)}, x.scalar_type());
     data.out = parts.template mutable_data_ptr<T>();
-    with_sweep(direction,
-               [&](auto pass) { scan_states<groups(), pass(), false>(data, inputs.scans(), x, inputs.planned); });
+    with_sweep<false>(
+        direction, [&](auto pass) { scan_states<groups(), pass(), false>(data, inputs.scans(), x, inputs.planned); });
   });
   if (parts.size(0) == 1) return reshaped(parts, x.sizes());
   const Tensor y = empty_like(x);

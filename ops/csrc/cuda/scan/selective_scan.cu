@@ -21,6 +21,14 @@ Tensor scan_maps(const SelectiveInputs& inputs, int64_t first, int64_t count, Di
 
 namespace {
 
+// How many scans are computed at once: few if maps are large, so that memory does not grow with the number of states; a
+// scan of large maps keeps the GPU busy alone.
+int64_t scans_at_once(const Tensor& x) {
+  constexpr int64_t kBytes = int64_t{256} << 20;
+  const int64_t bytes = x.scalar_type() == ScalarType::Double ? 8 : x.scalar_type() == ScalarType::Float ? 4 : 2;
+  return std::max<int64_t>(1, kBytes / (std::max<int64_t>(x.numel(), 1) * bytes));
+}
+
 Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Tensor>& dt_weight,
                       const std::optional<Tensor>& dt_bias, const Tensor& A_log, const Tensor& B,
                       const std::optional<Tensor>& C, const Tensor& parent, const Tensor& order,
@@ -39,7 +47,7 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const std::optional<Ten
     }
     return result;
   }
-  const int64_t at_once = scans_at_once(inputs.x, 1);
+  const int64_t at_once = scans_at_once(inputs.x);
   const Tensor y = empty(x, x.sizes(), at_once < states ? accumulation_type(x) : x.scalar_type());
   for (int64_t n = 0; n < states; n += at_once) {
     merge(scan_maps(inputs, n, std::min(at_once, states - n), direction), inputs.C, n, x, Tensor(), n > 0, y);

@@ -74,14 +74,6 @@ struct SelectiveInputs {
   }
 };
 
-// How many scans are computed at once that need so many maps each: few if maps are large, so that memory does not grow
-// with the number of states; a scan of large maps keeps the GPU busy alone.
-inline int64_t scans_at_once(const Tensor& x, int64_t maps) {
-  constexpr int64_t kBytes = int64_t{256} << 20;
-  const int64_t bytes = x.scalar_type() == ScalarType::Double ? 8 : x.scalar_type() == ScalarType::Float ? 4 : 2;
-  return std::max<int64_t>(1, kBytes / (std::max<int64_t>(x.numel(), 1) * maps * bytes));
-}
-
 // h of `count` scans from `first` on, (count, B, L, D). Where `kept` is given, it is set to what gradients_from_sum
 // reads, of the same shape.
 Tensor scan_maps(const SelectiveInputs& inputs, int64_t first, int64_t count, Direction direction,

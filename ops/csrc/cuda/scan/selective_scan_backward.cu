@@ -41,7 +41,7 @@ ScanGradients gradients_from_sum(const SelectiveInputs& inputs, const Tensor& gr
     using scalar_t = std::remove_pointer_t<decltype(data.out)>;
     data.output_weight = weights_of<scalar_t>(inputs.C, first);
     data.kept = const_cast<scalar_t*>(kept.const_data_ptr<scalar_t>());
-    return with_gradient_pass(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x, inputs.planned); });
+    return with_sweep<true>(direction, [&](auto pass) { return scan<pass(), true>(data, inputs.x, inputs.planned); });
   });
 }
 

@@ -81,17 +81,7 @@ struct StateItem {
   // The sums over the groups of a value for each row of a tile: those of the rows that this group owns.
   template <typename acc_t>
   __device__ __forceinline__ void sum_groups(acc_t (&values)[kTileRows], acc_t (&own)[kOwnRows]) const {
-    int distance = kWarpLanes / 2;
-#pragma unroll
-    for (int rows = kTileRows / 2; rows >= kOwnRows; rows /= 2) {  // half of the groups keep the first half of the rows
-      const bool upper = threadIdx.x & distance;
-#pragma unroll
-      for (int i = 0; i < rows; ++i) {
-        const acc_t kept = upper ? values[i + rows] : values[i], given = upper ? values[i] : values[i + rows];
-        values[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
-      }
-      distance /= 2;
-    }
+    scatter_sums<kOwnRows>(values, kWarpLanes / 2);
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) own[i] = values[i];
   }
