@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-__all__ = ["autocasts", "in_inference", "is_plain", "only_runs"]
+__all__ = ["autocasts", "in_inference", "in_training", "is_plain", "only_runs"]
 
 # The hooks of all modules.
 _GLOBAL_HOOKS = tuple(
@@ -15,9 +15,18 @@ _GLOBAL_HOOKS = tuple(
 
 def in_inference() -> bool:
     """Whether nothing can be differentiated, so that an operation without derivatives may compute it."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.jit.is_tracing()  # a traced call is traced once more without gradients: the two must be the same
+    return not (torch.is_grad_enabled() or _is_transformed())
+
+
+def in_training() -> bool:
+    """Whether gradients are recorded, and by a backward pass alone: what computes it may be a
+    `torch.autograd.Function`."""
+    return torch.is_grad_enabled() and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return (
+        torch.jit.is_tracing()  # a traced call is traced once more without gradients: the two must be the same
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bypass import autocasts, in_inference, is_plain, only_runs
+import grootvl_ops
+
+from .bypass import autocasts, in_inference, in_training, is_plain, only_runs
 
 __all__ = [
     "as_product_reads",
@@ -16,10 +18,13 @@ __all__ = [
     "linear_of_whole_words",
     "linear_runs_gelu",
     "multiplies_whole_words",
+    "runs_gelu_mlp",
     "whole_words",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
+# Here, since compilers do not follow the question.
+_HAS_CUDA_KERNELS = grootvl_ops.backend("cuda") == "compiled"
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -123,6 +128,28 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(F.linear(x, layer.weight, layer.bias), approximate=act.approximate)
     x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, layer.weight, layer.bias))
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
+
+
+def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    """Whether `grootvl_ops.gelu_mlp` may compute second(act(first(x))), with the weights of two linear layers.
+
+    In training, in a half precision on CUDA, where calls of the modules would do nothing but what their kind does. What
+    it takes for a GELU differs from the exact one by less than the rounding, see `linear_gelu`.
+    """
+    if isinstance(x, torch.fx.Proxy) or not x.is_cuda or not in_training() or _product_dtype(x) not in _HALF:
+        return False
+    return (
+        _HAS_CUDA_KERNELS
+        and isinstance(first, nn.Linear)
+        and isinstance(second, nn.Linear)
+        and is_plain(first, nn.Linear, x.device)
+        and is_plain(second, nn.Linear, x.device)
+        and only_runs(act, nn.GELU)
+        and first.bias is not None
+        and second.bias is not None
+        and first.in_features == second.out_features
+        and (first.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
+    )
 
 
 def whole_words(count: int) -> int:

@@ -12,7 +12,7 @@ import grootvl_ops
 from grootvl_ops import Tree
 from grootvl_ops.reference import accumulation_dtype
 
-from .bypass import in_inference, is_plain
+from .bypass import in_inference, in_training, is_plain
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
 from .linear import as_product_reads, call_linear, linear_of_whole_words, multiplies_whole_words, whole_words
 from .norms import PromotedLayerNorm
@@ -64,10 +64,10 @@ class SelectiveSSM(TraceLeaf):
 
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
-    `dt_proj`, `h_norm` and `out_norm`. In inference, a third one computes convolution and activation, and elsewhere
-    features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these modules does
-    more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with the same
-    result; under autocast `dt_proj` then rounds to autocast's dtype, as every linear layer that is called does.
+    `dt_proj`, `h_norm` and `out_norm`. A third one computes convolution and activation, in inference and on CUDA. In
+    training, features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these
+    modules does more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with
+    the same result; under autocast `dt_proj` then rounds to autocast's dtype, as any linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -169,6 +169,9 @@ class SelectiveSSM(TraceLeaf):
             features, z = F.linear(x, of_features), F.linear(x, of_gate)
         else:
             features, z = self.in_proj(x).chunk(2, dim=-1)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if x.is_cuda and in_training() and self.fuses_conv:
+                return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
         features = self.conv(features.permute(0, 3, 1, 2))
         if not torch.jit.is_scripting():  # noqa: SIM102
             if takes_sequence(self.act):

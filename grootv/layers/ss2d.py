@@ -14,7 +14,7 @@ import grootvl_ops
 from grootvl_ops import Tree
 from grootvl_ops.reference import accumulation_dtype
 
-from .bypass import in_inference
+from .bypass import in_inference, in_training
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
 from .linear import call_linear
 from .norms import LayerNorm, norm_for_product
@@ -115,7 +115,8 @@ class SS2D(TraceLeaf):
         """From the input (B, H, W, dim) to the features that are scanned, (B, H, W, D)."""
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if in_inference() and fuses_convolution(self.conv, self.act, x.device):
+            runs = in_inference() or (x.is_cuda and in_training())
+            if runs and fuses_convolution(self.conv, self.act, x.device):
                 weight, dilation = self.conv.weight, self.conv.dilation[0]
                 return grootvl_ops.depthwise_conv_silu(call_linear(self.in_proj, x), weight, dilation)
         features = self.conv(self.in_proj(x).permute(0, 3, 1, 2))

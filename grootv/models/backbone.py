@@ -24,10 +24,11 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import only_runs
 from grootv.layers.convolution import convolution_of_patches, multiplies_patches
-from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu
+from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu, runs_gelu_mlp
 from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
 
@@ -146,6 +147,8 @@ class Mlp(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if linear_runs_gelu(self.fc1, self.act, x):
                 return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
+            if runs_gelu_mlp(self.fc1, self.act, self.fc2, x):
+                return grootvl_ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -194,6 +194,24 @@ inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t 
                 "dilation, height and width must be from 1 to ", limit, ", got ", dilation, " for x ", x.sizes());
 }
 
+inline void check_depthwise_conv_of_sequence(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation) {
+  GROOTVL_CHECK(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
+  GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
+  GROOTVL_CHECK(height >= 1 && x.size(1) % height == 0, "height must divide L, got ", height, " for x ", x.sizes());
+  check_parameter("weight", weight, "x", x, {x.size(2), 1, 3, 3});
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // rows and columns are numbered in 32 bits
+  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit, "dilation and L must be from 1 to ", limit,
+                ", got ", dilation, " for x ", x.sizes());
+}
+
+inline void check_gelu_mlp_backward(const Tensor& dhidden, const Tensor& before) {
+  GROOTVL_CHECK(before.dim() == 2, "before must be (rows, hidden), got ", before.sizes());
+  GROOTVL_CHECK(is_floating(before.scalar_type()), "before must be floating point, got ", before.scalar_type());
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // columns are numbered in 32 bits
+  GROOTVL_CHECK(before.size(1) <= limit, "hidden must be at most ", limit, ", got ", before.size(1));
+  check_like("dhidden", dhidden, "before", before, before.sizes());
+}
+
 inline void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   GROOTVL_CHECK(x.dim() >= 1 && x.size(-1) > 0, "x must be (..., C) with C > 0, got ", x.sizes());
   GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());

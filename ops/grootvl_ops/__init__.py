@@ -8,13 +8,14 @@ package was installed with a compiler, and on `grootvl_ops.reference` elsewhere;
 
 * `trees`: which tree. From the features of a map, from any graph, or along a path.
 * `scans`: what is scanned, and in which direction.
-* `norms`, `convolutions`: the normalisations around a scan, and the convolution before it.
+* `norms`, `convolutions`, `mlps`: the normalisations around a scan, the convolution before it, and the MLP after it.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from ._loading import backend
 from .convolutions import depthwise_conv_silu
+from .mlps import gelu_mlp
 from .norms import add_layer_norm, gated_norm, layer_norm
 from .scans import DIRECTIONS, merged_scan, selective_scan, tree_scan
 from .trees import (
@@ -43,6 +44,7 @@ __all__ = [
     "depthwise_conv_silu",
     "edge_weights",
     "gated_norm",
+    "gelu_mlp",
     "grid_edges",
     "layer_norm",
     "merged_scan",

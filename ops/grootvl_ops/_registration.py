@@ -15,6 +15,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from . import _loading, reference
+from ._schemas import SCHEMAS
 
 _library = _loading.library
 
@@ -66,8 +67,8 @@ _register_composite(
     "merged_scan_backward",
     partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
-_FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
-for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
+_FUSED = ("depthwise_conv", "depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
+for _name in ("gelu_mlp_backward", "neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
 
 
@@ -156,13 +157,21 @@ def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *others) -> tuple[Tensor, ..
     return dx, ddt, dweight, dparameters, dB, dC
 
 
+@torch.library.register_fake("grootvl_ops::gelu_mlp_backward")
+def _(dhidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, dbefore = (before.new_empty(before.shape) for _ in range(2))
+    return hidden, dbefore, before.new_empty(before.shape[1:], dtype=reference.accumulation_dtype(before.dtype))
+
+
+@torch.library.register_fake("grootvl_ops::depthwise_conv")
 @torch.library.register_fake("grootvl_ops::depthwise_conv_silu")
-def _(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, *height_and_dilation: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("grootvl_ops::depthwise_conv_backward")
 @torch.library.register_fake("grootvl_ops::depthwise_conv_silu_backward")
-def _(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *height_and_dilation: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=reference.accumulation_dtype(x.dtype))
 
 
@@ -218,8 +227,8 @@ def _save_for_merged_scan(ctx, inputs, output) -> None:
 
 
 def _save_for_convolution(ctx, inputs, output) -> None:
-    *tensors, ctx.dilation = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, *ctx.height_and_dilation = inputs
+    ctx.save_for_backward(x, weight)
 
 
 def _save_for_norm(ctx, inputs, output) -> None:
@@ -283,8 +292,13 @@ def _merged_scan_gradients(ctx, grad: Tensor, _):
 
 
 def _convolution_gradients(ctx, grad: Tensor):
-    gradients = torch.ops.grootvl_ops.depthwise_conv_silu_backward(grad, *ctx.saved_tensors, ctx.dilation)
-    return *gradients, None
+    arguments = *ctx.saved_tensors, *ctx.height_and_dilation
+    return *torch.ops.grootvl_ops.depthwise_conv_backward(grad, *arguments), None, None
+
+
+def _convolution_silu_gradients(ctx, grad: Tensor):
+    arguments = *ctx.saved_tensors, *ctx.height_and_dilation
+    return *torch.ops.grootvl_ops.depthwise_conv_silu_backward(grad, *arguments), None
 
 
 def _gated_norm_gradients(ctx, grad: Tensor, _):
@@ -309,6 +323,9 @@ def _add_layer_norm_gradients(ctx, grad_sum: Tensor | None, grad: Tensor | None,
     return dx, dx if shared else dbranch, *dparameters, None, None, None
 
 
+_BACKWARD = [schema.partition("(")[0] for schema in SCHEMAS if schema.partition("(")[0].endswith("_backward")]
+
+
 def _no_double_backward(name: str):
     def refuse(ctx, *grads):
         raise RuntimeError(f"grootvl_ops.{name} can be differentiated once only: it has no second derivatives")
@@ -327,7 +344,8 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
         ("stepped_scan", _save_for_scan, _stepped_scan_gradients),
         ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
-        ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
+        ("depthwise_conv", _save_for_convolution, _convolution_gradients),
+        ("depthwise_conv_silu", _save_for_convolution, _convolution_silu_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
         ("add_layer_norm", _save_for_added_norm, _add_layer_norm_gradients),
@@ -335,7 +353,9 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
         operation = getattr(getattr(torch.ops, namespace), name).default
         kernel = make_autograd_impl(operation, Info(_backward_fn=gradients, _setup_context_fn=save))
         library.impl(name, _without_tangents(kernel), "Autograd", with_keyset=True)
-        torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
+    for name in _BACKWARD:
+        refuse = _no_double_backward(name.removesuffix("_backward"))
+        torch.library.register_autograd(f"{namespace}::{name}", refuse, lib=library)
 
 
 def _without_tangents(kernel: Callable) -> Callable:

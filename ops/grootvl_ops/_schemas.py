@@ -29,6 +29,9 @@ SCHEMAS = (
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
+    "depthwise_conv(Tensor x, Tensor weight, SymInt height, int dilation) -> Tensor",
+    "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, SymInt height, int dilation) -> (Tensor, Tensor)",
     "depthwise_conv_silu(Tensor x, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, int dilation) -> (Tensor, Tensor)",
     f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",

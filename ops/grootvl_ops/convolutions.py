@@ -16,8 +16,8 @@ _WITH_KERNELS = [device_type for device_type in ("cpu", "cuda") if _loading.has_
 def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     """SiLU of a depthwise 3x3 convolution with zeros around the map: (B, H, W, D) to (B, H, W, D).
 
-    Where no gradients are recorded, one kernel computes both, if there is one for the device. Elsewhere PyTorch's
-    operations run, without autocast: their gradients are faster than those of a CUDA kernel that we tried.
+    Where no gradients are recorded, one kernel computes both, if there is one for the device. Where they are, one CUDA
+    kernel computes the convolution, and one its gradients. Elsewhere PyTorch's operations run, without autocast.
 
     Args:
         x: (B, H, W, D), floating point; it may be a part of the channels of a larger map.
@@ -25,8 +25,8 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         dilation: The distance between the pixels that one pixel reads, in both directions.
 
     Returns:
-        (B, H, W, D) of x's dtype, whether or not under autocast. The kernel computes it in float32 (float64 for
-        float64) and is bitwise the same in every run.
+        (B, H, W, D) of x's dtype, whether or not under autocast. The kernels compute it in float32 (float64 for
+        float64) and are bitwise the same in every run. Differentiable once on CUDA.
 
     Raises:
         ValueError: sizes or devices that do not fit, or a dilation less than 1.
@@ -37,8 +37,13 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     check_parameter("weight", weight, x, [x.size(3), 1, 3, 3])
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if x.device.type in _WITH_KERNELS and not (torch.is_grad_enabled() or _transforms.active()):
-        return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
+    if x.device.type in _WITH_KERNELS and not _transforms.active():
+        if not torch.is_grad_enabled():
+            return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
+        if x.is_cuda:
+            # Of three dimensions: Inductor would copy maps of four, since it takes them for (B, C, H, W).
+            out = torch.ops.grootvl_ops.depthwise_conv(x.flatten(1, 2), weight, x.size(1), dilation)
+            return F.silu(out).view(x.shape)
     with torch.autocast(x.device.type, enabled=False):
         maps = x.permute(0, 3, 1, 2)
         out = F.conv2d(maps, weight.to(x.dtype), padding=dilation, dilation=dilation, groups=x.size(3))

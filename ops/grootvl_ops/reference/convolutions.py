@@ -9,8 +9,35 @@ from torch import Tensor
 from .scans import accumulation_dtype
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, height: int, dilation: int) -> Tensor:
+    """The depthwise 3x3 convolution of a map of that height, row after row (B, L, D), with zeros around it."""
+    dtype = accumulation_dtype(x.dtype)
+    maps = x.to(dtype).unflatten(1, (height, -1))
+    return _convolve(maps, weight.to(dtype), dilation).flatten(1, 2).to(x.dtype).contiguous()
+
+
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `depthwise_conv` for x and weight."""
+    dtype = accumulation_dtype(x.dtype)
+    values, grad = (maps.to(dtype).unflatten(1, (height, -1)) for maps in (x, grad))
+    dx = _convolve(grad, weight.to(dtype).flip(2, 3), dilation)
+    padded = F.pad(values, (0, 0, dilation, dilation, dilation, dilation))
+    width = values.shape[2]
+    dweight = torch.stack(
+        [
+            (grad * padded[:, row : row + height, column : column + width]).sum((0, 1, 2))
+            for row in (0, dilation, 2 * dilation)
+            for column in (0, dilation, 2 * dilation)
+        ],
+        -1,
+    )
+    return dx.flatten(1, 2).to(x.dtype).contiguous(), dweight.reshape(weight.shape)
+
+
 def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """SiLU of the depthwise 3x3 convolution of (B, H, W, D), with zeros around the map, of as many pixels."""
+    """SiLU of the depthwise 3x3 convolution of (B, H, W, D)."""
     dtype = accumulation_dtype(x.dtype)
     return F.silu(_convolve(x.to(dtype), weight.to(dtype), dilation)).to(x.dtype).contiguous()
 
@@ -20,20 +47,10 @@ def depthwise_conv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, dilati
     dtype = accumulation_dtype(x.dtype)
     values, parameters = x.to(dtype), weight.to(dtype)
     before = _convolve(values, parameters, dilation)
-    gate = before.sigmoid()
-    dbefore = grad.to(dtype) * gate * (1 + before * (1 - gate))
-    dx = _convolve(dbefore, parameters.flip(2, 3), dilation)
-    padded = F.pad(values, (0, 0, dilation, dilation, dilation, dilation))
-    height, width = x.shape[1:3]
-    dweight = torch.stack(
-        [
-            (dbefore * padded[:, row : row + height, column : column + width]).sum((0, 1, 2))
-            for row in (0, dilation, 2 * dilation)
-            for column in (0, dilation, 2 * dilation)
-        ],
-        -1,
-    )
-    return dx.to(x.dtype).contiguous(), dweight.reshape(weight.shape)
+    dbefore = torch.ops.aten.silu_backward(grad.to(dtype), before)
+    sequences = dbefore.flatten(1, 2), values.flatten(1, 2)
+    dx, dweight = depthwise_conv_backward(*sequences, parameters, x.shape[1], dilation)
+    return dx.view(x.shape).to(x.dtype), dweight
 
 
 def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:

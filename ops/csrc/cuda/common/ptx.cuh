@@ -121,6 +121,11 @@ __device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* fro
   store_shared(to, halves[0]);
   store_shared(to + 8, halves[1]);
 }
+__device__ __forceinline__ void copy_async_16_bytes_or_zeros(uint32_t to, const void* from, bool copies) {
+  const uint64_t* halves = static_cast<const uint64_t*>(from);
+  store_shared(to, copies ? halves[0] : uint64_t{0});
+  store_shared(to + 8, copies ? halves[1] : uint64_t{0});
+}
 __device__ __forceinline__ void commit_async_copies() {}
 template <int kPending>
 __device__ __forceinline__ void await_async_copies() {}
@@ -131,6 +136,12 @@ __device__ __forceinline__ void copy_async_4_bytes(uint32_t to, const void* from
 // Not kept in the first-level cache.
 __device__ __forceinline__ void copy_async_16_bytes(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+// Zeros if not `copies`; nothing is read then.
+__device__ __forceinline__ void copy_async_16_bytes_or_zeros(uint32_t to, const void* from, bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(copies ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void commit_async_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the kPending groups committed last are pending.
