@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .layers import LayerNorm
 
@@ -140,6 +140,12 @@ def _register(name: str, formula: Callable[..., int]) -> None:
 
 for _name, _formula in _FORMULAS.items():
     _register(_name, _formula)
+
+if torch.ops.aten._addmm_activation not in flop_registry:  # the first product of an MLP in half precision on CUDA
+
+    @register_flop_formula(torch.ops.aten._addmm_activation)
+    def _product_flops(bias_shape: list[int], x_shape: list[int], weight_shape: list[int], *args: Any, **_: Any) -> int:
+        return 2 * prod(x_shape) * weight_shape[1]
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:

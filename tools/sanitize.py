@@ -245,24 +245,42 @@ def mixers() -> Cases:
                     yield partial(mixer, make, states, height, width, half)
 
 
-@torch.no_grad()
 def convolution(dtype: torch.dtype, *size: int) -> None:
     x, weight = randn(*size, dtype=dtype), randn(size[-1], 1, 3, 3)
     of_projection = randn(*size[:3], 2 * size[-1], dtype=dtype)[..., size[-1] :]
     for dilation in (1, 2):
         for view in (x, misaligned(x), of_projection):
-            grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+            with torch.no_grad():
+                grootvl_ops.depthwise_conv_silu(view, weight, dilation)
+            leaves = view.detach().requires_grad_(), weight.clone().requires_grad_()
+            grootvl_ops.depthwise_conv_silu(*leaves, dilation).sum().backward()
 
 
 def convolutions() -> Cases:
-    """Words of four channels and single ones, rows and columns beyond the edges, and parts of a larger map."""
+    """Words of several channels and single ones, rows and columns beyond the edges, parts of a larger map, and blocks
+    with several images."""
     for dtype in (torch.float64, torch.float32, torch.float16):
-        for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8)):
+        for size in ((2, 7, 9, 40), (1, 1, 50, 3), (1, 33, 18, 8), (40, 7, 7, 1280)):
             yield partial(convolution, dtype, *size)
+
+
+def mlp(dtype: torch.dtype, *size: int) -> None:
+    operands = [misaligned(randn(*size, dtype=dtype)), randn(*size, dtype=dtype)]
+    torch.ops.grootvl_ops.gelu_mlp_backward(*operands)
+    torch.ops.grootvl_ops.gelu_mlp_backward(*reversed(operands))
+    torch.ops.grootvl_ops.gelu_mlp_backward(*(operand.clone() for operand in operands))
+
+
+def mlps() -> Cases:
+    """Words of several values and single ones, rows and columns that fill no block."""
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for size in ((1, 1), (700, 24), (33, 1032), (5000, 9)):
+            yield partial(mlp, dtype, *size)
 
 
 PARTS: dict[str, Callable[[], Cases]] = {
     "convolutions": convolutions,
+    "mlps": mlps,
     "scans": scans,
     "states": states,
     "trees": trees,

@@ -228,35 +228,25 @@ std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const 
 }
 
 // The arguments after the tensors: height and dilation.
-variable_list depthwise_conv_gradients(const variable_list& grads, const variable_list& saved,
-                                       const c10::IValue& arguments) {
-  using Signature =
-      std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
-  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_backward");
-  const auto& elements = arguments.toTupleRef().elements();
-  auto [dx, dweight] = call(operation, grads[0], saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
-  return {dx, dweight};
-}
-
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, c10::SymInt height, int64_t dilation) {
-  static const auto operation = find_operation<decltype(depthwise_conv)>("grootvl_ops::depthwise_conv");
-  const Tensor out = call_below_autograd(operation, x, weight, height, dilation);
-  return differentiable<depthwise_conv_gradients>(out, {x, weight}, {x, weight},
-                                                  c10::ivalue::Tuple::create(height, dilation));
-}
-
 variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
-                                            const c10::IValue& dilation) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t);
+                                            const c10::IValue& arguments) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
   static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
-  auto [dx, dweight] = call(operation, grads[0], saved[0], saved[1], dilation.toInt());
+  const auto& elements = arguments.toTupleRef().elements();
+  const Tensor dbefore = at::silu_backward(grads[0], saved[2]);  // which a compiler fuses with what gives the gradient
+  auto [dx, dweight] = call(operation, dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
   return {dx, dweight};
 }
 
-Tensor depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t dilation) {
+std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& weight, c10::SymInt height,
+                                               int64_t dilation, bool keep) {
   static const auto operation = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
-  const Tensor out = call_below_autograd(operation, x, weight, dilation);
-  return differentiable<depthwise_conv_silu_gradients>(out, {x, weight}, {x, weight}, dilation);
+  const auto [out, before] = call_below_autograd(operation, x, weight, height, dilation, keep);
+  TORCH_CHECK_VALUE(keep || !torch::autograd::compute_requires_grad(variable_list{x, weight}),
+                    "depthwise_conv_silu must be called with keep=True to be differentiated");
+  return {differentiable<depthwise_conv_silu_gradients>(out, {x, weight}, {x, weight, before},
+                                                        c10::ivalue::Tuple::create(height, dilation)),
+          before};
 }
 
 variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
@@ -370,14 +360,13 @@ TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("selective_scan", TORCH_FN(selective_scan));
   m.impl("stepped_scan", TORCH_FN(stepped_scan));
   m.impl("merged_scan", TORCH_FN(merged_scan));
-  m.impl("depthwise_conv", TORCH_FN(depthwise_conv));
   m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
   for (const char* name :
        {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward",
-        "depthwise_conv_backward", "depthwise_conv_silu_backward", "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward",
+        "depthwise_conv_silu_backward", "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward",
         "gelu_mlp_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }

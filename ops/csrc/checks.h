@@ -185,23 +185,14 @@ inline void check_gated_norm(const Tensor& h, const Tensor& x, const Tensor& z, 
   check_parameter("out_bias", out_bias, "h", h, {channels});
 }
 
-inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t dilation) {
-  GROOTVL_CHECK(x.dim() == 4, "x must be (B, H, W, D), got ", x.sizes());
-  GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
-  check_parameter("weight", weight, "x", x, {x.size(3), 1, 3, 3});
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // rows and columns are numbered in 32 bits
-  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit && x.size(2) <= limit,
-                "dilation, height and width must be from 1 to ", limit, ", got ", dilation, " for x ", x.sizes());
-}
-
-inline void check_depthwise_conv_of_sequence(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation) {
+inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation) {
   GROOTVL_CHECK(x.dim() == 3, "x must be (B, L, D), got ", x.sizes());
   GROOTVL_CHECK(is_floating(x.scalar_type()), "x must be floating point, got ", x.scalar_type());
   GROOTVL_CHECK(height >= 1 && x.size(1) % height == 0, "height must divide L, got ", height, " for x ", x.sizes());
   check_parameter("weight", weight, "x", x, {x.size(2), 1, 3, 3});
   constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // rows and columns are numbered in 32 bits
-  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit, "dilation and L must be from 1 to ", limit,
-                ", got ", dilation, " for x ", x.sizes());
+  GROOTVL_CHECK(dilation >= 1 && dilation <= limit && x.size(1) <= limit, "dilation and L must be at most ", limit,
+                " and dilation at least 1, got ", dilation, " for x ", x.sizes());
 }
 
 inline void check_gelu_mlp_backward(const Tensor& dhidden, const Tensor& before) {

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from . import _loading, reference
+from . import _loading, _mlp_kernel, reference
 from ._schemas import SCHEMAS
 
 _library = _loading.library
@@ -67,9 +68,23 @@ _register_composite(
     "merged_scan_backward",
     partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
-_FUSED = ("depthwise_conv", "depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
+_FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
 for _name in ("gelu_mlp_backward", "neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
+
+
+def _gelu_mlp_fused_backward(
+    grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One kernel where there is one; otherwise products, and the operation that takes them."""
+    if _mlp_kernel.runs(x, weight1):
+        with torch.cuda.device(x.device):
+            return _mlp_kernel.hidden_gradients(grad, x, weight1, bias1, weight2)
+    before = F.linear(x, weight1, bias1.to(x.dtype))
+    return torch.ops.grootvl_ops.gelu_mlp_backward(grad @ weight2, before)
+
+
+_register_composite("gelu_mlp_fused_backward", _gelu_mlp_fused_backward)
 
 
 # The schemas say the types of arguments. Where a signature would take a line for each argument, they do so alone.
@@ -163,15 +178,19 @@ def _(dhidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, dbefore, before.new_empty(before.shape[1:], dtype=reference.accumulation_dtype(before.dtype))
 
 
-@torch.library.register_fake("grootvl_ops::depthwise_conv")
+@torch.library.register_fake("grootvl_ops::gelu_mlp_fused_backward")
+def _(grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, dbefore = (x.new_empty((x.shape[0], weight1.shape[0])) for _ in range(2))
+    return hidden, dbefore, x.new_empty(bias1.shape, dtype=reference.accumulation_dtype(x.dtype))
+
+
 @torch.library.register_fake("grootvl_ops::depthwise_conv_silu")
-def _(x: Tensor, weight: Tensor, *height_and_dilation: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, weight: Tensor, height: int, dilation: int, keep: bool = False) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if keep else (0,))
 
 
-@torch.library.register_fake("grootvl_ops::depthwise_conv_backward")
 @torch.library.register_fake("grootvl_ops::depthwise_conv_silu_backward")
-def _(grad: Tensor, x: Tensor, weight: Tensor, *height_and_dilation: int) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, height: int, dilation: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=reference.accumulation_dtype(x.dtype))
 
 
@@ -212,6 +231,11 @@ def _(grad, grad_sum, x, weight, statistics, factors, branch_dtype) -> tuple[Ten
     return x.new_empty(x.shape), x.new_empty(0 if shared else x.shape, dtype=branch_dtype), dparameters
 
 
+def _check_kept(name: str, keep: bool) -> None:
+    if not keep:
+        raise ValueError(f"{name} must be called with keep=True to be differentiated")
+
+
 def _save_for_scan(ctx, inputs, output) -> None:
     *tensors, ctx.direction = inputs
     ctx.save_for_backward(*tensors)
@@ -219,16 +243,18 @@ def _save_for_scan(ctx, inputs, output) -> None:
 
 def _save_for_merged_scan(ctx, inputs, output) -> None:
     *tensors, ctx.direction, _, keep = inputs
-    if not keep:
-        raise ValueError("merged_scan must be called with keep=True to be differentiated")
+    _check_kept("merged_scan", keep)
     _, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.save_for_backward(*tensors, kept)
 
 
 def _save_for_convolution(ctx, inputs, output) -> None:
-    x, weight, *ctx.height_and_dilation = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, *ctx.height_and_dilation, keep = inputs
+    _check_kept("depthwise_conv_silu", keep)
+    _, before = output
+    ctx.mark_non_differentiable(before)
+    ctx.save_for_backward(x, weight, before)
 
 
 def _save_for_norm(ctx, inputs, output) -> None:
@@ -291,14 +317,11 @@ def _merged_scan_gradients(ctx, grad: Tensor, _):
     )
 
 
-def _convolution_gradients(ctx, grad: Tensor):
-    arguments = *ctx.saved_tensors, *ctx.height_and_dilation
-    return *torch.ops.grootvl_ops.depthwise_conv_backward(grad, *arguments), None, None
-
-
-def _convolution_silu_gradients(ctx, grad: Tensor):
-    arguments = *ctx.saved_tensors, *ctx.height_and_dilation
-    return *torch.ops.grootvl_ops.depthwise_conv_silu_backward(grad, *arguments), None
+def _convolution_gradients(ctx, grad: Tensor, _):
+    x, weight, before = ctx.saved_tensors
+    dbefore = torch.ops.aten.silu_backward(grad, before)  # which a compiler fuses with what gives the gradient
+    gradients = torch.ops.grootvl_ops.depthwise_conv_silu_backward(dbefore, x, weight, *ctx.height_and_dilation)
+    return *gradients, None, None, None
 
 
 def _gated_norm_gradients(ctx, grad: Tensor, _):
@@ -344,8 +367,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
         ("selective_scan", _save_for_scan, _selective_scan_gradients),
         ("stepped_scan", _save_for_scan, _stepped_scan_gradients),
         ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
-        ("depthwise_conv", _save_for_convolution, _convolution_gradients),
-        ("depthwise_conv_silu", _save_for_convolution, _convolution_silu_gradients),
+        ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
         ("add_layer_norm", _save_for_added_norm, _add_layer_norm_gradients),

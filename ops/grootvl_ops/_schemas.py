@@ -30,10 +30,11 @@ SCHEMAS = (
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
-    "depthwise_conv(Tensor x, Tensor weight, SymInt height, int dilation) -> Tensor",
-    "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, SymInt height, int dilation) -> (Tensor, Tensor)",
-    "depthwise_conv_silu(Tensor x, Tensor weight, int dilation) -> Tensor",
-    "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, int dilation) -> (Tensor, Tensor)",
+    "gelu_mlp_fused_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
+    "-> (Tensor, Tensor, Tensor)",
+    "depthwise_conv_silu(Tensor x, Tensor weight, SymInt height, int dilation, bool keep=False) -> (Tensor, Tensor)",
+    "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, SymInt height, int dilation) "
+    "-> (Tensor, Tensor)",
     f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",
     f"gated_norm_backward(Tensor grad, {_GATED_NORM}, Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, "

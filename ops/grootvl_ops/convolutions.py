@@ -16,8 +16,8 @@ _WITH_KERNELS = [device_type for device_type in ("cpu", "cuda") if _loading.has_
 def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     """SiLU of a depthwise 3x3 convolution with zeros around the map: (B, H, W, D) to (B, H, W, D).
 
-    Where no gradients are recorded, one kernel computes both, if there is one for the device. Where they are, one CUDA
-    kernel computes the convolution, and one its gradients. Elsewhere PyTorch's operations run, without autocast.
+    Where no gradients are recorded, one kernel computes both, if there is one for the device. On CUDA it does so where
+    they are, too, and one more computes the gradients. Elsewhere PyTorch's operations run, without autocast.
 
     Args:
         x: (B, H, W, D), floating point; it may be a part of the channels of a larger map.
@@ -37,13 +37,11 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     check_parameter("weight", weight, x, [x.size(3), 1, 3, 3])
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if x.device.type in _WITH_KERNELS and not _transforms.active():
-        if not torch.is_grad_enabled():
-            return torch.ops.grootvl_ops.depthwise_conv_silu(x, weight, dilation)
-        if x.is_cuda:
-            # Of three dimensions: Inductor would copy maps of four, since it takes them for (B, C, H, W).
-            out = torch.ops.grootvl_ops.depthwise_conv(x.flatten(1, 2), weight, x.size(1), dilation)
-            return F.silu(out).view(x.shape)
+    keep = torch.is_grad_enabled()
+    if x.device.type in _WITH_KERNELS and not _transforms.active() and (x.is_cuda or not keep):
+        # Of three dimensions: Inductor would copy maps of four, since it takes them for (B, C, H, W).
+        sequence = x.flatten(1, 2)
+        return torch.ops.grootvl_ops.depthwise_conv_silu(sequence, weight, x.size(1), dilation, keep)[0].view(x.shape)
     with torch.autocast(x.device.type, enabled=False):
         maps = x.permute(0, 3, 1, 2)
         out = F.conv2d(maps, weight.to(x.dtype), padding=dilation, dilation=dilation, groups=x.size(3))

@@ -18,6 +18,11 @@ def defined(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return F.silu(out).permute(0, 2, 3, 1)
 
 
+def operation(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """That of the library, of a map (B, H, W, D)."""
+    return library.depthwise_conv_silu(x.flatten(1, 2), weight, x.size(1), dilation, True)[0].view(x.shape)
+
+
 def make_operands(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     weight = torch.randn(size[-1], 1, 3, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return [torch.randn(size).to(dtype), weight]
@@ -54,37 +59,69 @@ def check_forward(device: str, operands: list[Tensor], dilation: int) -> None:
 def test_against_the_definition(device, size, dilation, dtype, poisoned_memory):
     operands = make_operands(size, dtype)
     check_forward(device, operands, dilation)
-    check(device, operands, dilation, library.depthwise_conv_silu)
-    # PyTorch's gradients: on CUDA those of float32 round to TF32, on a CPU those of bfloat16 were found to be wrong.
-    if dtype == torch.float64 or (dtype == torch.float32 and device == "cpu"):
+    check(device, operands, dilation, operation)
+    # PyTorch's gradients of bfloat16 were found to be wrong on a CPU.
+    if dtype in (torch.float64, torch.float32) or device == "cuda":
         check(device, operands, dilation)
 
 
-def test_large_map(cuda_kernels):
-    check_forward(cuda_kernels, make_operands((3, 121, 118, 160), torch.float16), 1)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (3, 121, 118, 160),  # several tiles of rows and columns
+        (300, 7, 7, 264),  # several images for a block, and channels that fill no block
+        (130, 14, 15, 72),
+        (2, 56, 56, 24),
+        (66_000, 1, 2, 8),  # more images than a grid has blocks in one direction
+    ],
+    ids=str,
+)
+def test_large_maps(cuda_kernels, size, dtype):
+    operands = make_operands(size, dtype)
+    check_forward(cuda_kernels, operands, 1)
+    check(cuda_kernels, operands, 1)
+    check_forward(cuda_kernels, operands, 3)
+
+
+def test_keeps_what_silu_takes(device):
+    x, weight = (o.to(device) for o in make_operands((2, 5, 4, 8), torch.float32))
+    out, before = library.depthwise_conv_silu(x.flatten(1, 2), weight, 5, 1, True)
+    torch.testing.assert_close(F.silu(before), out)
+    found, nothing = library.depthwise_conv_silu(x.flatten(1, 2), weight, 5, 1)
+    torch.testing.assert_close(found, out, rtol=0, atol=0)
+    assert nothing.numel() == 0
+    with pytest.raises(ValueError, match="keep"):
+        library.depthwise_conv_silu(x.flatten(1, 2).requires_grad_(), weight, 5, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_operands_need_not_be_contiguous_or_aligned(device, dtype):
     x, weight = (o.to(device) for o in make_operands((2, 6, 5, 8), dtype))
-    expected = library.depthwise_conv_silu(x, weight, 1)
+    expected = operation(x, weight, 1)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     for view in (as_columns(x), torch.cat([x, x + 1], -1)[..., :8], shifted, channels_first):
-        torch.testing.assert_close(library.depthwise_conv_silu(view, weight, 1), expected)
+        torch.testing.assert_close(operation(view, weight, 1), expected)
     transposed = weight.transpose(2, 3).contiguous().transpose(2, 3)
-    torch.testing.assert_close(library.depthwise_conv_silu(x, transposed, 1), expected)
+    torch.testing.assert_close(operation(x, transposed, 1), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_gradcheck_and_opcheck(device, dtype):
     x, weight = (o.to(device) for o in make_operands((2, 3, 4, 4), dtype))
+    x = x.flatten(1, 2)
     for dilation in (1, 2):
-        torch.library.opcheck(library.depthwise_conv_silu_backward.default, (x, x, weight, dilation))
+        torch.library.opcheck(library.depthwise_conv_silu_backward.default, (x, x, weight, 3, dilation))
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        torch.library.opcheck(library.depthwise_conv_silu.default, (*leaves, dilation))
+        torch.library.opcheck(library.depthwise_conv_silu.default, (*leaves, 3, dilation, True))
+        torch.library.opcheck(library.depthwise_conv_silu.default, (x, weight, 3, dilation))
         if dtype == torch.float64:
-            assert torch.autograd.gradcheck(lambda *o, d=dilation: library.depthwise_conv_silu(*o, d), leaves)
+            for needed in ((True, True), (True, False), (False, True)):
+                some = [leaf.detach().requires_grad_(needs) for leaf, needs in zip(leaves, needed, strict=True)]
+                assert torch.autograd.gradcheck(
+                    lambda *o, d=dilation: library.depthwise_conv_silu(*o, 3, d, True)[0], some
+                )
 
 
 def test_under_autocast(device):
@@ -98,7 +135,7 @@ def test_under_autocast(device):
 
 def test_nothing_to_do(device):
     x, weight = (o.to(device) for o in make_operands((0, 3, 4, 5), torch.float32))
-    out, _, dweight = with_gradients(library.depthwise_conv_silu, [x, weight], x, 1)
+    out, _, dweight = with_gradients(operation, [x, weight], x, 1)
     assert out.shape == x.shape and not dweight.any()
 
 
@@ -114,3 +151,23 @@ def test_refuses(device):
     ):
         with pytest.raises((ValueError, TypeError), match=name):
             grootvl_ops.depthwise_conv_silu(**{"x": x, "weight": weight, "dilation": 1, name: bad})
+
+
+def test_operation_refuses(device):
+    x, weight = torch.randn(2, 12, 5, device=device), torch.randn(5, 1, 3, 3, device=device)
+    for name, bad in (
+        ("x", x[0]),
+        ("x", x.long()),
+        ("weight", weight[:4]),
+        ("height", 5),
+        ("height", 0),
+        ("dilation", 0),
+    ):
+        arguments = {"x": x, "weight": weight, "height": 3, "dilation": 1, name: bad}
+        with pytest.raises((ValueError, RuntimeError), match=name):
+            library.depthwise_conv_silu(**arguments)
+        if device == "cuda":  # elsewhere PyTorch's operations compute them, with errors of their own
+            with pytest.raises((ValueError, RuntimeError), match=name):
+                library.depthwise_conv_silu_backward(grad=arguments["x"], **arguments)
+    with pytest.raises((ValueError, RuntimeError)):
+        library.depthwise_conv_silu_backward(x[:1], x, weight, 3, 1)

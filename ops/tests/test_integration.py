@@ -123,7 +123,7 @@ def twin_calls(device: str) -> dict[str, tuple[list, tuple]]:
             [o if i not in (3, 7) else None for i, o in enumerate(merged_operands(device))],
             (*tree, "up", None, True),
         ),
-        "depthwise_conv_silu": ([maps.view(4, 2, 9, 3), torch.rand(3, 1, 3, 3, device=device)], (2,)),
+        "depthwise_conv_silu": ([maps[0], torch.rand(3, 1, 3, 3, device=device)], (3, 2, True)),
         "gated_norm": ([*maps[:3], per_pixel, *vectors], (1e-5,)),
         "layer_norm": ([maps[0], *vectors[:2]], (1e-5, None)),
         "add_layer_norm": ([*maps[:2], *vectors[:2]], (1e-5, None)),

@@ -7,13 +7,8 @@ a decay ``a`` for each vertex, which belongs to the edge between that vertex and
 Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D, states N.
 """
 
-from .convolutions import (
-    depthwise_conv,
-    depthwise_conv_backward,
-    depthwise_conv_silu,
-    depthwise_conv_silu_backward,
-)
-from .mlps import gelu_mlp_backward
+from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward
+from .mlps import gelu_mlp_backward, gelu_mlp_fused_backward
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -55,8 +50,6 @@ __all__ = [
     "accumulation_dtype",
     "add_layer_norm",
     "add_layer_norm_backward",
-    "depthwise_conv",
-    "depthwise_conv_backward",
     "depthwise_conv_silu",
     "depthwise_conv_silu_backward",
     "down_sweep",
@@ -64,6 +57,7 @@ __all__ = [
     "gated_norm",
     "gated_norm_backward",
     "gelu_mlp_backward",
+    "gelu_mlp_fused_backward",
     "graph_tree",
     "grid_edges",
     "grid_tree",

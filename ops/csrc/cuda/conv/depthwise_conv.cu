@@ -1,4 +1,4 @@
-// Depthwise 3x3 convolutions of channels-last maps, alone or with SiLU, and their gradients.
+// Depthwise 3x3 convolutions of channels-last maps with SiLU, and their gradients.
 //
 // A block has a tile of rows and columns of some channels, in some images. It goes from row to row, while the next rows
 // are copied into a ring in shared memory. A thread has two channels of kColumns columns. It adds each row to the sums of
@@ -29,7 +29,7 @@ constexpr int kTileRows = 28;  // about; more would leave too few blocks, fewer 
 
 constexpr int kThreads = 128;   // of a block, at most
 
-enum class Result { kConvolution, kWithSilu, kGradients };
+enum class Result { kSilu, kSiluAndBefore, kGradients };  // the second also keeps what SiLU takes
 
 template <Result kResult, typename acc_t>  // that a multiprocessor runs at a time
 constexpr int kBlocks = (kResult == Result::kGradients ? 4 : 6) * int(sizeof(float)) / int(sizeof(acc_t));
@@ -41,7 +41,7 @@ struct ConvData {
   const T* x;     // with gradients: the input
   int64_t from_stride, x_stride;
   const acc_t* weight;  // (D, 3, 3)
-  T* out;
+  T *out, *before;  // the latter: what SiLU takes
   acc_t* parts;  // (blocks with other pixels, D, 3, 3): sums for the gradient of the weights
   int64_t images;
   int height, width, channels, dilation;
@@ -182,6 +182,19 @@ __device__ __forceinline__ void load_pair(uint32_t address, acc_t (&values)[kPai
   unpack(values, pair);
 }
 
+// Of as many channels as are left.
+template <bool kWords, typename T, typename acc_t>
+__device__ __forceinline__ void store_pair(T* to, const acc_t (&values)[kPair], int left) {
+  if constexpr (kWords) {
+    if (left > 0) store(to, values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPair; ++k) {
+      if (k < left) to[k] = static_cast<T>(values[k]);
+    }
+  }
+}
+
 template <bool kWords, Result kResult, typename T, typename acc_t>
 __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel(ConvData<T, acc_t> data) {
   await_kernels_before();
@@ -251,19 +264,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
         for (int i = 0; i < kColumns; ++i) {
           if (column + i >= tile.columns) continue;
           acc_t (&result)[kPair] = sums[0][i];
-          if constexpr (kResult == Result::kWithSilu) {
+          T* to = out + int64_t(i) * data.dilation * data.channels;
+          const int left = data.channels - channel;
+          if constexpr (kResult == Result::kSiluAndBefore) store_pair<kWords>(data.before + (to - data.out), result, left);
+          if constexpr (!kGradients) {
 #pragma unroll
             for (int k = 0; k < kPair; ++k) result[k] *= sigmoid(result[k]);
           }
-          T* to = out + int64_t(i) * data.dilation * data.channels;
-          if constexpr (kWords) {
-            if (channel < data.channels) store(to, result);
-          } else {
-#pragma unroll
-            for (int k = 0; k < kPair; ++k) {
-              if (channel + k < data.channels) to[k] = static_cast<T>(result[k]);
-            }
-          }
+          store_pair<kWords>(to, result, left);
         }
       }
       out += int64_t(data.dilation) * data.width * data.channels;
@@ -305,29 +313,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
   }
 }
 
-// The map with the same distance between all neighbouring pixels, and a pixel's channels side by side. (B, H, W, D), or
-// (B, H W, D).
+// The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
 Tensor rows_of(const Tensor& map) {
-  bool rows = map.stride(-1) == 1;
-  for (int64_t i = 0; i + 2 < map.dim(); ++i) rows &= map.stride(i) == map.size(i + 1) * map.stride(i + 1);
-  return rows ? map : contiguous(map);
+  return map.stride(2) == 1 && map.stride(0) == map.size(1) * map.stride(1) ? map : contiguous(map);
 }
 
-// The convolution of `from`, or for gradients those of `from` and x; dweight is their second result.
+// The convolution of `from` (B, L, D), and in `other` what SiLU takes; for gradients that of x, and in `other` that of
+// the weight.
 template <Result kResult>
-Tensor convolve(const Tensor& from_, const Tensor* x_, const Tensor& weight_, int64_t height, int64_t dilation,
-                Tensor* dweight) {
+Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, int64_t height, int64_t dilation,
+                Tensor& other) {
   const DeviceGuard guard(from_);
-  const Tensor from = rows_of(from_), x = x_ ? rows_of(*x_) : from;
-  const Tensor weight = contiguous(to(weight_, accumulation_type(from)));
-  const Tensor out = empty_like(from);
+  const Tensor from = rows_of(from_), x = kResult == Result::kGradients ? rows_of(x_) : from;
   const ScalarType accumulation = accumulation_type(from);
+  const Tensor weight = contiguous(to(weight_, accumulation)), out = empty_like(from);
+  if (kResult == Result::kSiluAndBefore) other = empty_like(from);
   if (from.numel() == 0) {
-    if (dweight) *dweight = zeros(from, weight.sizes(), accumulation);
+    if (kResult == Result::kGradients) other = zeros(from, weight.sizes(), accumulation);
     return out;
   }
-  const int64_t channels = from.size(-1), width = from.numel() / (from.size(0) * height * channels);
-  const int64_t from_stride = from.stride(-2), x_stride = x.stride(-2);
+  const int64_t channels = from.size(2), width = from.size(1) / height;
+  const int64_t from_stride = from.stride(1), x_stride = x.stride(1);
   constexpr int64_t kMaxRow = std::numeric_limits<int>::max();
   GROOTVL_CHECK(width * std::max(from_stride, x_stride) <= kMaxRow, "a row of the map may take up to ", kMaxRow,
                 " values, got x ", from.sizes());
@@ -342,6 +348,7 @@ Tensor convolve(const Tensor& from_, const Tensor* x_, const Tensor& weight_, in
     data.x_stride = x_stride;
     data.weight = weight.const_data_ptr<acc_t>();
     data.out = out.mutable_data_ptr<T>();
+    if (kResult == Result::kSiluAndBefore) data.before = other.mutable_data_ptr<T>();
     data.images = from.size(0);
     data.height = static_cast<int>(height);
     data.width = static_cast<int>(width);
@@ -388,35 +395,36 @@ Tensor convolve(const Tensor& from_, const Tensor* x_, const Tensor& weight_, in
     } else {
       launch_kernel(conv_kernel<false, kResult, T, acc_t>);
     }
-    if (dweight) *dweight = sum_parts(parts, 1, weight.sizes(), accumulation);
+    if (kResult == Result::kGradients) other = sum_parts(parts, 1, weight.sizes(), accumulation);
   });
   return out;
 }
 
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation) {
-  check_depthwise_conv_of_sequence(x, weight, height, dilation);
-  return convolve<Result::kConvolution>(x, nullptr, weight, height, dilation, nullptr);
+std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation,
+                                               bool keep) {
+  check_depthwise_conv(x, weight, height, dilation);
+  Tensor before;
+  if (keep) {
+    const Tensor out = convolve<Result::kSiluAndBefore>(x, x, weight, height, dilation, before);
+    return {out, before};
+  }
+  const Tensor out = convolve<Result::kSilu>(x, x, weight, height, dilation, before);
+  return {out, empty(x, {0}, x.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                   int64_t height, int64_t dilation) {
-  check_depthwise_conv_of_sequence(x, weight, height, dilation);
+std::tuple<Tensor, Tensor> depthwise_conv_silu_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                        int64_t height, int64_t dilation) {
+  check_depthwise_conv(x, weight, height, dilation);
   check_like("grad", grad, "x", x, x.sizes());
   Tensor dweight;
-  const Tensor dx = convolve<Result::kGradients>(grad, &x, weight, height, dilation, &dweight);
+  const Tensor dx = convolve<Result::kGradients>(grad, x, weight, height, dilation, dweight);
   return {dx, dweight};
-}
-
-Tensor depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t dilation) {
-  check_depthwise_conv(x, weight, dilation);
-  return convolve<Result::kWithSilu>(x, nullptr, weight, x.size(1), dilation, nullptr);
 }
 
 }  // namespace
 }  // namespace grootvl
 
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
-  m.impl("depthwise_conv", TORCH_BOX(&grootvl::depthwise_conv));
   m.impl("depthwise_conv_silu", TORCH_BOX(&grootvl::depthwise_conv_silu));
-  m.impl("depthwise_conv_backward", TORCH_BOX(&grootvl::depthwise_conv_backward));
+  m.impl("depthwise_conv_silu_backward", TORCH_BOX(&grootvl::depthwise_conv_silu_backward));
 }

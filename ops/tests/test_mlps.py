@@ -1,0 +1,194 @@
+"""The MLP that computes its hidden values again, against linear layers and a GELU in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_selective_scan import TOLERANCE, assert_near, with_gradients
+from torch import Tensor
+
+import grootvl_ops
+from grootvl_ops import _mlp_kernel, reference
+
+library = torch.ops.grootvl_ops
+HALF = (torch.float16, torch.bfloat16)
+
+
+def defined(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+
+
+def make_operands(size: tuple[int, ...], hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    channels = size[-1]
+    of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
+    parameters = [torch.randn(shape, dtype=of_parameters) / shape[-1] ** 0.5 for shape in shapes]
+    return [torch.randn(size).to(dtype), *parameters]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("size", "hidden"), [((3,), 5), ((2, 5, 7, 8), 32), ((40, 3), 9), ((1, 260, 80), 320)], ids=str
+)
+def test_against_the_definition(device, size, hidden, dtype, poisoned_memory):
+    operands = make_operands(size, hidden, dtype)
+    grad = torch.randn(size).to(dtype)
+    expected = with_gradients(defined, [o.double() for o in operands], grad.double())
+    moved = [o.to(device) for o in operands]
+    actual = with_gradients(grootvl_ops.gelu_mlp, moved, grad.to(device))
+    assert [a.dtype for a in actual] == [dtype, *(o.dtype for o in operands)]
+    if dtype in HALF or (dtype == torch.float32 and device == "cuda"):  # rounded products, of values in half precision
+        for found, wanted in zip(actual, expected, strict=True):
+            error = (found.double().cpu() - wanted).norm() / wanted.norm()
+            assert error < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    else:
+        assert_near(actual, expected, dtype)
+    again = with_gradients(grootvl_ops.gelu_mlp, moved, grad.to(device))
+    assert all(map(torch.equal, actual, again))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (7, 8), (300, 9), (1000, 72), (33, 1032), (6000, 24)], ids=str)
+def test_backward_of_gelu(device, size, dtype, poisoned_memory):
+    before, dhidden = (3 * torch.randn(size, device=device).to(dtype) for _ in range(2))
+    leaf = before.double().requires_grad_()
+    hidden = F.gelu(leaf, approximate="tanh")
+    (dbefore,) = torch.autograd.grad(hidden, leaf, dhidden.double())
+    found = library.gelu_mlp_backward(dhidden, before)
+    assert_near(found[:2], [hidden.detach(), dbefore], dtype)
+    assert_near(found[2:], [dbefore.sum(0)], torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(map(torch.equal, found, library.gelu_mlp_backward(dhidden, before)))
+
+
+def test_far_from_zero(device):
+    before = torch.tensor([[-65504.0, -100, -10, 0, 10, 100, 65504, float("inf"), float("nan")]], device=device)
+    for dtype in TOLERANCE:
+        some = before.to(dtype)
+        hidden, dbefore, _ = library.gelu_mlp_backward(torch.ones_like(some), some)
+        assert hidden[0, :7].tolist() == [0, 0, 0, 0, *some[0, 4:7].tolist()]
+        assert dbefore[0, :7].tolist() == [0, 0, 0, 0.5, 1, 1, 1]
+        assert hidden[0, 8].isnan() and dbefore[0, 8].isnan()
+
+
+def test_gradcheck_and_opcheck(device):
+    leaves = [o.to(device).requires_grad_() for o in make_operands((2, 3, 4), 6, torch.float64)]
+    assert torch.autograd.gradcheck(grootvl_ops.gelu_mlp, leaves)
+    for i in range(len(leaves)):  # each alone
+        some = [leaf.detach().requires_grad_(i == k) for k, leaf in enumerate(leaves)]
+        assert torch.autograd.gradcheck(grootvl_ops.gelu_mlp, some)
+    for dtype in TOLERANCE:
+        rows = [torch.randn(5, 8, device=device).to(dtype) for _ in range(2)]
+        torch.library.opcheck(library.gelu_mlp_backward.default, rows)
+        weights = [torch.randn(shape, device=device).to(dtype) for shape in ((16, 8), (16,), (8, 16))]
+        torch.library.opcheck(library.gelu_mlp_fused_backward.default, (*rows, *weights))
+
+
+def test_transforms(device):
+    operands = [o.to(device) for o in make_operands((3, 4), 6, torch.float64)]
+    expected = torch.func.jacrev(defined)(*operands)
+    torch.testing.assert_close(torch.func.jacrev(grootvl_ops.gelu_mlp)(*operands), expected)
+    torch.testing.assert_close(torch.func.jacfwd(grootvl_ops.gelu_mlp)(*operands), expected)
+
+
+def test_second_derivatives_raise(device):
+    leaves = [o.to(device).requires_grad_() for o in make_operands((3, 4), 6, torch.float64)]
+    (dx,) = torch.autograd.grad(grootvl_ops.gelu_mlp(*leaves).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        dx.sum().backward()
+
+
+def test_keeps_no_hidden_values(device):
+    operands = [o.to(device).requires_grad_() for o in make_operands((20, 8), 4000, torch.float32)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        grootvl_ops.gelu_mlp(*operands)
+    assert kept and max(kept) < 20 * 4000
+
+
+def test_under_autocast(device):
+    operands = [o.to(device).requires_grad_() for o in make_operands((9, 16), 32, torch.float32)]
+    with torch.autocast(device, torch.bfloat16):
+        out = grootvl_ops.gelu_mlp(*operands)
+        expected = defined(*operands)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    out.float().sum().backward()
+    assert all(o.grad.dtype == torch.float32 for o in operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiled(device, dtype):
+    operands = make_operands((70, 24), 96, dtype)
+    grad = torch.randn(70, 24).to(dtype).to(device)
+    moved = [o.to(device) for o in operands]
+    expected = with_gradients(grootvl_ops.gelu_mlp, moved, grad)
+    compiled = torch.compile(grootvl_ops.gelu_mlp, fullgraph=True)
+    for found, wanted in zip(with_gradients(compiled, moved, grad), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2 if dtype == torch.float16 else 1e-4)
+
+
+def fused_operands(pixels: int, channels: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    grad, x = (torch.randn(pixels, channels).to(dtype) for _ in range(2))
+    weight1, weight2 = (0.1 * torch.randn(shape) for shape in ((hidden, channels), (channels, hidden)))
+    return [grad, x, weight1.to(dtype), torch.randn(hidden), weight2.to(dtype)]
+
+
+def check_fused(found: tuple[Tensor, ...], operands: list[Tensor], dtype: torch.dtype) -> None:
+    expected = reference.gelu_mlp_fused_backward(*(o.double() for o in operands))
+    assert_near(found[:2], expected[:2], dtype)
+    assert (found[2].double().cpu() - expected[2]).norm() < 1e-4 * expected[2].norm()
+
+
+SIZES = [(1, 8, 8), (150, 80, 72), (129, 64, 136), (257, 112, 448), (600, 328, 200)]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_fused_kernel(cuda_kernels, size, dtype, poisoned_memory):
+    operands = fused_operands(*size, dtype)
+    moved = [o.to(cuda_kernels) for o in operands]
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert _mlp_kernel.runs(moved[1], moved[2])
+    found = library.gelu_mlp_fused_backward(*moved)
+    check_fused(found, operands, dtype)
+    assert all(map(torch.equal, found, library.gelu_mlp_fused_backward(*moved)))
+    shifted = [torch.empty(o.numel() + 1, dtype=o.dtype, device=o.device)[1:].view_as(o).copy_(o) for o in moved]
+    assert all(map(torch.equal, found, library.gelu_mlp_fused_backward(*shifted)))
+
+
+def interpreted() -> None:
+    """The fused kernel by Triton's interpreter, which runs on a CPU. It takes no bfloat16."""
+    torch.manual_seed(0)
+    for size in SIZES[:4]:
+        operands = fused_operands(*size, torch.float16)
+        check_fused(_mlp_kernel.hidden_gradients(*operands), operands, torch.float16)
+
+
+def test_fused_kernel_interpreted():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import test_mlps; test_mlps.interpreted()"]
+    subprocess.run(command, env=environment, check=True)
+
+
+def test_refuses(device):
+    names = ("x", "weight1", "bias1", "weight2", "bias2")
+    good = dict(zip(names, (o.to(device) for o in make_operands((3, 4), 6, torch.float32)), strict=True))
+    for name, bad in (
+        ("x", good["x"].sum()),
+        ("weight1", good["weight1"][0]),
+        ("weight1", good["weight1"][:, :3]),
+        ("bias1", good["bias1"][:5]),
+        ("weight2", good["weight2"].t()),
+        ("bias2", good["bias2"].long()),
+        ("weight2", good["weight2"].to("meta")),
+    ):
+        with pytest.raises((ValueError, TypeError), match=name):
+            grootvl_ops.gelu_mlp(**{**good, name: bad})
+    with pytest.raises((ValueError, RuntimeError), match="dhidden|size"):
+        library.gelu_mlp_backward(good["x"], good["weight1"])
