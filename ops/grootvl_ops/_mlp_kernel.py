@@ -6,6 +6,8 @@ library would have to be built for that capability alone.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,13 @@ def runs(x: Tensor, weight1: Tensor) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.size(0) > 0
         and x.size(1) % 8 == weight1.size(0) % 8 == 0  # rows begin at multiples of 16 bytes
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and _has_descriptors(x.device.index)
     )
+
+
+@cache
+def _has_descriptors(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 if triton is not None:
