@@ -2,6 +2,7 @@
 // because a gradient that is registered in Python takes the host longer than launching all kernels of its operation.
 // A library of its own, since it needs more than PyTorch's stable ABI: it fits the release that it was built against.
 // grootvl_ops/_registration.py has the same in Python, for all others; a test compares the two.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -249,6 +250,56 @@ std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& we
           before};
 }
 
+// PyTorch's operations under it compute in the dtypes that they are given, also where autocast is active.
+using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
+const c10::DispatchKeySet kAutocast = c10::autocast_dispatch_keyset;
+
+// Not Tensor::to, which may not be called below autograd, since it can return its argument.
+Tensor as_type(const Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : at::_to_copy(tensor, tensor.options().dtype(type));
+}
+
+// The first product of an MLP and its GELU, in half precision on a GPU from the epilogue of the product.
+Tensor gelu_of_product(const Tensor& x, const Tensor& weight1, const Tensor& bias1) {
+  if (x.is_cuda() && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16)) {
+    return at::_addmm_activation(bias1, x, weight1.t(), 1, 1, /*use_gelu=*/true);
+  }
+  return at::gelu(at::linear(x, weight1, bias1), "tanh");
+}
+
+// The setting: whether one operation computes products and GELU, and which gradients of weights are needed.
+variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
+  using Results = std::tuple<Tensor, Tensor, Tensor>;
+  using Fused = Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  static const auto operation =
+      find_operation<Results(const Tensor&, const Tensor&)>("grootvl_ops::gelu_mlp_backward");
+  static const auto fused = find_operation<Fused>("grootvl_ops::gelu_mlp_fused_backward");
+  const WithoutAutocast guard(kAutocast);
+  const auto &grad = grads[0], &x = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
+  const auto& needs = setting.toTupleRef().elements();
+  const auto [hidden, dbefore, dbias1] =
+      needs[0].toBool() ? call(fused, grad, x, weight1, bias1, weight2)
+                        : call(operation, at::mm(grad, weight2), at::linear(x, weight1, as_type(bias1, x.scalar_type())));
+  return {at::mm(dbefore, weight1), needs[1].toBool() ? at::mm(dbefore.t(), x) : Tensor(), dbias1,
+          needs[2].toBool() ? at::mm(grad.t(), hidden) : Tensor(), grad.sum(0, false, dbias1.scalar_type())};
+}
+
+Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
+                bool fused) {
+  const WithoutAutocast without(kAutocast);
+  // Recorded, so that the gradients that a backward pass computes know what they come from.
+  const Tensor of_product1 = weight1.to(x.scalar_type()), of_product2 = weight2.to(x.scalar_type());
+  Tensor out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor hidden = gelu_of_product(x, of_product1, as_type(bias1, x.scalar_type()));
+    out = at::linear(hidden, of_product2, as_type(bias2, x.scalar_type()));
+  }
+  return differentiable<gelu_mlp_gradients>(
+      out, {x, of_product1, bias1, of_product2, bias2}, {x, of_product1, bias1, of_product2},
+      c10::ivalue::Tuple::create(fused, weight1.requires_grad(), weight2.requires_grad()));
+}
+
 variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -361,13 +412,14 @@ TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("stepped_scan", TORCH_FN(stepped_scan));
   m.impl("merged_scan", TORCH_FN(merged_scan));
   m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
+  m.impl("gelu_mlp", TORCH_FN(gelu_mlp));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));
   for (const char* name :
        {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward",
         "depthwise_conv_silu_backward", "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward",
-        "gelu_mlp_backward"}) {
+        "gelu_mlp_backward", "gelu_mlp_fused_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

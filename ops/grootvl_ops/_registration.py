@@ -69,7 +69,14 @@ _register_composite(
     partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
 _FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
-for _name in ("gelu_mlp_backward", "neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
+for _name in (
+    "gelu_mlp",
+    "gelu_mlp_backward",
+    "neighbour_cosines",
+    "path_tree",
+    *_FUSED,
+    *(f"{name}_backward" for name in _FUSED),
+):
     _register_composite(_name, getattr(reference, _name))
 
 
@@ -172,6 +179,11 @@ def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *others) -> tuple[Tensor, ..
     return dx, ddt, dweight, dparameters, dB, dC
 
 
+@torch.library.register_fake("grootvl_ops::gelu_mlp")
+def _(x: Tensor, *parameters_and_fused) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("grootvl_ops::gelu_mlp_backward")
 def _(dhidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, dbefore = (before.new_empty(before.shape) for _ in range(2))
@@ -257,6 +269,11 @@ def _save_for_convolution(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, before)
 
 
+def _save_for_mlp(ctx, inputs, output) -> None:
+    x, weight1, bias1, weight2, _, ctx.fused = inputs
+    ctx.save_for_backward(x, weight1, bias1, weight2)
+
+
 def _save_for_norm(ctx, inputs, output) -> None:
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
@@ -324,6 +341,19 @@ def _convolution_gradients(ctx, grad: Tensor, _):
     return *gradients, None, None, None
 
 
+def _gelu_mlp_gradients(ctx, grad: Tensor):
+    x, weight1, bias1, weight2 = ctx.saved_tensors
+    weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
+    if ctx.fused:
+        results = torch.ops.grootvl_ops.gelu_mlp_fused_backward(grad, x, weight1, bias1, weight2)
+    else:
+        results = torch.ops.grootvl_ops.gelu_mlp_backward(grad @ weight2, F.linear(x, weight1, bias1.to(x.dtype)))
+    hidden, dbefore, dbias1 = results
+    _, of_weight1, _, of_weight2, *_ = ctx.needs_input_grad
+    dweight1, dweight2 = dbefore.t() @ x if of_weight1 else None, grad.t() @ hidden if of_weight2 else None
+    return dbefore @ weight1, dweight1, dbias1, dweight2, grad.sum(0, dtype=dbias1.dtype), None
+
+
 def _gated_norm_gradients(ctx, grad: Tensor, _):
     *maps, dparameters = torch.ops.grootvl_ops.gated_norm_backward(grad, *ctx.saved_tensors)
     return *maps, *dparameters, None
@@ -368,6 +398,7 @@ def register_autograd(namespace: str = "grootvl_ops", library: torch.library.Lib
         ("stepped_scan", _save_for_scan, _stepped_scan_gradients),
         ("merged_scan", _save_for_merged_scan, _merged_scan_gradients),
         ("depthwise_conv_silu", _save_for_convolution, _convolution_gradients),
+        ("gelu_mlp", _save_for_mlp, _gelu_mlp_gradients),
         ("gated_norm", _save_for_norm, _gated_norm_gradients),
         ("layer_norm", _save_for_norm, _layer_norm_gradients),
         ("add_layer_norm", _save_for_added_norm, _add_layer_norm_gradients),

@@ -29,6 +29,7 @@ SCHEMAS = (
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gelu_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool fused) -> Tensor",
     "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
     "gelu_mlp_fused_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
     "-> (Tensor, Tensor, Tensor)",

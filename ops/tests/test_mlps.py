@@ -84,6 +84,9 @@ def test_gradcheck_and_opcheck(device):
     for dtype in TOLERANCE:
         rows = [torch.randn(5, 8, device=device).to(dtype) for _ in range(2)]
         torch.library.opcheck(library.gelu_mlp_backward.default, rows)
+        operands = [o.to(device).requires_grad_() for o in make_operands((5, 8), 16, dtype)]
+        for fused in (False, True):
+            torch.library.opcheck(library.gelu_mlp.default, (*operands, fused))
         weights = [torch.randn(shape, device=device).to(dtype) for shape in ((16, 8), (16,), (8, 16))]
         torch.library.opcheck(library.gelu_mlp_fused_backward.default, (*rows, *weights))
 
@@ -119,6 +122,20 @@ def test_under_autocast(device):
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     out.float().sum().backward()
     assert all(o.grad.dtype == torch.float32 for o in operands)
+
+
+def test_keeps_dtypes_under_autocast(device):
+    operands = [o.to(device).requires_grad_() for o in make_operands((9, 16), 32, torch.float32)]
+    expected = library.gelu_mlp(*operands, False)
+    with torch.autocast(device, torch.bfloat16):
+        out = library.gelu_mlp(*operands, False)
+        assert torch.equal(out, expected)
+        out.sum().backward()
+    found = [o.grad.clone() for o in operands]
+    for o in operands:
+        o.grad = None
+    expected.sum().backward()
+    assert all(torch.equal(a, o.grad) for a, o in zip(found, operands, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

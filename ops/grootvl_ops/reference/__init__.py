@@ -8,7 +8,7 @@ Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D
 """
 
 from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward
-from .mlps import gelu_mlp_backward, gelu_mlp_fused_backward
+from .mlps import gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -56,6 +56,7 @@ __all__ = [
     "edge_weights",
     "gated_norm",
     "gated_norm_backward",
+    "gelu_mlp",
     "gelu_mlp_backward",
     "gelu_mlp_fused_backward",
     "graph_tree",

@@ -1,4 +1,4 @@
-"""What the backward pass of an MLP computes between its products, in plain PyTorch."""
+"""An MLP, and what its backward pass computes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .scans import accumulation_dtype
+
+
+def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, fused: bool = False) -> Tensor:
+    """weight2 GELU(weight1 x + bias1) + bias2 of (rows, C), in x's dtype, by the approximation with tanh.
+
+    weight1 (hidden, C), bias1 (hidden), weight2 (C, hidden), bias2 (C). `fused` says how gradients are computed.
+    """
+    weight1, bias1, weight2, bias2 = (parameter.to(x.dtype) for parameter in (weight1, bias1, weight2, bias2))
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):  # from the epilogue of the product
+        hidden = torch._addmm_activation(bias1, x, weight1.t(), use_gelu=True)
+    else:
+        hidden = F.gelu(F.linear(x, weight1, bias1), approximate="tanh")
+    return F.linear(hidden, weight2, bias2)
 
 
 def gelu_mlp_backward(dhidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
