@@ -271,15 +271,15 @@ Tensor gelu_of_product(const Tensor& x, const Tensor& weight1, const Tensor& bia
 variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
   using Results = std::tuple<Tensor, Tensor, Tensor>;
   using Fused = Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
-  static const auto operation =
-      find_operation<Results(const Tensor&, const Tensor&)>("grootvl_ops::gelu_mlp_backward");
+  static const auto operation = find_operation<Results(const Tensor&, const Tensor&)>("grootvl_ops::gelu_mlp_backward");
   static const auto fused = find_operation<Fused>("grootvl_ops::gelu_mlp_fused_backward");
   const WithoutAutocast guard(kAutocast);
   const auto &grad = grads[0], &x = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
   const auto& needs = setting.toTupleRef().elements();
   const auto [hidden, dbefore, dbias1] =
-      needs[0].toBool() ? call(fused, grad, x, weight1, bias1, weight2)
-                        : call(operation, at::mm(grad, weight2), at::linear(x, weight1, as_type(bias1, x.scalar_type())));
+      needs[0].toBool()
+          ? call(fused, grad, x, weight1, bias1, weight2)
+          : call(operation, at::mm(grad, weight2), at::linear(x, weight1, as_type(bias1, x.scalar_type())));
   return {at::mm(dbefore, weight1), needs[1].toBool() ? at::mm(dbefore.t(), x) : Tensor(), dbias1,
           needs[2].toBool() ? at::mm(grad.t(), hidden) : Tensor(), grad.sum(0, false, dbias1.scalar_type())};
 }

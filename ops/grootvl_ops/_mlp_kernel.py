@@ -7,6 +7,7 @@ library would have to be built for that capability alone.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton for this platform, or one without descriptors
-    triton = None
+    _HAS_TRITON = False
+else:
+    _HAS_TRITON = True
 
 __all__ = ["hidden_gradients", "runs"]
 
@@ -26,7 +29,7 @@ _ROWS, _COLUMNS, _DEPTH = 128, 64, 64  # of a tile, and of what is loaded at onc
 def runs(x: Tensor, weight1: Tensor) -> bool:
     """Whether `hidden_gradients` takes operands of the shapes and type of these, on their device."""
     return (
-        triton is not None
+        _HAS_TRITON
         and x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.size(0) > 0
@@ -40,7 +43,7 @@ def _has_descriptors(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-if triton is not None:
+if _HAS_TRITON:
 
     @triton.jit
     def _kernel(
@@ -83,14 +86,15 @@ def hidden_gradients(
     grad, x, weight1, bias1, weight2 = (_aligned(operand) for operand in (grad, x, weight1, bias1, weight2))
     (pixels, channels), width = x.shape, weight1.size(0)
     hidden, dbefore = (x.new_empty((pixels, width)) for _ in range(2))
-    down = triton.cdiv(pixels, _ROWS)
+    down, across = -(-pixels // _ROWS), -(-width // _COLUMNS)
     parts = x.new_empty((down, width), dtype=torch.float32)
     operands = [
         TensorDescriptor.from_tensor(matrix, [rows, columns])
         for matrix, rows, columns in ((grad, _ROWS, _DEPTH), (x, _ROWS, _DEPTH), (weight1, _COLUMNS, _DEPTH))
     ]
     results = [TensorDescriptor.from_tensor(matrix, [_ROWS, _COLUMNS]) for matrix in (hidden, dbefore)]
-    _kernel[(down * triton.cdiv(width, _COLUMNS),)](
+    launch: Any = _kernel[(down * across,)]
+    launch(
         *operands, bias1, TensorDescriptor.from_tensor(weight2, [_DEPTH, _COLUMNS]), *results, parts,
         channels, width, _ROWS, _COLUMNS, _DEPTH, num_warps=4,
     )  # fmt: skip

@@ -1,14 +1,15 @@
 // Depthwise 3x3 convolutions of channels-last maps with SiLU, and their gradients.
 //
 // A block has a tile of rows and columns of some channels, in some images. It goes from row to row, while the next rows
-// are copied into a ring in shared memory. A thread has two channels of kColumns columns. It adds each row to the sums of
-// the three rows of results that need it, and reads each value from shared memory once for all of its columns. The
+// are copied into a ring in shared memory. A thread has two channels of kColumns columns. It adds each row to the sums
+// of the three rows of results that need it, and reads each value from shared memory once for all of its columns. The
 // gradient of the input is the convolution of the gradient of the result, with the weights turned around. The values
 // that it reads, times the input, are the gradient of the weights: with gradients, a thread has nine more sums for each
 // channel, to the end. A convolution with dilation d is one without in each of d x d maps, which consist of every d-th
 // row and column.
 
 #include <algorithm>
+#include <limits>
 
 #include "../../checks.h"
 #include "../common/addressing.cuh"
@@ -20,14 +21,14 @@
 namespace grootvl {
 namespace {
 
-constexpr int kTaps = 3;     // in each direction
-constexpr int kColumns = 4;  // of a thread
-constexpr int kPair = 2;     // channels of a thread
-constexpr int kRing = 8;     // rows in the ring, of half precision
+constexpr int kTaps = 3;       // in each direction
+constexpr int kColumns = 4;    // of a thread
+constexpr int kPair = 2;       // channels of a thread
+constexpr int kRing = 8;       // rows in the ring, of half precision
 constexpr int kMaxGroups = 7;  // of kColumns columns in a block; more would take registers from other blocks
 constexpr int kTileRows = 28;  // about; more would leave too few blocks, fewer copy more rows twice
 
-constexpr int kThreads = 128;   // of a block, at most
+constexpr int kThreads = 128;  // of a block, at most
 
 enum class Result { kSilu, kSiluAndBefore, kGradients };  // the second also keeps what SiLU takes
 
@@ -41,19 +42,19 @@ struct ConvData {
   const T* x;     // with gradients: the input
   int64_t from_stride, x_stride;
   const acc_t* weight;  // (D, 3, 3)
-  T *out, *before;  // the latter: what SiLU takes
-  acc_t* parts;  // (blocks with other pixels, D, 3, 3): sums for the gradient of the weights
+  T *out, *before;      // the latter: what SiLU takes
+  acc_t* parts;         // (blocks with other pixels, D, 3, 3): sums for the gradient of the weights
   int64_t images;
   int height, width, channels, dilation;
-  int tiles_across, tiles_down;     // of each of the dilation^2 maps
-  int tile_columns, tile_rows;      // the former a multiple of kColumns
+  int tiles_across, tiles_down;  // of each of the dilation^2 maps
+  int tile_columns, tile_rows;   // the former a multiple of kColumns
   int images_of_block;
   int chunks;  // parts of the channels, one for each block
 };
 
 // The tile of a block.
 struct Tile {
-  int64_t image;  // the first
+  int64_t image;                                    // the first
   int images, row, column, rows, columns, channel;  // in the map; how many rows and columns; the first channel
 
   template <typename T, typename acc_t>
@@ -130,8 +131,8 @@ class Rows {
   bool exists_[kCopies], inside_[kCopies];
 };
 
-// Copies rows of a tile into the ring: a row of what is convolved with the pixels beside it, and with gradients the next
-// row of the input.
+// Copies rows of a tile into the ring: a row of what is convolved with the pixels beside it, and with gradients the
+// next row of the input.
 template <bool kWords, Result kResult, typename T, typename acc_t>
 class Copier {
  public:
@@ -227,8 +228,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
     // Of the rows before, at and after the row of values; the first is complete when this row is added.
     acc_t sums[kTaps][kColumns][kPair] = {};
     acc_t inputs[kTaps][kColumns][kPair] = {};
-    T* out = data.out + (((tile.image + image) * data.height + tile.row - int64_t{2} * data.dilation) * data.width + tile.column +
-                         int64_t(column) * data.dilation) * data.channels + channel;
+    T* out = data.out +
+             (((tile.image + image) * data.height + tile.row - int64_t{2} * data.dilation) * data.width + tile.column +
+              int64_t(column) * data.dilation) *
+                 data.channels +
+             channel;
 #pragma unroll 3  // so that sums stay in their registers
     for (int row = -1; row <= tile.rows; ++row) {
       await_async_copies<kRows - 2>();
@@ -263,10 +267,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           if (column + i >= tile.columns) continue;
-          acc_t (&result)[kPair] = sums[0][i];
+          acc_t(&result)[kPair] = sums[0][i];
           T* to = out + int64_t(i) * data.dilation * data.channels;
           const int left = data.channels - channel;
-          if constexpr (kResult == Result::kSiluAndBefore) store_pair<kWords>(data.before + (to - data.out), result, left);
+          if constexpr (kResult == Result::kSiluAndBefore)
+            store_pair<kWords>(data.before + (to - data.out), result, left);
           if constexpr (!kGradients) {
 #pragma unroll
             for (int k = 0; k < kPair; ++k) result[k] *= sigmoid(result[k]);
@@ -366,7 +371,8 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     data.chunks = static_cast<int>(divide(data.channels, words * kPair));
     const int64_t tiles = int64_t(data.tiles_across) * data.tiles_down * dilation * dilation;
     // Blocks of small maps take several images, so that few write sums for the gradient of the weights.
-    const int64_t blocks = tiles * data.chunks * data.images, at_once = int64_t(kBlocks<kResult, acc_t>) * current_limits().multiprocessors;
+    const int64_t blocks = tiles * data.chunks * data.images,
+                  at_once = int64_t(kBlocks<kResult, acc_t>) * current_limits().multiprocessors;
     const bool several = kResult == Result::kGradients && rows <= kTileRows / 2;
     const int64_t most = several ? divide(blocks, at_once) : 1;
     constexpr int64_t kMaxGrid = 65535;  // of CUDA

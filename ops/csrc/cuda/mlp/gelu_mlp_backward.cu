@@ -102,8 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, con
       const int64_t at_once = std::max<int64_t>(1, current_limits().multiprocessors * kBlocks / across);
       const int64_t down = std::min((rows + kAhead * block.y - 1) / (kAhead * block.y), at_once);
       const Tensor parts = empty(before, {down, columns}, accumulation);
-      GeluData<T, acc_t> data{dhidden.const_data_ptr<T>(), before.const_data_ptr<T>(), hidden.mutable_data_ptr<T>(),
-                              dbefore.mutable_data_ptr<T>(), parts.mutable_data_ptr<acc_t>(), rows,
+      GeluData<T, acc_t> data{dhidden.const_data_ptr<T>(),     before.const_data_ptr<T>(),
+                              hidden.mutable_data_ptr<T>(),    dbefore.mutable_data_ptr<T>(),
+                              parts.mutable_data_ptr<acc_t>(), rows,
                               static_cast<int>(columns)};
       const size_t shared = sizeof(acc_t) * block.x * block.y * word();
       const dim3 blocks(across, down);
@@ -123,6 +124,4 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, con
 }  // namespace
 }  // namespace grootvl
 
-STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
-  m.impl("gelu_mlp_backward", TORCH_BOX(&grootvl::gelu_mlp_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("gelu_mlp_backward", TORCH_BOX(&grootvl::gelu_mlp_backward)); }
