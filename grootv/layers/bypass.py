@@ -19,8 +19,7 @@ def in_inference() -> bool:
 
 
 def in_training() -> bool:
-    """Whether gradients are recorded, and by a backward pass alone: what computes it may be a
-    `torch.autograd.Function`."""
+    """Whether gradients are recorded, and for a backward pass alone, which is all that fused operations know."""
     return torch.is_grad_enabled() and not _is_transformed()
 
 

@@ -68,15 +68,8 @@ _register_composite(
     "merged_scan_backward",
     partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
-_FUSED = ("depthwise_conv_silu", "gated_norm", "layer_norm", "add_layer_norm")
-for _name in (
-    "gelu_mlp",
-    "gelu_mlp_backward",
-    "neighbour_cosines",
-    "path_tree",
-    *_FUSED,
-    *(f"{name}_backward" for name in _FUSED),
-):
+_FUSED = ("depthwise_conv_silu", "gelu_mlp", "gated_norm", "layer_norm", "add_layer_norm")
+for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
 
 
