@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from . import _loading, _mlp_kernel, reference
+from . import _loading, reference
 from ._schemas import SCHEMAS
 
 _library = _loading.library
@@ -77,6 +77,8 @@ def _gelu_mlp_fused_backward(
     grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One kernel where there is one; otherwise products, and the operation that takes them."""
+    from . import _mlp_kernel  # here, since it imports Triton
+
     if _mlp_kernel.runs(x, weight1):
         with torch.cuda.device(x.device):
             return _mlp_kernel.hidden_gradients(grad, x, weight1, bias1, weight2)
