@@ -73,6 +73,13 @@ for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" fo
     _register_composite(_name, getattr(reference, _name))
 
 
+def _gelu_mlp_backward_of_products(
+    grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    before = F.linear(x, weight1, bias1.to(x.dtype))
+    return torch.ops.grootvl_ops.gelu_mlp_backward(grad @ weight2, before)
+
+
 def _gelu_mlp_fused_backward(
     grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,8 +89,7 @@ def _gelu_mlp_fused_backward(
     if _mlp_kernel.runs(x, weight1):
         with torch.cuda.device(x.device):
             return _mlp_kernel.hidden_gradients(grad, x, weight1, bias1, weight2)
-    before = F.linear(x, weight1, bias1.to(x.dtype))
-    return torch.ops.grootvl_ops.gelu_mlp_backward(grad @ weight2, before)
+    return _gelu_mlp_backward_of_products(grad, x, weight1, bias1, weight2)
 
 
 _register_composite("gelu_mlp_fused_backward", _gelu_mlp_fused_backward)
@@ -339,11 +345,8 @@ def _convolution_gradients(ctx, grad: Tensor, _):
 def _gelu_mlp_gradients(ctx, grad: Tensor):
     x, weight1, bias1, weight2 = ctx.saved_tensors
     weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
-    if ctx.fused:
-        results = torch.ops.grootvl_ops.gelu_mlp_fused_backward(grad, x, weight1, bias1, weight2)
-    else:
-        results = torch.ops.grootvl_ops.gelu_mlp_backward(grad @ weight2, F.linear(x, weight1, bias1.to(x.dtype)))
-    hidden, dbefore, dbias1 = results
+    compute = torch.ops.grootvl_ops.gelu_mlp_fused_backward if ctx.fused else _gelu_mlp_backward_of_products
+    hidden, dbefore, dbias1 = compute(grad, x, weight1, bias1, weight2)
     _, of_weight1, _, of_weight2, *_ = ctx.needs_input_grad
     dweight1, dweight2 = dbefore.t() @ x if of_weight1 else None, grad.t() @ hidden if of_weight2 else None
     return dbefore @ weight1, dweight1, dbias1, dweight2, grad.sum(0, dtype=dbias1.dtype), None
