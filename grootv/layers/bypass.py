@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-__all__ = ["autocasts", "in_inference", "in_training", "is_plain", "only_runs"]
+__all__ = ["autocasts", "in_eager_mode", "in_inference", "in_training", "is_plain", "only_runs"]
 
 # The hooks of all modules.
 _GLOBAL_HOOKS = tuple(
@@ -21,6 +21,14 @@ def in_inference() -> bool:
 def in_training() -> bool:
     """Whether gradients are recorded, and for a backward pass alone, which is all that fused operations know."""
     return torch.is_grad_enabled() and not _is_transformed()
+
+
+def in_eager_mode() -> bool:
+    """Whether each operation runs where it is called, and no mode of PyTorch watches (counters, tracers): a compiler
+    fuses PyTorch's own operations, and modes know them."""
+    return not (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    )
 
 
 def _is_transformed() -> bool:

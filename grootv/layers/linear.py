@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 import grootvl_ops
 
-from .bypass import autocasts, in_inference, in_training, is_plain, only_runs
+from .bypass import autocasts, in_eager_mode, in_inference, in_training, is_plain, only_runs
 
 __all__ = [
     "as_product_reads",
     "call_linear",
+    "has_only_weight",
     "linear",
     "linear_gelu",
     "linear_of_whole_words",
     "linear_runs_gelu",
     "multiplies_whole_words",
+    "product_dtype",
     "runs_gelu_mlp",
     "whole_words",
 ]
@@ -43,12 +45,11 @@ def runs_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     In inference in float32 on a CPU, for products that are large enough: of few rows oneDNN brings the weights into
     another order in more time than it gains, and a small product takes less time than its call. Not for weights that
-    the layer could not apply, whose sizes and strides oneDNN does not check. Not where a mode of PyTorch watches the
-    operations (counters, tracers), which know those of `torch.nn.functional`.
+    the layer could not apply, whose sizes and strides oneDNN does not check.
     """
     return (
         _HAS_ONEDNN
-        and not torch.compiler.is_compiling()
+        and in_eager_mode()
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype == torch.float32
@@ -60,8 +61,6 @@ def runs_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_dense(weight)
         and (bias is None or (_is_dense(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
         and torch._C._get_mkldnn_enabled()
     )
 
@@ -83,7 +82,7 @@ def call_linear(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In which a linear layer multiplies x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if autocasts(device_type, x.dtype) else x.dtype
@@ -107,7 +106,7 @@ def linear_runs_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """
     return (
         not isinstance(x, torch.fx.Proxy)
-        and (x.is_cpu or (x.is_cuda and _product_dtype(x) in _HALF))
+        and (x.is_cpu or (x.is_cuda and product_dtype(x) in _HALF))
         and in_inference()
         and is_plain(layer, nn.Linear, x.device)
         and layer.bias is not None
@@ -126,20 +125,22 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
         if runs_onednn(x, layer.weight, layer.bias):
             return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], act.approximate)
         return torch.ops.aten.gelu_(F.linear(x, layer.weight, layer.bias), approximate=act.approximate)
-    x, weight, bias = (operand.to(_product_dtype(x)) for operand in (x, layer.weight, layer.bias))
+    x, weight, bias = (operand.to(product_dtype(x)) for operand in (x, layer.weight, layer.bias))
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
 
 
 def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor) -> bool:
     """Whether `grootvl_ops.gelu_mlp` may compute second(act(first(x))), with the weights of two linear layers.
 
-    In training, in a half precision on CUDA, where calls of the modules would do nothing but what their kind does. What
-    it takes for a GELU differs from the exact one by less than the rounding, see `linear_gelu`.
+    In training, and in inference in eager mode, in a half precision on CUDA, where calls of the modules would do
+    nothing but what their kind does. What it takes for a GELU differs from the exact one by less than the rounding, see
+    `linear_gelu`.
     """
-    if isinstance(x, torch.fx.Proxy) or not x.is_cuda or not in_training() or _product_dtype(x) not in _HALF:
+    if isinstance(x, torch.fx.Proxy) or not x.is_cuda or product_dtype(x) not in _HALF:
         return False
     return (
-        _HAS_CUDA_KERNELS
+        (in_training() or (in_inference() and in_eager_mode()))
+        and _HAS_CUDA_KERNELS
         and isinstance(first, nn.Linear)
         and isinstance(second, nn.Linear)
         and is_plain(first, nn.Linear, x.device)
@@ -149,6 +150,22 @@ def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor
         and second.bias is not None
         and first.in_features == second.out_features
         and (first.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
+    )
+
+
+def has_only_weight(layer: Any, x: Tensor) -> bool:
+    """Whether an operation of several (`grootvl_ops.mixers`) may multiply x by the weight of `layer`.
+
+    In eager mode on CUDA, in training and inference, for a linear layer without bias whose call would do nothing else.
+    """
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and x.is_cuda
+        and (in_training() or in_inference())
+        and in_eager_mode()
+        and is_plain(layer, nn.Linear, x.device)
+        and layer.bias is None
+        and (layer.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
     )
 
 
@@ -165,7 +182,7 @@ def multiplies_whole_words(layer: nn.Module, x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         and x.is_cuda
-        and _product_dtype(x) in _HALF
+        and product_dtype(x) in _HALF
         and is_plain(layer, nn.Linear, x.device)
         and layer.bias is None
     )

@@ -14,7 +14,15 @@ from grootvl_ops.reference import accumulation_dtype
 
 from .bypass import in_inference, in_training, is_plain
 from .convolution import fuses_convolution, silu_of_sequence, takes_sequence
-from .linear import as_product_reads, call_linear, linear_of_whole_words, multiplies_whole_words, whole_words
+from .linear import (
+    as_product_reads,
+    call_linear,
+    has_only_weight,
+    linear_of_whole_words,
+    multiplies_whole_words,
+    product_dtype,
+    whole_words,
+)
 from .norms import PromotedLayerNorm
 from .tracing import TraceLeaf
 
@@ -158,6 +166,8 @@ class SelectiveSSM(TraceLeaf):
         (B, H, W, D)."""
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
+            if has_only_weight(self.in_proj, x) and self.fuses_conv:
+                return grootvl_ops.mixer_input(x, self.in_proj.weight, self.conv.weight, self.conv.dilation[0])
             if in_inference() and self.fuses_conv:
                 features, z = call_linear(self.in_proj, x).chunk(2, dim=-1)  # the kernels read halves where they are
                 return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
@@ -195,6 +205,13 @@ class SelectiveSSM(TraceLeaf):
     def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
         """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
+            if len(scans) == 1 and self.runs_after_tree(x):
+                step, h_norm, out_norm = self.dt_proj, self.h_norm, self.out_norm
+                return grootvl_ops.mixer_output(
+                    x, z, self.x_proj.weight, step.weight, step.bias, self.A_log, self.D_skip,
+                    h_norm.weight, h_norm.bias, out_norm.weight, out_norm.bias, self.out_proj.weight,
+                    *scans[0], h_norm.eps,
+                )  # fmt: skip
             if multiplies_whole_words(self.x_proj, x) and self.fuses_step:
                 rank = whole_words(self.dt_rank)
                 of_step, of_others = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
@@ -252,6 +269,18 @@ class SelectiveSSM(TraceLeaf):
         dtype = accumulation_dtype(h.dtype)
         y = C.to(dtype).unsqueeze(-1) * self.h_norm(h.to(dtype)) + self.D_skip.to(dtype) * x.to(dtype)
         return (self.out_norm(y) * F.silu(z.to(dtype))).to(h.dtype)
+
+    @torch.jit.unused
+    def runs_after_tree(self, x: Tensor) -> bool:
+        """Whether `grootvl_ops.mixer_output` may compute everything from x, (B, L, D), on, for a single scan."""
+        return (
+            self.d_state == 1
+            and has_only_weight(self.x_proj, x)
+            and has_only_weight(self.out_proj, x)
+            and product_dtype(x) == x.dtype
+            and self.fuses_step
+            and self.fuses_norms
+        )
 
     @property
     def splits_input(self) -> bool:

@@ -145,10 +145,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if linear_runs_gelu(self.fc1, self.act, x):
-                return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
             if runs_gelu_mlp(self.fc1, self.act, self.fc2, x):
                 return grootvl_ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            if linear_runs_gelu(self.fc1, self.act, x):
+                return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -250,6 +250,30 @@ std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& we
           before};
 }
 
+// A node that raises when a gradient reaches it. PyTorch 2.13 changed how nodes are owned.
+torch::autograd::Edge refuse(const std::string& reason, const variable_list& inputs) {
+  auto edges = torch::autograd::collect_next_edges(inputs);
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  std::shared_ptr<torch::autograd::Node> node(new torch::autograd::Error(reason, std::move(edges)),
+                                              torch::autograd::deleteNode);
+#else
+  auto node = c10::make_intrusive<torch::autograd::Error>(reason, std::move(edges));
+#endif
+  return {node, 0};
+}
+
+// The gradients of a backward pass, which raise when they are differentiated themselves. For nodes that compute them
+// below autograd, from several operations.
+variable_list refusing_derivatives(const char* name, const variable_list& grads, variable_list results) {
+  if (!at::GradMode::is_enabled()) return results;
+  const auto refusal = refuse(
+      std::string("grootvl_ops.") + name + " can be differentiated once only: it has no second derivatives", grads);
+  for (const Tensor& result : results) {
+    if (result.defined()) torch::autograd::set_history(result, refusal.function);
+  }
+  return results;
+}
+
 // PyTorch's operations under it compute in the dtypes that they are given, also where autocast is active.
 using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
 const c10::DispatchKeySet kAutocast = c10::autocast_dispatch_keyset;
@@ -259,44 +283,86 @@ Tensor as_type(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : at::_to_copy(tensor, tensor.options().dtype(type));
 }
 
+// x weight^T + bias of (rows, K), (N, K) and (N).
+Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias) { return at::addmm(bias, x, weight.t()); }
+
 // The first product of an MLP and its GELU, in half precision on a GPU from the epilogue of the product.
 Tensor gelu_of_product(const Tensor& x, const Tensor& weight1, const Tensor& bias1) {
   if (x.is_cuda() && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16)) {
     return at::_addmm_activation(bias1, x, weight1.t(), 1, 1, /*use_gelu=*/true);
   }
-  return at::gelu(at::linear(x, weight1, bias1), "tanh");
+  return at::gelu(product(x, weight1, bias1), "tanh");
 }
 
-// The setting: whether one operation computes products and GELU, and which gradients of weights are needed.
+// In which type products give the gradient of a weight of the type `type`, from `map`. In half precision on
+// a GPU, cuBLAS writes it as float32, so that nothing has to convert it.
+at::ScalarType gradient_type(const Tensor& map, at::ScalarType type) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10
+  if (map.is_cuda() && map.element_size() == 2 && type == at::kFloat) return type;
+#endif
+  return map.scalar_type();
+}
+
+// Writes the gradient of a weight, (N, K), from that of the product, (rows, N), and its other factor, (rows, K).
+void write_weight_gradient(Tensor to, const Tensor& grad, const Tensor& x) {
+  if (to.scalar_type() == x.scalar_type()) {
+    at::mm_out(to, grad.t(), x);
+    return;
+  }
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10
+  at::mm_out(to, grad.t(), x, to.scalar_type());
+#endif
+}
+
+Tensor weight_gradient(const Tensor& grad, const Tensor& x, at::ScalarType type) {
+  Tensor to = at::empty({grad.size(1), x.size(1)}, x.options().dtype(gradient_type(x, type)));
+  write_weight_gradient(to, grad, x);
+  return to;
+}
+
+// The setting: whether one operation computes products and GELU, as in compiled graphs, and which gradients of weights
+// are needed.
 variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
   using Results = std::tuple<Tensor, Tensor, Tensor>;
   using Fused = Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Results(const Tensor&, const Tensor&)>("grootvl_ops::gelu_mlp_backward");
   static const auto fused = find_operation<Fused>("grootvl_ops::gelu_mlp_fused_backward");
-  const WithoutAutocast guard(kAutocast);
+  static const auto bias = find_operation<Tensor(const Tensor&)>("grootvl_ops::bias_backward");
+  const WithoutAutocast without(kAutocast);
   const auto &grad = grads[0], &x = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
-  const auto& needs = setting.toTupleRef().elements();
-  const auto [hidden, dbefore, dbias1] =
-      needs[0].toBool()
-          ? call(fused, grad, x, weight1, bias1, weight2)
-          : call(operation, at::mm(grad, weight2), at::linear(x, weight1, as_type(bias1, x.scalar_type())));
-  return {at::mm(dbefore, weight1), needs[1].toBool() ? at::mm(dbefore.t(), x) : Tensor(), dbias1,
-          needs[2].toBool() ? at::mm(grad.t(), hidden) : Tensor(), grad.sum(0, false, dbias1.scalar_type())};
+  const auto& elements = setting.toTupleRef().elements();
+  const bool is_fused = elements[0].toBool(), needs_weight1 = elements[1].toBool(),
+             needs_weight2 = elements[2].toBool();
+  variable_list results;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [hidden, dbefore, dbias1] =
+        is_fused ? call(fused, grad, x, weight1, bias1, weight2)
+                 : call(operation, at::mm(grad, weight2), product(x, weight1, as_type(bias1, x.scalar_type())));
+    const auto of_weight = [&](const Tensor& dproduct, const Tensor& factor) {
+      // Compiled graphs convert it together with whatever else they compute of it.
+      return is_fused ? at::mm(dproduct.t(), factor) : weight_gradient(dproduct, factor, bias1.scalar_type());
+    };
+    results = {at::mm(dbefore, weight1), needs_weight1 ? of_weight(dbefore, x) : Tensor(), dbias1,
+               needs_weight2 ? of_weight(grad, hidden) : Tensor(),
+               is_fused ? at::sum(grad, 0, false, dbias1.scalar_type()) : call(bias, grad)};
+  }
+  return refusing_derivatives("gelu_mlp", grads, std::move(results));
 }
 
 Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
                 bool fused) {
   const WithoutAutocast without(kAutocast);
-  // Recorded, so that the gradients that a backward pass computes know what they come from.
-  const Tensor of_product1 = weight1.to(x.scalar_type()), of_product2 = weight2.to(x.scalar_type());
-  Tensor out;
+  const at::ScalarType type = x.scalar_type();
+  Tensor of_product1, of_product2, out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor hidden = gelu_of_product(x, of_product1, as_type(bias1, x.scalar_type()));
-    out = at::linear(hidden, of_product2, as_type(bias2, x.scalar_type()));
+    of_product1 = as_type(weight1, type);
+    of_product2 = as_type(weight2, type);
+    out = product(gelu_of_product(x, of_product1, as_type(bias1, type)), of_product2, as_type(bias2, type));
   }
   return differentiable<gelu_mlp_gradients>(
-      out, {x, of_product1, bias1, of_product2, bias2}, {x, of_product1, bias1, of_product2},
+      out, {x, weight1, bias1, weight2, bias2}, {x, of_product1, bias1, of_product2},
       c10::ivalue::Tuple::create(fused, weight1.requires_grad(), weight2.requires_grad()));
 }
 
@@ -321,6 +387,154 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
       differentiable<gated_norm_gradients>(out, {h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias},
                                            {h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, statistics}),
       statistics};
+}
+
+// The part of a mixer before the choice of its trees: a product, and the convolution of its first half.
+// The arguments after the tensors: height, dilation, the type of the weight, and whether gradients of x and of the
+// weight are needed.
+variable_list mixer_input_gradients(const variable_list& grads, const variable_list& saved,
+                                    const c10::IValue& arguments) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
+  static const auto convolution = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
+  const WithoutAutocast without(kAutocast);
+  const auto &x = saved[0], &in_proj = saved[1], &conv_weight = saved[2], &both = saved[3], &before = saved[4];
+  const auto& elements = arguments.toTupleRef().elements();
+  const int64_t D = conv_weight.size(0);
+  variable_list results(3);
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor dfeatures = grads[0].defined() ? grads[0] : at::zeros_like(before);
+    const Tensor dz = (grads[1].defined() ? grads[1] : at::zeros_like(before)).reshape({-1, D});
+    const auto [dmaps, dconv_weight] = call(convolution, at::silu_backward(dfeatures, before), both.narrow(2, 0, D),
+                                            conv_weight, elements[0].toSymInt(), elements[1].toInt());
+    const Tensor dfirst = dmaps.view({-1, D});
+    if (elements[3].toBool()) {
+      Tensor dx = at::mm(dfirst, in_proj.narrow(0, 0, D));
+      results[0] = dx.addmm_(dz, in_proj.narrow(0, D, D)).view(x.sizes());
+    }
+    if (elements[4].toBool()) {
+      const Tensor rows = x.reshape({-1, x.size(2)});
+      const auto type = static_cast<at::ScalarType>(elements[2].toInt());
+      results[1] = at::empty(in_proj.sizes(), x.options().dtype(gradient_type(x, type)));
+      write_weight_gradient(results[1].narrow(0, 0, D), dfirst, rows);
+      write_weight_gradient(results[1].narrow(0, D, D), dz, rows);
+    }
+    results[2] = dconv_weight;
+  }
+  return refusing_derivatives("mixer_input", grads, std::move(results));
+}
+
+std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, const Tensor& conv_weight,
+                                       int64_t height, int64_t dilation) {
+  static const auto convolution = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
+  const WithoutAutocast without(kAutocast);
+  const variable_list inputs{x, in_proj, conv_weight};
+  const int64_t D = conv_weight.size(0);
+  Tensor of_product, both, features, before;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    of_product = as_type(in_proj, x.scalar_type());
+    both = at::mm(x.reshape({-1, x.size(2)}), of_product.t()).view({x.size(0), x.size(1), 2 * D});
+    std::tie(features, before) = call(convolution, both.narrow(2, 0, D), conv_weight, c10::SymInt(height), dilation,
+                                      torch::autograd::compute_requires_grad(inputs));
+  }
+  const variable_list results = differentiable<mixer_input_gradients>(
+      {features, both.narrow(2, D, D)}, inputs, {x, of_product, conv_weight, both, before},
+      c10::ivalue::Tuple::create(height, dilation, static_cast<int64_t>(in_proj.scalar_type()), x.requires_grad(),
+                                 in_proj.requires_grad()));
+  return {results[0], results[1]};
+}
+
+// What a mixer projects from a map (rows, D) to (rows, N): a part of wider rows, which begin at multiples of 16 bytes.
+// cuBLAS has its fast kernels for such rows.
+Tensor projected_rows(const Tensor& rows, int64_t count) {
+  return at::empty({rows.size(0), (count + 7) / 8 * 8}, rows.options()).narrow(1, 0, count);
+}
+
+// The part of a mixer after the choice of its tree: step size, B and C by a product, scan, gated norm, and a product.
+// The arguments after the tensors: direction, the types of the weights of both products, and whether their gradients
+// are needed.
+variable_list mixer_output_gradients(const variable_list& grads, const variable_list& saved,
+                                     const c10::IValue& arguments) {
+  using Norm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  using Optional = const std::optional<Tensor>&;
+  using Scan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional,
+      const Tensor&, const Tensor&, const Tensor&, std::string_view);
+  static const auto norm = find_operation<Norm>("grootvl_ops::gated_norm_backward");
+  static const auto scan = find_operation<Scan>("grootvl_ops::selective_scan_backward");
+  const WithoutAutocast without(kAutocast);
+  const auto &x = saved[0], &z = saved[1], &x_proj = saved[2], &dt_weight = saved[3], &dt_bias = saved[4],
+             &A_log = saved[5], &D_skip = saved[6], &h_weight = saved[7], &h_bias = saved[8], &out_weight = saved[9],
+             &out_bias = saved[10], &out_proj = saved[11], &projected = saved[12], &h = saved[13], &y = saved[14];
+  const auto& elements = arguments.toTupleRef().elements();
+  const auto type = [&](int i) { return static_cast<at::ScalarType>(elements[i].toInt()); };
+  variable_list results;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t D = x.size(2), rank = dt_weight.size(1), count = rank + 2;
+    const Tensor grad = grads[0].reshape({-1, out_proj.size(0)}), rows = x.reshape({-1, D});
+    const Tensor dt = projected.narrow(2, 0, rank), B = projected.select(2, rank), C = projected.select(2, rank + 1);
+    const auto [dh, dskip, dz, dC, dnorms] = call(norm, at::mm(grad, out_proj).view(x.sizes()), h, x, z, C, D_skip,
+                                                  h_weight, h_bias, out_weight, out_bias, saved[15]);
+    const auto [dscan, ddt, ddt_weight, dparameters, dB, none] =
+        call(scan, dh, x, dt, std::optional(dt_weight), std::optional(dt_bias), A_log, B, std::optional<Tensor>(),
+             saved[16], saved[17], saved[18], elements[0].toStringView());
+    variable_list columns{ddt.reshape({-1, rank}), dB.reshape({-1, 1}), dC.reshape({-1, 1})};
+    const int64_t beside = (count + 7) / 8 * 8 - count;
+    if (beside > 0) columns.push_back(at::zeros({rows.size(0), beside}, rows.options()));
+    const Tensor dprojected = at::cat(columns, 1).narrow(1, 0, count);
+    Tensor dx = dskip.view({-1, D});
+    dx = dx.addmm_(dprojected, x_proj).view(x.sizes()).add_(dscan);
+    const variable_list of_norms = dnorms.unbind();  // D_skip, then weight and bias of both norms
+    results = {dx,
+               dz,
+               elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)) : Tensor(),
+               ddt_weight,
+               dparameters.select(0, 0),
+               dparameters.select(0, 1),
+               of_norms[0],
+               of_norms[1],
+               of_norms[2],
+               of_norms[3],
+               of_norms[4],
+               elements[4].toBool() ? weight_gradient(grad, y.reshape({-1, D}), type(2)) : Tensor()};
+  }
+  return refusing_derivatives("mixer_output", grads, std::move(results));
+}
+
+Tensor mixer_output(const Tensor& x, const Tensor& z, const Tensor& x_proj, const Tensor& dt_weight,
+                    const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& h_weight,
+                    const Tensor& h_bias, const Tensor& out_weight, const Tensor& out_bias, const Tensor& out_proj,
+                    const Tensor& parent, const Tensor& order, const Tensor& subtree_size, double eps,
+                    std::string_view direction) {
+  static const auto scan = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
+  static const auto norm = find_operation<decltype(gated_norm)>("grootvl_ops::gated_norm");
+  const WithoutAutocast without(kAutocast);
+  Tensor of_x, of_out, projected, h, y, statistics, out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t rank = dt_weight.size(1);
+    const Tensor rows = x.reshape({-1, x.size(2)});
+    of_x = as_type(x_proj, x.scalar_type());
+    of_out = as_type(out_proj, x.scalar_type());
+    projected = projected_rows(rows, rank + 2);
+    projected = at::mm_out(projected, rows, of_x.t()).view({x.size(0), x.size(1), rank + 2});
+    h = call(scan, x, projected.narrow(2, 0, rank), std::optional(dt_weight), std::optional(dt_bias), A_log,
+             projected.select(2, rank), std::optional<Tensor>(), parent, order, subtree_size, direction);
+    std::tie(y, statistics) =
+        call(norm, h, x, z, projected.select(2, rank + 1), D_skip, h_weight, h_bias, out_weight, out_bias, eps);
+    out = at::mm(y.reshape({-1, x.size(2)}), of_out.t()).view({x.size(0), x.size(1), out_proj.size(0)});
+  }
+  return differentiable<mixer_output_gradients>(
+      out, {x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj},
+      {x, z, of_x, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, of_out, projected, h, y,
+       statistics, parent, order, subtree_size},
+      c10::ivalue::Tuple::create(std::string(direction), static_cast<int64_t>(x_proj.scalar_type()),
+                                 static_cast<int64_t>(out_proj.scalar_type()), x_proj.requires_grad(),
+                                 out_proj.requires_grad()));
 }
 
 variable_list layer_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
@@ -366,18 +580,6 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
   return {results[0], results[1], statistics};
 }
 
-// A node that raises when a gradient reaches it. PyTorch 2.13 changed how nodes are owned.
-torch::autograd::Edge refuse(const std::string& reason, const variable_list& inputs) {
-  auto edges = torch::autograd::collect_next_edges(inputs);
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
-  std::shared_ptr<torch::autograd::Node> node(new torch::autograd::Error(reason, std::move(edges)),
-                                              torch::autograd::deleteNode);
-#else
-  auto node = c10::make_intrusive<torch::autograd::Error>(reason, std::move(edges));
-#endif
-  return {node, 0};
-}
-
 // Any *_backward: its results pass for differentiable, and say that they are not when that is asked of them.
 void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
@@ -406,6 +608,15 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 
 }  // namespace
 
+// Operations of several operations, with gradients of their own, on every device.
+TORCH_LIBRARY_IMPL(grootvl_ops, CompositeImplicitAutograd, m) {
+  m.impl("mixer_input", TORCH_FN(mixer_input));
+  m.impl("mixer_output", TORCH_FN(mixer_output));
+}
+
+// Where autograd is left out, as in inference mode.
+TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) { m.impl("gelu_mlp", TORCH_FN(gelu_mlp)); }
+
 TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("tree_scan", TORCH_FN(tree_scan));
   m.impl("selective_scan", TORCH_FN(selective_scan));
@@ -419,7 +630,7 @@ TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   for (const char* name :
        {"tree_scan_backward", "selective_scan_backward", "stepped_scan_backward", "merged_scan_backward",
         "depthwise_conv_silu_backward", "gated_norm_backward", "layer_norm_backward", "add_layer_norm_backward",
-        "gelu_mlp_backward", "gelu_mlp_fused_backward"}) {
+        "gelu_mlp_backward", "gelu_mlp_fused_backward", "bias_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&backward_once>());
   }
 }

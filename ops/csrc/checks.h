@@ -195,11 +195,16 @@ inline void check_depthwise_conv(const Tensor& x, const Tensor& weight, int64_t 
                 " and dilation at least 1, got ", dilation, " for x ", x.sizes());
 }
 
+// Columns are numbered in 32 bits.
+inline void check_columns(const char* name, const Tensor& matrix) {
+  GROOTVL_CHECK(matrix.dim() == 2, name, " must be (rows, columns), got ", matrix.sizes());
+  GROOTVL_CHECK(is_floating(matrix.scalar_type()), name, " must be floating point, got ", matrix.scalar_type());
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;
+  GROOTVL_CHECK(matrix.size(1) <= limit, name, " may have ", limit, " columns, got ", matrix.size(1));
+}
+
 inline void check_gelu_mlp_backward(const Tensor& dhidden, const Tensor& before) {
-  GROOTVL_CHECK(before.dim() == 2, "before must be (rows, hidden), got ", before.sizes());
-  GROOTVL_CHECK(is_floating(before.scalar_type()), "before must be floating point, got ", before.scalar_type());
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 4;  // columns are numbered in 32 bits
-  GROOTVL_CHECK(before.size(1) <= limit, "hidden must be at most ", limit, ", got ", before.size(1));
+  check_columns("before", before);
   check_like("dhidden", dhidden, "before", before, before.sizes());
 }
 

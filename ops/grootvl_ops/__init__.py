@@ -9,12 +9,14 @@ package was installed with a compiler, and on `grootvl_ops.reference` elsewhere;
 * `trees`: which tree. From the features of a map, from any graph, or along a path.
 * `scans`: what is scanned, and in which direction.
 * `norms`, `convolutions`, `mlps`: the normalisations around a scan, the convolution before it, and the MLP after it.
+* `mixers`: all that is before the choice of a tree in one operation, and all that is after it in another.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from ._loading import backend
 from .convolutions import depthwise_conv_silu
+from .mixers import mixer_input, mixer_output
 from .mlps import gelu_mlp
 from .norms import add_layer_norm, gated_norm, layer_norm
 from .scans import DIRECTIONS, merged_scan, selective_scan, tree_scan
@@ -48,6 +50,8 @@ __all__ = [
     "grid_edges",
     "layer_norm",
     "merged_scan",
+    "mixer_input",
+    "mixer_output",
     "neighbour_cosines",
     "path_tree",
     "selective_scan",

@@ -69,7 +69,7 @@ _register_composite(
     partial(reference.merged_scan_backward, scan_backward=_selective_scan_backward),
 )
 _FUSED = ("depthwise_conv_silu", "gelu_mlp", "gated_norm", "layer_norm", "add_layer_norm")
-for _name in ("neighbour_cosines", "path_tree", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
+for _name in ("neighbour_cosines", "path_tree", "bias_backward", *_FUSED, *(f"{name}_backward" for name in _FUSED)):
     _register_composite(_name, getattr(reference, _name))
 
 
@@ -183,6 +183,11 @@ def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *others) -> tuple[Tensor, ..
 @torch.library.register_fake("grootvl_ops::gelu_mlp")
 def _(x: Tensor, *parameters_and_fused) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::bias_backward")
+def _(grad: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[1:], dtype=reference.accumulation_dtype(grad.dtype))
 
 
 @torch.library.register_fake("grootvl_ops::gelu_mlp_backward")

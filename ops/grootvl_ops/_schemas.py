@@ -29,7 +29,12 @@ SCHEMAS = (
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mixer_input(Tensor x, Tensor in_proj, Tensor conv_weight, int height, int dilation) -> (Tensor, Tensor)",
+    "mixer_output(Tensor x, Tensor z, Tensor x_proj, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, "
+    f"Tensor h_weight, Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor out_proj, {_TREE}, float eps, "
+    "str direction) -> Tensor",
     "gelu_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool fused) -> Tensor",
+    "bias_backward(Tensor grad) -> Tensor",
     "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
     "gelu_mlp_fused_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
     "-> (Tensor, Tensor, Tensor)",

@@ -8,7 +8,7 @@ Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D
 """
 
 from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward
-from .mlps import gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
+from .mlps import bias_backward, gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -50,6 +50,7 @@ __all__ = [
     "accumulation_dtype",
     "add_layer_norm",
     "add_layer_norm_backward",
+    "bias_backward",
     "depthwise_conv_silu",
     "depthwise_conv_silu_backward",
     "down_sweep",

@@ -22,6 +22,12 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
     return F.linear(hidden, weight2, bias2)
 
 
+def bias_backward(grad: Tensor) -> Tensor:
+    """The gradient of a bias, which was added to each row, from that of the rows: (rows, columns) to (columns), in
+    float32 (float64 for float64)."""
+    return grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+
+
 def gelu_mlp_backward(dhidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For what a GELU takes and the gradient of what it gives, (rows, hidden) each: what it gives, and the gradient of
     what it takes, by the approximation with tanh, and the sum of the latter over the rows."""

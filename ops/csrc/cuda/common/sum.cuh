@@ -1,37 +1,69 @@
-// Sums of the parts that the blocks of a kernel have written, in a fixed order.
+// Sums over the threads of a block, and of the parts that the blocks of a kernel have written, in a fixed order.
 #pragma once
 
 #include <algorithm>
 
 #include "device.cuh"
+#include "launch.cuh"
+#include "warp.cuh"
 
 namespace grootvl {
 
-// `parts` (outer, count, inner) to `sums` (outer, inner). A block has blockDim.x columns, and blockDim.y threads for
-// each.
-template <typename acc_t, typename out_t>
+// Writes sums over threadIdx.y of a block's values: kCount for each threadIdx.x, side by side from `to` on, at most
+// `most`. It needs shared memory for all values.
+template <int kCount, typename acc_t>
+__device__ __forceinline__ void write_block_sums(const acc_t (&values)[kCount], acc_t* to, int64_t most) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  acc_t* of_rows = reinterpret_cast<acc_t*>(shared);  // (blockDim.y, width)
+  const int width = blockDim.x * kCount;
+  __syncthreads();  // the memory may have been used before
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) of_rows[threadIdx.y * width + threadIdx.x * kCount + i] = values[i];
+  __syncthreads();
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width && i < most; i += blockDim.x * blockDim.y) {
+    acc_t total = 0;
+    for (unsigned row = 0; row < blockDim.y; ++row) total += of_rows[row * width + i];
+    to[i] = total;
+  }
+}
+
+constexpr int kPartsAhead = 16;  // parts that a thread loads together: the compiler would wait for each one
+
+// `parts` (outer, count, inner) to `sums` (outer, inner). A block has blockDim.x = kColumns columns, and blockDim.y
+// threads for each.
+template <int kColumns, typename acc_t, typename out_t>
 __global__ void sum_parts_kernel(const acc_t* parts, int64_t count, int64_t inner, out_t* sums) {
-  extern __shared__ char shared[];
-  acc_t* of_threads = reinterpret_cast<acc_t*>(shared) + threadIdx.x;
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  await_kernels_before();
+  const int64_t column = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const bool valid = column < inner;
   const acc_t* first = parts + blockIdx.y * count * inner + (valid ? column : 0);
   acc_t sum = 0;
-  constexpr int kAhead = 8;  // parts that are loaded together: the compiler would wait for each one
-  for (int64_t part = threadIdx.y; part < count; part += kAhead * blockDim.y) {
-    acc_t values[kAhead];
+  for (int64_t part = threadIdx.y; part < count; part += kPartsAhead * blockDim.y) {
+    acc_t values[kPartsAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kPartsAhead; ++i) {
       const int64_t next = part + i * blockDim.y;
       values[i] = next < count ? first[next * inner] : acc_t(0);
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) sum += values[i];
+    for (int i = 0; i < kPartsAhead; ++i) sum += values[i];
   }
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
-    if (threadIdx.y >= half && threadIdx.y < 2 * half) of_threads[threadIdx.y * blockDim.x] = sum;
+  constexpr int kRows = kWarpLanes / kColumns;  // of a warp
+  const auto sum_rows = [&] {
+#pragma unroll
+    for (int distance = kWarpLanes / 2; distance >= kColumns; distance /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    }
+  };
+  sum_rows();
+  if (blockDim.y > kRows) {
+    __shared__ acc_t of_warps[kMaxBlockThreads / kWarpLanes][kColumns];
+    if (threadIdx.y % kRows == 0) of_warps[threadIdx.y / kRows][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y < half) sum += of_threads[(threadIdx.y + half) * blockDim.x];
+    if (threadIdx.y >= kRows) return;
+    sum = 0;
+    for (unsigned warp = threadIdx.y; warp < blockDim.y / kRows; warp += kRows) sum += of_warps[warp][threadIdx.x];
+    sum_rows();
   }
   if (valid && threadIdx.y == 0) sums[blockIdx.y * inner + column] = static_cast<out_t>(sum);
 }
@@ -44,17 +76,23 @@ inline Tensor sum_parts(const Tensor& parts, int64_t outer, Sizes sizes, ScalarT
   if (sums.numel() == 0) return sums;
   for_accumulation_type(parts.scalar_type(), [&](auto value) {
     using acc_t = decltype(value);
-    // Eight columns fill a sector of memory. Several threads share a column where there are many parts and few columns.
-    constexpr int64_t kManyColumns = 1 << 13;
-    const dim3 block = count < 64 ? dim3(256, 1) : inner >= kManyColumns ? dim3(64, 4) : dim3(8, 64);
-    const dim3 blocks((inner + block.x - 1) / block.x, outer);
-    const size_t shared = block.y > 1 ? sizeof(acc_t) * block.x * block.y : 0;
     for_floating_type(type, [&](auto result) {
       using out_t = decltype(result);
-      sum_parts_kernel<acc_t, out_t><<<blocks, block, shared, current_stream()>>>(
-          parts.const_data_ptr<acc_t>(), count, inner, sums.mutable_data_ptr<out_t>());
+      // As many threads share a column as load all parts at once, if a block can have them.
+      const auto launch_columns = [&](auto columns, int64_t most_warps) {
+        constexpr int kRows = kWarpLanes / columns();  // of a warp
+        const int64_t warps = (count + kPartsAhead * kRows - 1) / (kPartsAhead * kRows);
+        const dim3 block(columns(), std::min(std::max<int64_t>(warps, 1), most_warps) * kRows);
+        launch(sum_parts_kernel<columns(), acc_t, out_t>, dim3((inner + columns() - 1) / columns(), outer), block, 0,
+               current_stream(), parts.const_data_ptr<acc_t>(), count, inner, sums.mutable_data_ptr<out_t>());
+      };
+      constexpr int64_t kManyColumns = 1 << 13, kManyParts = 64;
+      if (inner >= kManyColumns || count < kManyParts) {
+        launch_columns(std::integral_constant<int, kWarpLanes>(), 8);
+      } else {  // few blocks: eight columns, which fill a sector of memory
+        launch_columns(std::integral_constant<int, 8>(), kMaxBlockThreads / kWarpLanes);
+      }
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return sums;
 }

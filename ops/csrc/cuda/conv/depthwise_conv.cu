@@ -21,12 +21,13 @@
 namespace grootvl {
 namespace {
 
-constexpr int kTaps = 3;       // in each direction
-constexpr int kColumns = 4;    // of a thread
-constexpr int kPair = 2;       // channels of a thread
-constexpr int kRing = 8;       // rows in the ring, of half precision
-constexpr int kMaxGroups = 7;  // of kColumns columns in a block; more would take registers from other blocks
-constexpr int kTileRows = 28;  // about; more would leave too few blocks, fewer copy more rows twice
+constexpr int kTaps = 3;            // in each direction
+constexpr int kColumns = 4;         // of a thread
+constexpr int kPair = 2;            // channels of a thread
+constexpr int kRing = 8;            // rows in the ring, of half precision
+constexpr int kMaxGroups = 7;       // of kColumns columns in a block; more would take registers from other blocks
+constexpr int kTileRows = 28;       // at most about; fewer copy more rows twice
+constexpr int kFewestTileRows = 4;  // about, for few images
 
 constexpr int kThreads = 128;  // of a block, at most
 
@@ -294,27 +295,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
     }
   }
   if constexpr (kGradients) {
-    // The sums of the block, (columns, channels, taps).
-    acc_t* of_threads = reinterpret_cast<acc_t*>(shared_memory);
-    const int width = blockDim.x * kPair * kTaps * kTaps;
-    __syncthreads();
+    acc_t values[kPair * kTaps * kTaps];  // (channels, taps)
 #pragma unroll
     for (int tap = 0; tap < kTaps * kTaps; ++tap) {
 #pragma unroll
-      for (int k = 0; k < kPair; ++k) {
-        of_threads[threadIdx.y * width + (threadIdx.x * kPair + k) * kTaps * kTaps + tap] =
-            dweight[tap / kTaps][tap % kTaps][k];
-      }
+      for (int k = 0; k < kPair; ++k) values[k * kTaps * kTaps + tap] = dweight[tap / kTaps][tap % kTaps][k];
     }
-    __syncthreads();
     const int64_t part = blockIdx.y * (gridDim.x / data.chunks) + blockIdx.x / data.chunks;
-    const int left = (data.channels - tile.channel) * kTaps * kTaps;
     acc_t* to = data.parts + (part * data.channels + tile.channel) * kTaps * kTaps;
-    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < min(width, left); i += blockDim.x * blockDim.y) {
-      acc_t total = 0;
-      for (unsigned group = 0; group < blockDim.y; ++group) total += of_threads[group * width + i];
-      to[i] = total;
-    }
+    write_block_sums(values, to, (data.channels - tile.channel) * kTaps * kTaps);
   }
 }
 
@@ -360,8 +349,6 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     data.channels = static_cast<int>(channels);
     data.dilation = static_cast<int>(dilation);
     const int64_t rows = divide(data.height, dilation), columns = divide(data.width, dilation);
-    data.tiles_down = static_cast<int>(divide(rows, kTileRows));
-    data.tile_rows = static_cast<int>(divide(rows, data.tiles_down));
     data.tiles_across = static_cast<int>(divide(columns, kMaxGroups * kColumns));
     const int groups = static_cast<int>(divide(divide(columns, data.tiles_across), kColumns));
     data.tile_columns = groups * kColumns;
@@ -369,10 +356,20 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     // pixels four apart, which 16 bytes more for each pixel bring into different banks.
     const int words = groups > 4 ? 16 : groups > 2 ? 32 : 64;
     data.chunks = static_cast<int>(divide(data.channels, words * kPair));
-    const int64_t tiles = int64_t(data.tiles_across) * data.tiles_down * dilation * dilation;
+    // Few images have tiles of fewer rows: a block needs a time for each row, and there is room for more blocks.
+    const int multiprocessors = current_limits().multiprocessors;
+    const int64_t strips = int64_t(data.tiles_across) * dilation * dilation;
+    int tile_rows = kTileRows;
+    while (tile_rows > kFewestTileRows &&
+           divide(rows, tile_rows) * strips * data.chunks * data.images < multiprocessors) {
+      tile_rows = (tile_rows + 1) / 2;
+    }
+    data.tiles_down = static_cast<int>(divide(rows, tile_rows));
+    data.tile_rows = static_cast<int>(divide(rows, data.tiles_down));
+    const int64_t tiles = strips * data.tiles_down;
     // Blocks of small maps take several images, so that few write sums for the gradient of the weights.
     const int64_t blocks = tiles * data.chunks * data.images,
-                  at_once = int64_t(kBlocks<kResult, acc_t>) * current_limits().multiprocessors;
+                  at_once = int64_t(kBlocks<kResult, acc_t>) * multiprocessors;
     const bool several = kResult == Result::kGradients && rows <= kTileRows / 2;
     const int64_t most = several ? divide(blocks, at_once) : 1;
     constexpr int64_t kMaxGrid = 65535;  // of CUDA

@@ -8,14 +8,14 @@
 #include "../../checks.h"
 #include "../common/launch.cuh"
 #include "../common/math.cuh"
+#include "../common/rows.cuh"
 #include "../common/sum.cuh"
 #include "../common/vector.cuh"
 
 namespace grootvl {
 namespace {
 
-constexpr int kThreads = 256;  // about, of a block
-constexpr int kMaxWords = 64;  // of a row in a block
+constexpr int kThreads = kRowThreads;
 constexpr int kAhead = 2;
 constexpr int kBlocks = 5;  // that a multiprocessor runs at a time
 
@@ -42,7 +42,6 @@ __device__ __forceinline__ void gelu(acc_t v, acc_t& result, acc_t& slope) {
 template <int kWord, typename T, typename acc_t>
 __global__ void __launch_bounds__(kThreads, kBlocks) gelu_backward_kernel(GeluData<T, acc_t> data) {
   await_kernels_before();
-  extern __shared__ __align__(16) unsigned char shared[];
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * kWord;
   const bool inside = column < data.columns;
   const int64_t step = int64_t(gridDim.y) * blockDim.y;
@@ -71,16 +70,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gelu_backward_kernel(GeluDa
       store(data.dbefore + at, dbefore);
     }
   }
-  acc_t* of_rows = reinterpret_cast<acc_t*>(shared);  // (blockDim.y, columns of the block)
-  const int width = blockDim.x * kWord;
-  store(of_rows + threadIdx.y * width + threadIdx.x * kWord, sums);
-  __syncthreads();
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
-    acc_t total = 0;
-    for (unsigned row = 0; row < blockDim.y; ++row) total += of_rows[row * width + i];
-    const int to = blockIdx.x * width + i;
-    if (to < data.columns) data.parts[int64_t(blockIdx.y) * data.columns + to] = total;
-  }
+  const int first = blockIdx.x * blockDim.x * kWord;
+  write_block_sums(sums, data.parts + int64_t(blockIdx.y) * data.columns + first, data.columns - first);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, const Tensor& before_) {
@@ -88,31 +79,25 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, con
   const DeviceGuard guard(before_);
   const Tensor dhidden = contiguous(dhidden_), before = contiguous(before_);
   const Tensor hidden = empty_like(before), dbefore = empty_like(before);
-  const int64_t rows = before.size(0), columns = before.size(1);
   const ScalarType accumulation = accumulation_type(before);
-  if (before.numel() == 0) return {hidden, dbefore, zeros(before, {columns}, accumulation)};
+  if (before.numel() == 0) return {hidden, dbefore, zeros(before, {before.size(1)}, accumulation)};
   Tensor sums;
   for_floating_type(before.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using acc_t = Accumulation<T>;
     const auto launch_words = [&](auto word) {
-      const int64_t words = (columns + word() - 1) / word();
-      const int64_t across = (words + kMaxWords - 1) / kMaxWords;
-      const dim3 block((words + across - 1) / across, std::max<int64_t>(1, kThreads / ((words + across - 1) / across)));
-      const int64_t at_once = std::max<int64_t>(1, current_limits().multiprocessors * kBlocks / across);
-      const int64_t down = std::min((rows + kAhead * block.y - 1) / (kAhead * block.y), at_once);
-      const Tensor parts = empty(before, {down, columns}, accumulation);
+      const RowBlocks blocks(before, word(), kBlocks, kAhead);
+      const Tensor parts = empty(before, {int64_t{blocks.grid.y}, before.size(1)}, accumulation);
       GeluData<T, acc_t> data{dhidden.const_data_ptr<T>(),     before.const_data_ptr<T>(),
                               hidden.mutable_data_ptr<T>(),    dbefore.mutable_data_ptr<T>(),
-                              parts.mutable_data_ptr<acc_t>(), rows,
-                              static_cast<int>(columns)};
-      const size_t shared = sizeof(acc_t) * block.x * block.y * word();
-      const dim3 blocks(across, down);
-      launch(gelu_backward_kernel<word(), T, acc_t>, blocks, block, shared, current_stream(), data);
-      sums = sum_parts(parts, 1, {columns}, accumulation);
+                              parts.mutable_data_ptr<acc_t>(), before.size(0),
+                              static_cast<int>(before.size(1))};
+      launch(gelu_backward_kernel<word(), T, acc_t>, blocks.grid, blocks.block, blocks.shared<word(), acc_t>(),
+             current_stream(), data);
+      sums = sum_parts(parts, 1, {before.size(1)}, accumulation);
     };
     constexpr int kWord = kVectorBytes / sizeof(T);
-    if (columns % kWord == 0 && is_aligned(dhidden.const_data_ptr()) && is_aligned(before.const_data_ptr())) {
+    if (before.size(1) % kWord == 0 && is_aligned(dhidden.const_data_ptr()) && is_aligned(before.const_data_ptr())) {
       launch_words(std::integral_constant<int, kWord>());
     } else {
       launch_words(std::integral_constant<int, 1>());
