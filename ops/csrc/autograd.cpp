@@ -11,6 +11,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -18,6 +19,7 @@
 #include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace grootvl {
 namespace {
@@ -283,6 +285,47 @@ Tensor as_type(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : at::_to_copy(tensor, tensor.options().dtype(type));
 }
 
+// A weight that a product reads, with rows and columns of zeros up to so many.
+struct Weight {
+  explicit Weight(const Tensor& tensor) : Weight(tensor, tensor.dim() == 1 ? 1 : tensor.size(0), tensor.size(-1)) {}
+  Weight(const Tensor& tensor, int64_t rows, int64_t columns)
+      : tensor(tensor),
+        rows(rows),
+        columns(columns),
+        padded(columns != tensor.size(-1) || (tensor.dim() == 2 && rows != tensor.size(0))) {}
+
+  const Tensor& tensor;
+  int64_t rows, columns;
+  bool padded;
+};
+
+// Weights in the type of their products. On a GPU one kernel converts all of them.
+template <size_t kCount>
+std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::ScalarType type) {
+  using Signature = std::vector<Tensor>(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ScalarType);
+  static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights");
+  std::array<Tensor, kCount> results;
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> rows, columns;
+  for (size_t i = 0; i < kCount; ++i) {
+    const Weight& weight = weights[i];
+    if (!weight.padded && weight.tensor.scalar_type() == type) {
+      results[i] = weight.tensor;
+    } else {
+      tensors.push_back(weight.tensor);
+      rows.push_back(weight.rows);
+      columns.push_back(weight.columns);
+    }
+  }
+  if (tensors.empty()) return results;
+  auto cast = call(operation, at::TensorList(tensors), at::IntArrayRef(rows), at::IntArrayRef(columns), type);
+  auto next = cast.begin();
+  for (Tensor& result : results) {
+    if (!result.defined()) result = std::move(*next++);
+  }
+  return results;
+}
+
 // x weight^T + bias of (rows, K), (N, K) and (N).
 Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias) { return at::addmm(bias, x, weight.t()); }
 
@@ -354,13 +397,19 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, con
                 bool fused) {
   const WithoutAutocast without(kAutocast);
   const at::ScalarType type = x.scalar_type();
-  Tensor of_product1, of_product2, out;
+  std::array<Tensor, 4> cast;
+  Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    of_product1 = as_type(weight1, type);
-    of_product2 = as_type(weight2, type);
-    out = product(gelu_of_product(x, of_product1, as_type(bias1, type)), of_product2, as_type(bias2, type));
+    // A compiled graph converts them together with whatever else it computes.
+    if (fused) {
+      cast = {as_type(weight1, type), as_type(bias1, type), as_type(weight2, type), as_type(bias2, type)};
+    } else {
+      cast = cast_weights({Weight(weight1), Weight(bias1), Weight(weight2), Weight(bias2)}, type);
+    }
+    out = product(gelu_of_product(x, cast[0], cast[1]), cast[2], cast[3]);
   }
+  const auto& [of_product1, of_bias1, of_product2, of_bias2] = cast;
   return differentiable<gelu_mlp_gradients>(
       out, {x, weight1, bias1, weight2, bias2}, {x, of_product1, bias1, of_product2},
       c10::ivalue::Tuple::create(fused, weight1.requires_grad(), weight2.requires_grad()));
@@ -433,7 +482,7 @@ std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, c
   Tensor of_product, both, features, before;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    of_product = as_type(in_proj, x.scalar_type());
+    of_product = cast_weights({Weight(in_proj)}, x.scalar_type())[0];
     both = at::mm(x.reshape({-1, x.size(2)}), of_product.t()).view({x.size(0), x.size(1), 2 * D});
     std::tie(features, before) = call(convolution, both.narrow(2, 0, D), conv_weight, c10::SymInt(height), dilation,
                                       torch::autograd::compute_requires_grad(inputs));
@@ -445,13 +494,9 @@ std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, c
   return {results[0], results[1]};
 }
 
-// What a mixer projects from a map (rows, D) to (rows, N): a part of wider rows, which begin at multiples of 16 bytes.
-// cuBLAS has its fast kernels for such rows.
-Tensor projected_rows(const Tensor& rows, int64_t count) {
-  return at::empty({rows.size(0), (count + 7) / 8 * 8}, rows.options()).narrow(1, 0, count);
-}
-
 // The part of a mixer after the choice of its tree: step size, B and C by a product, scan, gated norm, and a product.
+// cuBLAS has its fast kernels for matrices whose rows begin at multiples of 16 bytes. So x_proj is followed by rows of
+// zeros, and dt_weight by columns of zeros: the step size is a product with all that x_proj gives, B and C times zero.
 // The arguments after the tensors: direction, the types of the weights of both products, and whether their gradients
 // are needed.
 variable_list mixer_output_gradients(const variable_list& grads, const variable_list& saved,
@@ -474,25 +519,24 @@ variable_list mixer_output_gradients(const variable_list& grads, const variable_
   variable_list results;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t D = x.size(2), rank = dt_weight.size(1), count = rank + 2;
+    const int64_t D = x.size(2), rank = elements[5].toInt();
     const Tensor grad = grads[0].reshape({-1, out_proj.size(0)}), rows = x.reshape({-1, D});
-    const Tensor dt = projected.narrow(2, 0, rank), B = projected.select(2, rank), C = projected.select(2, rank + 1);
+    const Tensor B = projected.select(2, rank), C = projected.select(2, rank + 1);
     const auto [dh, dskip, dz, dC, dnorms] = call(norm, at::mm(grad, out_proj).view(x.sizes()), h, x, z, C, D_skip,
                                                   h_weight, h_bias, out_weight, out_bias, saved[15]);
-    const auto [dscan, ddt, ddt_weight, dparameters, dB, none] =
-        call(scan, dh, x, dt, std::optional(dt_weight), std::optional(dt_bias), A_log, B, std::optional<Tensor>(),
-             saved[16], saved[17], saved[18], elements[0].toStringView());
-    variable_list columns{ddt.reshape({-1, rank}), dB.reshape({-1, 1}), dC.reshape({-1, 1})};
-    const int64_t beside = (count + 7) / 8 * 8 - count;
-    if (beside > 0) columns.push_back(at::zeros({rows.size(0), beside}, rows.options()));
-    const Tensor dprojected = at::cat(columns, 1).narrow(1, 0, count);
+    const auto [dscan, dproducts, ddt_weight, dparameters, dB, none] =
+        call(scan, dh, x, projected, std::optional(dt_weight), std::optional(dt_bias), A_log, B,
+             std::optional<Tensor>(), saved[16], saved[17], saved[18], elements[0].toStringView());
+    const Tensor dprojected = dproducts.reshape({-1, x_proj.size(0)});
+    dprojected.select(1, rank).copy_(dB.reshape(-1));  // where the step size has gradients of zero
+    dprojected.select(1, rank + 1).copy_(dC.reshape(-1));
     Tensor dx = dskip.view({-1, D});
     dx = dx.addmm_(dprojected, x_proj).view(x.sizes()).add_(dscan);
     const variable_list of_norms = dnorms.unbind();  // D_skip, then weight and bias of both norms
     results = {dx,
                dz,
-               elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)) : Tensor(),
-               ddt_weight,
+               elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)).narrow(0, 0, rank + 2) : Tensor(),
+               ddt_weight.narrow(1, 0, rank),
                dparameters.select(0, 0),
                dparameters.select(0, 1),
                of_norms[0],
@@ -513,28 +557,59 @@ Tensor mixer_output(const Tensor& x, const Tensor& z, const Tensor& x_proj, cons
   static const auto scan = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
   static const auto norm = find_operation<decltype(gated_norm)>("grootvl_ops::gated_norm");
   const WithoutAutocast without(kAutocast);
-  Tensor of_x, of_out, projected, h, y, statistics, out;
+  // The other sizes are checked by the operations that take them.
+  const int64_t rank = dt_weight.dim() == 2 ? dt_weight.size(1) : 0;
+  const auto check_device = [&](const char* name, const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on the device of its map, got ", tensor.device(),
+                      " and ", x.device());
+  };
+  const auto check_weight = [&](const char* name, const Tensor& weight, at::IntArrayRef size) {
+    TORCH_CHECK_VALUE(weight.sizes() == size, name, " must be ", size, ", got ", weight.sizes());
+    TORCH_CHECK_TYPE(weight.is_floating_point(), name, " must be floating point, got ", weight.scalar_type());
+    check_device(name, weight);
+  };
+  TORCH_CHECK_VALUE(x.dim() == 3 && out_proj.dim() == 2, "x must be (B, L, D) and out_proj (C, D), got ", x.sizes(),
+                    " and ", out_proj.sizes());
+  check_weight("x_proj", x_proj, {rank + 2, x.size(2)});
+  check_weight("dt_weight", dt_weight, {x.size(2), rank});
+  check_weight("out_proj", out_proj, {out_proj.size(0), x.size(2)});
+  check_device("z", z);
+  check_device("dt_bias", dt_bias);
+  check_device("A_log", A_log);
+  check_device("D_skip", D_skip);
+  check_device("h_weight", h_weight);
+  check_device("h_bias", h_bias);
+  check_device("out_weight", out_weight);
+  check_device("out_bias", out_bias);
+  Tensor of_x, of_dt, of_out, projected, h, y, statistics, out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t rank = dt_weight.size(1);
     const Tensor rows = x.reshape({-1, x.size(2)});
-    of_x = as_type(x_proj, x.scalar_type());
-    of_out = as_type(out_proj, x.scalar_type());
-    projected = projected_rows(rows, rank + 2);
-    projected = at::mm_out(projected, rows, of_x.t()).view({x.size(0), x.size(1), rank + 2});
-    h = call(scan, x, projected.narrow(2, 0, rank), std::optional(dt_weight), std::optional(dt_bias), A_log,
-             projected.select(2, rank), std::optional<Tensor>(), parent, order, subtree_size, direction);
+    const int64_t products = (rank + 2 + 7) / 8 * 8;
+    const at::ScalarType type = x.scalar_type();
+    // On a CPU the step size is not rounded.
+    const at::ScalarType of_step = x.is_cuda() ? type : dt_weight.scalar_type();
+    const Weight padded_x(x_proj, products, x.size(2)), padded_dt(dt_weight, x.size(2), products);
+    if (of_step == type) {
+      std::tie(of_x, of_dt, of_out) = std::tuple_cat(cast_weights({padded_x, padded_dt, Weight(out_proj)}, type));
+    } else {
+      std::tie(of_x, of_out) = std::tuple_cat(cast_weights({padded_x, Weight(out_proj)}, type));
+      of_dt = cast_weights({padded_dt}, of_step)[0];
+    }
+    projected = at::mm(rows, of_x.t()).view({x.size(0), x.size(1), products});
+    h = call(scan, x, projected, std::optional(of_dt), std::optional(dt_bias), A_log, projected.select(2, rank),
+             std::optional<Tensor>(), parent, order, subtree_size, direction);
     std::tie(y, statistics) =
         call(norm, h, x, z, projected.select(2, rank + 1), D_skip, h_weight, h_bias, out_weight, out_bias, eps);
     out = at::mm(y.reshape({-1, x.size(2)}), of_out.t()).view({x.size(0), x.size(1), out_proj.size(0)});
   }
   return differentiable<mixer_output_gradients>(
       out, {x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj},
-      {x, z, of_x, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, of_out, projected, h, y,
+      {x, z, of_x, of_dt, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, of_out, projected, h, y,
        statistics, parent, order, subtree_size},
       c10::ivalue::Tuple::create(std::string(direction), static_cast<int64_t>(x_proj.scalar_type()),
                                  static_cast<int64_t>(out_proj.scalar_type()), x_proj.requires_grad(),
-                                 out_proj.requires_grad()));
+                                 out_proj.requires_grad(), rank));
 }
 
 variable_list layer_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
@@ -608,6 +683,22 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
 
 }  // namespace
 
+// With gradients, for whoever asks for some: by PyTorch's operations.
+std::vector<Tensor> differentiable_cast_weights(at::TensorList weights, at::IntArrayRef rows, at::IntArrayRef columns,
+                                                at::ScalarType type) {
+  using Signature = decltype(differentiable_cast_weights);
+  static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights");
+  std::vector<Tensor> results = call_below_autograd(operation, weights, rows, columns, type);
+  if (!torch::autograd::compute_requires_grad(weights)) return results;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Tensor& weight = weights[i];
+    std::vector<int64_t> zeros{0, columns[i] - weight.size(-1)};
+    if (weight.dim() == 2) zeros.insert(zeros.end(), {0, rows[i] - weight.size(0)});
+    results[i] = at::constant_pad_nd(weight.to(type), zeros);
+  }
+  return results;
+}
+
 // Operations of several operations, with gradients of their own, on every device.
 TORCH_LIBRARY_IMPL(grootvl_ops, CompositeImplicitAutograd, m) {
   m.impl("mixer_input", TORCH_FN(mixer_input));
@@ -624,6 +715,7 @@ TORCH_LIBRARY_IMPL(grootvl_ops, Autograd, m) {
   m.impl("merged_scan", TORCH_FN(merged_scan));
   m.impl("depthwise_conv_silu", TORCH_FN(depthwise_conv_silu));
   m.impl("gelu_mlp", TORCH_FN(gelu_mlp));
+  m.impl("cast_weights", TORCH_FN(differentiable_cast_weights));
   m.impl("gated_norm", TORCH_FN(gated_norm));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("add_layer_norm", TORCH_FN(add_layer_norm));

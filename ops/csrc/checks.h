@@ -203,6 +203,29 @@ inline void check_columns(const char* name, const Tensor& matrix) {
   GROOTVL_CHECK(matrix.size(1) <= limit, name, " may have ", limit, " columns, got ", matrix.size(1));
 }
 
+inline void check_cast_weights(const std::vector<Tensor>& weights, const std::vector<int64_t>& rows,
+                               const std::vector<int64_t>& columns, ScalarType dtype) {
+  constexpr size_t most = 16;
+  GROOTVL_CHECK(!weights.empty() && weights.size() <= most, "weights must be 1 to ", most, ", got ", weights.size());
+  GROOTVL_CHECK(rows.size() == weights.size() && columns.size() == weights.size(),
+                "rows and columns must be as many as weights, ", weights.size(), ", got ", rows.size(), " and ",
+                columns.size());
+  GROOTVL_CHECK(is_floating(dtype), "dtype must be floating point, got ", dtype);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    GROOTVL_CHECK(weight.dim() == 1 || weight.dim() == 2, "weights must be vectors or matrices, got ", weight.sizes());
+    GROOTVL_CHECK(is_floating(weight.scalar_type()) && weight.scalar_type() == weights[0].scalar_type() &&
+                      weight.is_cuda() == weights[0].is_cuda() &&
+                      weight.get_device_index() == weights[0].get_device_index(),
+                  "weights must be of one floating point type, on one device");
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    const int64_t own_rows = weight.dim() == 1 ? 1 : weight.size(0);
+    GROOTVL_CHECK(rows[i] >= own_rows && columns[i] >= weight.size(-1) && columns[i] <= limit &&
+                      (weight.dim() == 2 || rows[i] == 1),
+                  "a weight ", weight.sizes(), " cannot have ", rows[i], " rows of ", columns[i]);
+  }
+}
+
 inline void check_gelu_mlp_backward(const Tensor& dhidden, const Tensor& before) {
   check_columns("before", before);
   check_like("dhidden", dhidden, "before", before, before.sizes());

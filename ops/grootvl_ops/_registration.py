@@ -20,6 +20,10 @@ from ._schemas import SCHEMAS
 
 _library = _loading.library
 
+_library.impl("cast_weights", reference.cast_weights, "CompositeExplicitAutograd")
+if _loading.problems["autograd"] is not None:
+    _library.impl("cast_weights", reference.cast_weights, "Autograd")
+
 
 def _register_reference(name: str) -> None:
     function = getattr(reference, name)
@@ -183,6 +187,12 @@ def _(grad, x, dt, dt_weight, dt_bias, A_log, B, C, *others) -> tuple[Tensor, ..
 @torch.library.register_fake("grootvl_ops::gelu_mlp")
 def _(x: Tensor, *parameters_and_fused) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("grootvl_ops::cast_weights")
+def _(weights: list[Tensor], rows: list[int], columns: list[int], dtype: torch.dtype) -> list[Tensor]:
+    sizes = [(n, m)[2 - weight.dim() :] for weight, n, m in zip(weights, rows, columns, strict=True)]
+    return [weight.new_empty(size, dtype=dtype) for weight, size in zip(weights, sizes, strict=True)]
 
 
 @torch.library.register_fake("grootvl_ops::bias_backward")
@@ -354,7 +364,8 @@ def _gelu_mlp_gradients(ctx, grad: Tensor):
     hidden, dbefore, dbias1 = compute(grad, x, weight1, bias1, weight2)
     _, of_weight1, _, of_weight2, *_ = ctx.needs_input_grad
     dweight1, dweight2 = dbefore.t() @ x if of_weight1 else None, grad.t() @ hidden if of_weight2 else None
-    return dbefore @ weight1, dweight1, dbias1, dweight2, grad.sum(0, dtype=dbias1.dtype), None
+    dbias2 = grad.sum(0, dtype=dbias1.dtype) if ctx.fused else torch.ops.grootvl_ops.bias_backward(grad)
+    return dbefore @ weight1, dweight1, dbias1, dweight2, dbias2, None
 
 
 def _gated_norm_gradients(ctx, grad: Tensor, _):

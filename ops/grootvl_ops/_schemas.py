@@ -34,6 +34,7 @@ SCHEMAS = (
     f"Tensor h_weight, Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor out_proj, {_TREE}, float eps, "
     "str direction) -> Tensor",
     "gelu_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool fused) -> Tensor",
+    "cast_weights(Tensor[] weights, int[] rows, int[] columns, ScalarType dtype) -> Tensor[]",
     "bias_backward(Tensor grad) -> Tensor",
     "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
     "gelu_mlp_fused_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _loading, _transforms
-from ._checks import check_operand, check_parameter
+from ._checks import check_parameter
 from ._registration import _library
 from .convolutions import depthwise_conv_silu
-from .norms import gated_norm
-from .scans import _check_direction, _tree_for, selective_scan
+from .norms import _in_one_pass, gated_norm
+from .scans import _tree_for, selective_scan
 from .trees import Tree
 
 __all__ = ["mixer_input", "mixer_output"]
@@ -91,26 +91,10 @@ def mixer_output(
         ValueError: sizes or devices that do not fit, or an unknown direction.
         TypeError: dtypes that do not fit.
     """
-    if x.dim() != 3 or dt_weight.dim() != 2 or out_proj.dim() != 2:
-        shapes = [list(tensor.shape) for tensor in (x, dt_weight, out_proj)]
-        raise ValueError("x must be (B, L, D), dt_weight (D, R) and out_proj (C, D), got {}, {} and {}".format(*shapes))
-    D, rank = x.size(2), dt_weight.size(1)
-    check_operand("z", z, x, list(x.shape))
-    for name, parameter, shape in (
-        ("x_proj", x_proj, [rank + 2, D]),
-        ("dt_weight", dt_weight, [D, rank]),
-        ("out_proj", out_proj, [out_proj.size(0), D]),
-        ("dt_bias", dt_bias, [D]),
-        ("A_log", A_log, [D]),
-        ("D_skip", D_skip, [D]),
-        ("h_weight", h_weight, [D]),
-        ("h_bias", h_bias, [D]),
-        ("out_weight", out_weight, [D]),
-        ("out_bias", out_bias, [D]),
-    ):
-        check_parameter(name, parameter, x, shape)
-    _check_direction(direction)
-    operation = composed_output if _transforms.active() else torch.ops.grootvl_ops.mixer_output
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, L, D), got {list(x.shape)}")
+    one_node = _in_one_pass(x) and not _transforms.active()
+    operation = torch.ops.grootvl_ops.mixer_output if one_node else composed_output  # which check the other sizes
     return operation(
         x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj,
         *_tree_for(x, tree), eps, direction,
@@ -138,6 +122,11 @@ def composed_output(
     parent, order, subtree_size, eps, direction,
 ) -> Tensor:  # fmt: skip
     """The operation `mixer_output` by operations that each have their own gradients."""
+    if dt_weight.dim() != 2 or out_proj.dim() != 2:
+        shapes = [list(weight.shape) for weight in (dt_weight, out_proj)]
+        raise ValueError("dt_weight must be (D, R) and out_proj (C, D), got {} and {}".format(*shapes))
+    check_parameter("x_proj", x_proj, x, [dt_weight.size(1) + 2, x.size(2)])
+    check_parameter("out_proj", out_proj, x, [out_proj.size(0), x.size(2)])
     with torch.autocast(x.device.type, enabled=False):
         dt, B, C = F.linear(x, x_proj.to(x.dtype)).split([dt_weight.size(1), 1, 1], dim=-1)
         tree = Tree(parent, order, subtree_size)

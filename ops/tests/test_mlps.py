@@ -65,6 +65,43 @@ def test_backward_of_gelu(device, size, dtype, poisoned_memory):
     assert all(map(torch.equal, found, library.gelu_mlp_backward(dhidden, before)))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [(0, 3), (1, 1), (7, 8), (300, 9), (70000, 24), (33, 2056)], ids=str)
+def test_gradient_of_a_bias(device, size, dtype, poisoned_memory):
+    grad = torch.randn(size, device=device).to(dtype)
+    found = library.bias_backward(grad)
+    of_sums = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found.dtype == of_sums
+    expected = grad.double().cpu().sum(0)
+    assert ((found.double().cpu() - expected).abs() <= 1e-6 * grad.double().cpu().abs().sum(0) + 1e-12).all()
+    assert torch.equal(found, library.bias_backward(grad))
+    shifted = torch.empty(grad.numel() + 1, dtype=dtype, device=device)[1:].view_as(grad).copy_(grad)
+    torch.testing.assert_close(library.bias_backward(shifted), found, rtol=1e-5, atol=1e-3)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        library.bias_backward(grad.clone().requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("to", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cast_weights(device, dtype, to, poisoned_memory):
+    sizes = [(5, 8), (7,), (12, 3), (1, 1), (0, 4), (64, 4096), (2056,)]
+    rows, columns = [8, 1, 12, 3, 2, 64, 1], [8, 7, 8, 5, 4, 4096, 2056]
+    weights = [torch.randn(size, device=device).to(dtype) for size in sizes]
+    weights[2] = weights[2].t().contiguous().t()
+    found = library.cast_weights(weights, rows, columns, to)
+    for weight, result, n, m in zip(weights, found, rows, columns, strict=True):
+        padded = torch.zeros((n, m)[2 - weight.dim() :], dtype=to, device=device)
+        padded[tuple(slice(length) for length in weight.shape)] = weight
+        assert result.dtype == to and torch.equal(result, padded)
+    torch.library.opcheck(library.cast_weights.default, (weights[:3], rows[:3], columns[:3], to))
+    leaves = [weight.clone().requires_grad_() for weight in weights[:4]]
+    sum(result.sum() for result in library.cast_weights(leaves, rows[:4], columns[:4], to)).backward()
+    assert all(torch.equal(leaf.grad, torch.ones_like(leaf)) for leaf in leaves)
+    for bad in ((weights[:1], [4], [8]), (weights[:1], [5], [7]), (weights[:1], [5, 1], [8, 8])):
+        with pytest.raises((ValueError, RuntimeError)):
+            library.cast_weights(*bad, to)
+
+
 def test_far_from_zero(device):
     before = torch.tensor([[-65504.0, -1000, -100, 0, 100, 1000, 65504, float("inf"), float("nan")]], device=device)
     for dtype in TOLERANCE:

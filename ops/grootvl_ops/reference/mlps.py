@@ -22,6 +22,18 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
     return F.linear(hidden, weight2, bias2)
 
 
+def cast_weights(weights: list[Tensor], rows: list[int], columns: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices, or vectors as one row each, as ones of `dtype` with so many rows and columns, of which the further ones
+    are zeros."""
+    results = []
+    for weight, num_rows, num_columns in zip(weights, rows, columns, strict=True):
+        size = (num_rows, num_columns)[2 - weight.dim() :]
+        result = weight.new_zeros(size, dtype=dtype)
+        result[tuple(slice(length) for length in weight.shape)] = weight
+        results.append(result)
+    return results
+
+
 def bias_backward(grad: Tensor) -> Tensor:
     """The gradient of a bias, which was added to each row, from that of the rows: (rows, columns) to (columns), in
     float32 (float64 for float64)."""
