@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import fill
 from torch import Tensor, nn
 
@@ -137,8 +138,27 @@ def plain_operations(
     def depthwise_conv_silu(x, weight, dilation):
         return reference.depthwise_conv_silu(x.flatten(1, 2), weight, x.shape[1], dilation)[0].view(x.shape)
 
+    def mixer_input(x, in_proj, conv_weight, dilation):
+        features, z = F.linear(x, in_proj).chunk(2, dim=-1)
+        return depthwise_conv_silu(features, conv_weight, dilation), z
+
+    def mixer_output(
+        x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj,
+        tree, direction, eps,
+    ):  # fmt: skip
+        dt, B, C = F.linear(x, x_proj).split([dt_weight.shape[1], 1, 1], dim=-1)
+        h = selective_scan(x, dt, dt_weight, dt_bias, A_log, B.squeeze(-1), tree, direction)
+        norms = (D_skip, h_weight, h_bias, out_weight, out_bias)
+        return F.linear(reference.gated_norm(h, x, z, C.squeeze(-1), *norms, eps)[0], out_proj)
+
+    def gelu_mlp(x, weight1, bias1, weight2, bias2):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scans, "_build_tree", build_tree)
+        patch.setattr(grootvl_ops, "mixer_input", mixer_input)
+        patch.setattr(grootvl_ops, "mixer_output", mixer_output)
+        patch.setattr(grootvl_ops, "gelu_mlp", gelu_mlp)
         patch.setattr(grootvl_ops, "selective_scan", selective_scan)
         patch.setattr(grootvl_ops, "gated_norm", lambda *args: reference.gated_norm(*args)[0])
         patch.setattr(grootvl_ops, "layer_norm", lambda *args: reference.layer_norm(*args)[0])
@@ -153,7 +173,7 @@ def call_submodules(model: nn.Module) -> None:
         if isinstance(module, LayerNorm | Mlp | nn.GELU):
             module.register_forward_hook(lambda _, __, output: output)
     for mixer in (module for module in model.modules() if isinstance(module, SelectiveSSM)):
-        for module in (mixer.in_proj, mixer.conv, mixer.dt_proj, mixer.h_norm, mixer.out_norm):
+        for module in (mixer.in_proj, mixer.conv, mixer.x_proj, mixer.dt_proj, mixer.h_norm, mixer.out_norm):
             module.register_forward_hook(lambda _, __, output: output)
         assert not (mixer.splits_input or mixer.fuses_conv or mixer.fuses_step or mixer.fuses_norms)
 

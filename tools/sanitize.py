@@ -269,10 +269,16 @@ def mlp(dtype: torch.dtype, *size: int) -> None:
     torch.ops.grootvl_ops.gelu_mlp_backward(*operands)
     torch.ops.grootvl_ops.gelu_mlp_backward(*reversed(operands))
     torch.ops.grootvl_ops.gelu_mlp_backward(*(operand.clone() for operand in operands))
+    for operand in operands:
+        torch.ops.grootvl_ops.bias_backward(operand)
+    rows, columns = operands[0].shape
+    for beside in (0, 3):
+        sizes = [rows + beside] * 2, [columns + beside] * 2
+        torch.ops.grootvl_ops.cast_weights(operands, *sizes, torch.float16)
 
 
 def mlps() -> Cases:
-    """Words of several values and single ones, rows and columns that fill no block."""
+    """Words of several values and single ones, rows and columns that fill no block, and weights with zeros beside."""
     for dtype in (torch.float64, torch.float32, torch.float16):
         for size in ((1, 1), (700, 24), (33, 1032), (5000, 9)):
             yield partial(mlp, dtype, *size)

@@ -112,7 +112,8 @@ def composed_input(
 ) -> tuple[Tensor, Tensor]:
     """The operation `mixer_input`, (B, L, C) to (B, L, D) twice, by operations that each have their own gradients."""
     with torch.autocast(x.device.type, enabled=False):
-        features, z = F.linear(x, in_proj.to(x.dtype)).chunk(2, dim=-1)
+        # Two products: the gradients of the halves of one would be joined by copies.
+        features, z = (F.linear(x, weight) for weight in in_proj.to(x.dtype).chunk(2))
         maps = features.unflatten(1, (height, -1))
         return depthwise_conv_silu(maps, conv_weight, dilation).flatten(1, 2), z
 
