@@ -140,7 +140,7 @@ def plain_operations(
 
     def mixer_input(x, in_proj, conv_weight, dilation):
         features, z = F.linear(x, in_proj).chunk(2, dim=-1)
-        return depthwise_conv_silu(features, conv_weight, dilation), z
+        return depthwise_conv_silu(features, conv_weight, dilation).flatten(1, 2), z.flatten(1, 2)
 
     def mixer_output(
         x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj,

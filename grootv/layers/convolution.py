@@ -34,13 +34,12 @@ def takes_sequence(act: nn.Module) -> bool:
 
 
 def silu_of_sequence(x: Tensor) -> Tensor:
-    """SiLU of (B, C, H, W), computed as (B, H W, C), as a channels-last map (B, H, W, C).
+    """SiLU of (B, C, H, W), as (B, H W, C).
 
     Inductor takes what has four dimensions near convolutions for (B, C, H, W), and would copy a channels-last map that
     several operations read to an order in which rows come last.
     """
-    x = x.permute(0, 2, 3, 1)
-    return F.silu(x.flatten(1, 2)).view(x.shape)
+    return F.silu(x.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 def multiplies_patches(conv: Any, x: Tensor) -> bool:

@@ -157,20 +157,21 @@ class SelectiveSSM(TraceLeaf):
             ValueError: x or guide of another shape.
         """
         features, z = self.expand_input(x)
-        sequence = features.flatten(1, 2)  # what the scan reads, so that in compiled graphs trees alone read a 4-D view
-        scans = self.scans(self.check_guide(guide, sequence.view(features.shape)))
-        return self.scan_sequence(sequence, z.flatten(1, 2), scans).view(x.shape)
+        # The scan reads a sequence, so that in compiled graphs trees alone read a view with four dimensions.
+        scans = self.scans(self.check_guide(guide, features.view(x.size(0), x.size(1), x.size(2), features.size(2))))
+        return self.scan_and_project(features, z, scans).view(x.shape)
 
     def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
-        (B, H, W, D)."""
+        """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both with
+        the L = H W pixels in a row, (B, L, D)."""
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if has_only_weight(self.in_proj, x) and self.fuses_conv:
                 return grootvl_ops.mixer_input(x, self.in_proj.weight, self.conv.weight, self.conv.dilation[0])
             if in_inference() and self.fuses_conv:
                 features, z = call_linear(self.in_proj, x).chunk(2, dim=-1)  # the kernels read halves where they are
-                return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
+                features = grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0])
+                return features.flatten(1, 2), z.flatten(1, 2)
         if self.splits_input:  # halves of one product would be copied, and their gradients joined
             weight = self.in_proj.weight
             if not torch.jit.is_scripting():
@@ -181,12 +182,13 @@ class SelectiveSSM(TraceLeaf):
             features, z = self.in_proj(x).chunk(2, dim=-1)
         if not torch.jit.is_scripting():  # noqa: SIM102
             if x.is_cuda and in_training() and self.fuses_conv:
-                return grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0]), z
+                features = grootvl_ops.depthwise_conv_silu(features, self.conv.weight, self.conv.dilation[0])
+                return features.flatten(1, 2), z.flatten(1, 2)
         features = self.conv(features.permute(0, 3, 1, 2))
         if not torch.jit.is_scripting():  # noqa: SIM102
             if takes_sequence(self.act):
-                return silu_of_sequence(features), z
-        return self.act(features).permute(0, 2, 3, 1), z
+                return silu_of_sequence(features), z.flatten(1, 2)
+        return self.act(features).permute(0, 2, 3, 1).flatten(1, 2), z.flatten(1, 2)
 
     def check_guide(self, guide: Tensor | None, features: Tensor) -> Tensor:
         """What trees are built on: `guide`, of as many pixels as `features`, or without one the features."""
@@ -197,13 +199,8 @@ class SelectiveSSM(TraceLeaf):
             raise ValueError(f"guide must be ({B}, {H}, {W}, any number of channels), got {list(guide.shape)}")
         return guide
 
-    def scan_and_project(self, features: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
-        """From features and gate, (B, H, W, D) each, to the output (B, H, W, dim)."""
-        B, H, W, _ = features.shape
-        return self.scan_sequence(features.flatten(1, 2), z.flatten(1, 2), scans).view(B, H, W, self.dim)
-
-    def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
-        """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
+    def scan_and_project(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """From features and gate, (B, L, D) each, to the output (B, L, dim)."""
         if not torch.jit.is_scripting():
             if len(scans) == 1 and self.runs_after_tree(x):
                 step, h_norm, out_norm = self.dt_proj, self.h_norm, self.out_norm

@@ -122,7 +122,7 @@ class SS2D(TraceLeaf):
         features = self.conv(self.in_proj(x).permute(0, 3, 1, 2))
         if not torch.jit.is_scripting():  # noqa: SIM102
             if takes_sequence(self.act):
-                return silu_of_sequence(features)
+                return silu_of_sequence(features).unflatten(1, x.shape[1:3])
         return self.act(features).permute(0, 2, 3, 1)
 
     def selective_scan(self, u: Tensor, projected: Tensor, paths: Tree) -> Tensor:

@@ -89,9 +89,10 @@ class TreeSSM(SelectiveSSM):
             raise ValueError("give a tree or a guide on which to build one, not both")
         features, z = self.expand_input(x)
         if tree is not None:
-            return self.scan_and_project(features, z, [(tree, self.direction)])
-        sequence = features.flatten(1, 2)
-        scans = self.scans(self.check_guide(guide, sequence.view(features.shape)))
-        if built is not None:
-            built.append(scans[0][0])
-        return self.scan_sequence(sequence, z.flatten(1, 2), scans).view(x.shape)
+            scans = [(tree, self.direction)]
+        else:
+            maps = features.view(x.size(0), x.size(1), x.size(2), features.size(2))
+            scans = self.scans(self.check_guide(guide, maps))
+            if built is not None:
+                built.append(scans[0][0])
+        return self.scan_and_project(features, z, scans).view(x.shape)

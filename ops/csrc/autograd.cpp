@@ -326,6 +326,9 @@ std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::Sca
   return results;
 }
 
+// (..., C) as (rows, C).
+Tensor as_rows(const Tensor& maps) { return maps.dim() == 2 ? maps : maps.reshape_symint({-1, maps.sym_size(-1)}); }
+
 // x weight^T + bias of (rows, K), (N, K) and (N).
 Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias) { return at::addmm(bias, x, weight.t()); }
 
@@ -372,13 +375,14 @@ variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list
   static const auto fused = find_operation<Fused>("grootvl_ops::gelu_mlp_fused_backward");
   static const auto bias = find_operation<Tensor(const Tensor&)>("grootvl_ops::bias_backward");
   const WithoutAutocast without(kAutocast);
-  const auto &grad = grads[0], &x = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
+  const auto &maps = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
   const auto& elements = setting.toTupleRef().elements();
   const bool is_fused = elements[0].toBool(), needs_weight1 = elements[1].toBool(),
              needs_weight2 = elements[2].toBool();
   variable_list results;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor grad = as_rows(grads[0]), x = as_rows(maps);
     const auto [hidden, dbefore, dbias1] =
         is_fused ? call(fused, grad, x, weight1, bias1, weight2)
                  : call(operation, at::mm(grad, weight2), product(x, weight1, as_type(bias1, x.scalar_type())));
@@ -386,8 +390,8 @@ variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list
       // Compiled graphs convert it together with whatever else they compute of it.
       return is_fused ? at::mm(dproduct.t(), factor) : weight_gradient(dproduct, factor, bias1.scalar_type());
     };
-    results = {at::mm(dbefore, weight1), needs_weight1 ? of_weight(dbefore, x) : Tensor(), dbias1,
-               needs_weight2 ? of_weight(grad, hidden) : Tensor(),
+    results = {at::mm(dbefore, weight1).view_symint(maps.sym_sizes()), needs_weight1 ? of_weight(dbefore, x) : Tensor(),
+               dbias1, needs_weight2 ? of_weight(grad, hidden) : Tensor(),
                is_fused ? at::sum(grad, 0, false, dbias1.scalar_type()) : call(bias, grad)};
   }
   return refusing_derivatives("gelu_mlp", grads, std::move(results));
@@ -407,7 +411,7 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, con
     } else {
       cast = cast_weights({Weight(weight1), Weight(bias1), Weight(weight2), Weight(bias2)}, type);
     }
-    out = product(gelu_of_product(x, cast[0], cast[1]), cast[2], cast[3]);
+    out = product(gelu_of_product(as_rows(x), cast[0], cast[1]), cast[2], cast[3]).view_symint(x.sym_sizes());
   }
   const auto& [of_product1, of_bias1, of_product2, of_bias2] = cast;
   return differentiable<gelu_mlp_gradients>(
@@ -462,7 +466,7 @@ variable_list mixer_input_gradients(const variable_list& grads, const variable_l
       results[0] = dx.addmm_(dz, in_proj.narrow(0, D, D)).view(x.sizes());
     }
     if (elements[4].toBool()) {
-      const Tensor rows = x.reshape({-1, x.size(2)});
+      const Tensor rows = as_rows(x);
       const auto type = static_cast<at::ScalarType>(elements[2].toInt());
       results[1] = at::empty(in_proj.sizes(), x.options().dtype(gradient_type(x, type)));
       write_weight_gradient(results[1].narrow(0, 0, D), dfirst, rows);
@@ -474,16 +478,17 @@ variable_list mixer_input_gradients(const variable_list& grads, const variable_l
 }
 
 std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, const Tensor& conv_weight,
-                                       int64_t height, int64_t dilation) {
+                                       int64_t dilation) {
   static const auto convolution = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
   const WithoutAutocast without(kAutocast);
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, H, W, C), got ", x.sizes());
   const variable_list inputs{x, in_proj, conv_weight};
-  const int64_t D = conv_weight.size(0);
+  const int64_t height = x.size(1), length = height * x.size(2), D = conv_weight.size(0);
   Tensor of_product, both, features, before;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     of_product = cast_weights({Weight(in_proj)}, x.scalar_type())[0];
-    both = at::mm(x.reshape({-1, x.size(2)}), of_product.t()).view({x.size(0), x.size(1), 2 * D});
+    both = at::mm(as_rows(x), of_product.t()).view({x.size(0), length, 2 * D});
     std::tie(features, before) = call(convolution, both.narrow(2, 0, D), conv_weight, c10::SymInt(height), dilation,
                                       torch::autograd::compute_requires_grad(inputs));
   }
@@ -520,7 +525,7 @@ variable_list mixer_output_gradients(const variable_list& grads, const variable_
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const int64_t D = x.size(2), rank = elements[5].toInt();
-    const Tensor grad = grads[0].reshape({-1, out_proj.size(0)}), rows = x.reshape({-1, D});
+    const Tensor grad = as_rows(grads[0]), rows = as_rows(x);
     const Tensor B = projected.select(2, rank), C = projected.select(2, rank + 1);
     const auto [dh, dskip, dz, dC, dnorms] = call(norm, at::mm(grad, out_proj).view(x.sizes()), h, x, z, C, D_skip,
                                                   h_weight, h_bias, out_weight, out_bias, saved[15]);
@@ -544,7 +549,7 @@ variable_list mixer_output_gradients(const variable_list& grads, const variable_
                of_norms[2],
                of_norms[3],
                of_norms[4],
-               elements[4].toBool() ? weight_gradient(grad, y.reshape({-1, D}), type(2)) : Tensor()};
+               elements[4].toBool() ? weight_gradient(grad, as_rows(y), type(2)) : Tensor()};
   }
   return refusing_derivatives("mixer_output", grads, std::move(results));
 }
@@ -584,7 +589,7 @@ Tensor mixer_output(const Tensor& x, const Tensor& z, const Tensor& x_proj, cons
   Tensor of_x, of_dt, of_out, projected, h, y, statistics, out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor rows = x.reshape({-1, x.size(2)});
+    const Tensor rows = as_rows(x);
     const int64_t products = (rank + 2 + 7) / 8 * 8;
     const at::ScalarType type = x.scalar_type();
     // On a CPU the step size is not rounded.
@@ -601,7 +606,7 @@ Tensor mixer_output(const Tensor& x, const Tensor& z, const Tensor& x_proj, cons
              std::optional<Tensor>(), parent, order, subtree_size, direction);
     std::tie(y, statistics) =
         call(norm, h, x, z, projected.select(2, rank + 1), D_skip, h_weight, h_bias, out_weight, out_bias, eps);
-    out = at::mm(y.reshape({-1, x.size(2)}), of_out.t()).view({x.size(0), x.size(1), out_proj.size(0)});
+    out = at::mm(as_rows(y), of_out.t()).view({x.size(0), x.size(1), out_proj.size(0)});
   }
   return differentiable<mixer_output_gradients>(
       out, {x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj},

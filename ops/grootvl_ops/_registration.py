@@ -358,14 +358,15 @@ def _convolution_gradients(ctx, grad: Tensor, _):
 
 
 def _gelu_mlp_gradients(ctx, grad: Tensor):
-    x, weight1, bias1, weight2 = ctx.saved_tensors
-    weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
+    maps, weight1, bias1, weight2 = ctx.saved_tensors
+    weight1, weight2 = weight1.to(maps.dtype), weight2.to(maps.dtype)
+    grad, x = (rows.reshape(-1, rows.shape[-1]) for rows in (grad, maps))
     compute = torch.ops.grootvl_ops.gelu_mlp_fused_backward if ctx.fused else _gelu_mlp_backward_of_products
     hidden, dbefore, dbias1 = compute(grad, x, weight1, bias1, weight2)
     _, of_weight1, _, of_weight2, *_ = ctx.needs_input_grad
     dweight1, dweight2 = dbefore.t() @ x if of_weight1 else None, grad.t() @ hidden if of_weight2 else None
     dbias2 = grad.sum(0, dtype=dbias1.dtype) if ctx.fused else torch.ops.grootvl_ops.bias_backward(grad)
-    return dbefore @ weight1, dweight1, dbias1, dweight2, dbias2, None
+    return (dbefore @ weight1).view(maps.shape), dweight1, dbias1, dweight2, dbias2, None
 
 
 def _gated_norm_gradients(ctx, grad: Tensor, _):

@@ -29,7 +29,7 @@ SCHEMAS = (
     f"merged_scan({_MERGED}, str direction, ScalarType? dtype=None, bool keep=False) -> (Tensor, Tensor)",
     f"merged_scan_backward(Tensor grad, {_MERGED}, Tensor kept, str direction) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "mixer_input(Tensor x, Tensor in_proj, Tensor conv_weight, int height, int dilation) -> (Tensor, Tensor)",
+    "mixer_input(Tensor x, Tensor in_proj, Tensor conv_weight, int dilation) -> (Tensor, Tensor)",
     "mixer_output(Tensor x, Tensor z, Tensor x_proj, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, "
     f"Tensor h_weight, Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor out_proj, {_TREE}, float eps, "
     "str direction) -> Tensor",

@@ -30,8 +30,8 @@ def mixer_input(x: Tensor, in_proj: Tensor, conv_weight: Tensor, dilation: int =
         dilation: Of the convolution.
 
     Returns:
-        The features after the convolution, and the gate z before its activation, both (B, H, W, D) of x's dtype, or
-        under autocast of autocast's. z is a part of a larger map. Differentiable once.
+        The features after the convolution, and the gate z before its activation, both with the pixels in a row,
+        (B, H W, D), of x's dtype, or under autocast of autocast's. z is a part of a larger map. Differentiable once.
 
     Raises:
         ValueError: sizes or devices that do not fit, or a dilation less than 1.
@@ -43,11 +43,8 @@ def mixer_input(x: Tensor, in_proj: Tensor, conv_weight: Tensor, dilation: int =
     check_parameter("in_proj", in_proj, x, [2 * conv_weight.size(0), x.size(3)])
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    B, H, W, _ = x.shape
-    sequence = x.to(_dtype_of_products(x)).flatten(1, 2)
     operation = composed_input if _transforms.active() else torch.ops.grootvl_ops.mixer_input
-    features, z = operation(sequence, in_proj, conv_weight, H, dilation)
-    return features.view(B, H, W, -1), z.unflatten(1, (H, W))
+    return operation(x.to(_dtype_of_products(x)), in_proj, conv_weight, dilation)
 
 
 def mixer_output(
@@ -107,15 +104,12 @@ def _dtype_of_products(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def composed_input(
-    x: Tensor, in_proj: Tensor, conv_weight: Tensor, height: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    """The operation `mixer_input`, (B, L, C) to (B, L, D) twice, by operations that each have their own gradients."""
+def composed_input(x: Tensor, in_proj: Tensor, conv_weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """The operation `mixer_input` by operations that each have their own gradients."""
     with torch.autocast(x.device.type, enabled=False):
         # Two products: the gradients of the halves of one would be joined by copies.
         features, z = (F.linear(x, weight) for weight in in_proj.to(x.dtype).chunk(2))
-        maps = features.unflatten(1, (height, -1))
-        return depthwise_conv_silu(maps, conv_weight, dilation).flatten(1, 2), z
+        return depthwise_conv_silu(features, conv_weight, dilation).flatten(1, 2), z.flatten(1, 2)
 
 
 def composed_output(

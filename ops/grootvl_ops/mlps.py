@@ -44,7 +44,6 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
         dtype = torch.get_autocast_dtype(x.device.type)
     x = x.to(dtype)
     if _transforms.active():
-        return reference.gelu_mlp(x.reshape(-1, channels), weight1, bias1, weight2, bias2).view(x.shape)
+        return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
     fused = x.is_cuda and torch.compiler.is_compiling()
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    return torch.ops.grootvl_ops.gelu_mlp(rows, weight1, bias1, weight2, bias2, fused).view(x.shape)
+    return torch.ops.grootvl_ops.gelu_mlp(x, weight1, bias1, weight2, bias2, fused)

@@ -10,16 +10,16 @@ from .scans import accumulation_dtype
 
 
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, fused: bool = False) -> Tensor:
-    """weight2 GELU(weight1 x + bias1) + bias2 of (rows, C), in x's dtype, by the approximation with tanh.
+    """weight2 GELU(weight1 x + bias1) + bias2 of (..., C), in x's dtype, by the approximation with tanh.
 
     weight1 (hidden, C), bias1 (hidden), weight2 (C, hidden), bias2 (C). `fused` says how gradients are computed.
     """
     weight1, bias1, weight2, bias2 = (parameter.to(x.dtype) for parameter in (weight1, bias1, weight2, bias2))
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):  # from the epilogue of the product
-        hidden = torch._addmm_activation(bias1, x, weight1.t(), use_gelu=True)
+        hidden = torch._addmm_activation(bias1, x.reshape(-1, x.shape[-1]), weight1.t(), use_gelu=True)
     else:
         hidden = F.gelu(F.linear(x, weight1, bias1), approximate="tanh")
-    return F.linear(hidden, weight2, bias2)
+    return F.linear(hidden, weight2, bias2).view(x.shape)
 
 
 def cast_weights(weights: list[Tensor], rows: list[int], columns: list[int], dtype: torch.dtype) -> list[Tensor]:
