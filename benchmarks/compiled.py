@@ -158,8 +158,8 @@ def latency_rows() -> Iterator[Row]:
 def host_rows() -> Iterator[Row]:
     """How long the host needs to launch a training step, and the GPU to run it with 128 images.
 
-    The host's time is that of a step with four images: it launches the same kernels. With 128 it would wait for the GPU,
-    for whose kernels there is a queue of limited length.
+    The time of the host is that of a step with four images, which launches the same kernels. With 128 it would wait for
+    the GPU, for whose kernels there is a queue of limited length.
     """
     for name in ("grootv_tiny", PEER):
         run, small = Run(name, 128), Run(name, 4)
