@@ -125,7 +125,7 @@ class MixerCall(NamedTuple):
     def features(self) -> Tensor:
         """The features that the mixer scans, (B, H, W, D), and builds its tree on unless one is given."""
         if isinstance(self.mixer, SelectiveSSM):
-            return self.mixer.expand_input(self.x)[0].unflatten(1, self.x.shape[1:3])
+            return self.mixer.expand_input(self.x)[0]
         return self.mixer.scanned_features(self.x)
 
     def scans(self) -> list[tuple[Tree, str]]:

@@ -139,8 +139,8 @@ def test_the_affinity_of_a_mixer_is_its_answer_to_an_impulse(make: Callable, d_s
     torch.manual_seed(0)
     mixer, (row, column) = make(8, d_state=d_state, dtype=torch.float64), (2, 3)
     x = torch.randn(1, *GRID, 8, dtype=torch.float64)
-    flat, _ = mixer.expand_input(x)
-    features, pixel = flat.unflatten(1, GRID), row * GRID[1] + column
+    features, _ = mixer.expand_input(x)
+    flat, pixel = features.flatten(1, 2), row * GRID[1] + column
     dt, b, _ = mixer.x_proj(flat).split([mixer.dt_rank, d_state, d_state], dim=-1)
     weights = (mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log)
 

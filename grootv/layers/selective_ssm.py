@@ -73,9 +73,11 @@ class SelectiveSSM(TraceLeaf):
     Discretisation, scan and both norms are computed in float32 (float64 for float64 maps), also under autocast and in
     modules that were cast to a half precision. They are two operations of `grootvl_ops`, which take the weights of
     `dt_proj`, `h_norm` and `out_norm`. A third one computes convolution and activation, in inference and on CUDA. In
-    training, features and gate are two products with halves of the weight of `in_proj`. Where a call of one of these
-    modules does more than apply its weights (hooks, adapters, pruning, parametrizations), the module is called, with
-    the same result; under autocast `dt_proj` then rounds to autocast's dtype, as any linear layer that is called does.
+    compiled training, features and gate are two products with halves of the weight of `in_proj`. In eager mode on CUDA,
+    one operation (`grootvl_ops.mixer_input`) computes everything before the choice of the trees, and for one scan and
+    N = 1 another (`mixer_output`) everything after it. Where a call of one of these modules does more than apply its
+    weights (hooks, adapters, pruning, parametrizations), the module is called, with the same result; under autocast
+    `dt_proj` then rounds to autocast's dtype, as any linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -156,14 +158,20 @@ class SelectiveSSM(TraceLeaf):
         Raises:
             ValueError: x or guide of another shape.
         """
-        features, z = self.expand_input(x)
+        features, z = self.expand_sequence(x)
         # The scan reads a sequence, so that in compiled graphs trees alone read a view with four dimensions.
         scans = self.scans(self.check_guide(guide, features.view(x.size(0), x.size(1), x.size(2), features.size(2))))
-        return self.scan_and_project(features, z, scans).view(x.shape)
+        return self.scan_sequence(features, z, scans).view(x.shape)
 
     def expand_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both with
-        the L = H W pixels in a row, (B, L, D)."""
+        """From the input (B, H, W, dim) to the features that are scanned and the gate before its activation, both
+        (B, H, W, D)."""
+        features, z = self.expand_sequence(x)
+        B, H, W, _ = x.shape
+        return features.view(B, H, W, features.size(2)), z.unflatten(1, (H, W))
+
+    def expand_sequence(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`expand_input` with the L = H W pixels in a row, (B, L, D) each."""
         check_map(x, self.dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
             if has_only_weight(self.in_proj, x) and self.fuses_conv:
@@ -199,8 +207,13 @@ class SelectiveSSM(TraceLeaf):
             raise ValueError(f"guide must be ({B}, {H}, {W}, any number of channels), got {list(guide.shape)}")
         return guide
 
-    def scan_and_project(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
-        """From features and gate, (B, L, D) each, to the output (B, L, dim)."""
+    def scan_and_project(self, features: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """From features and gate, (B, H, W, D) each, to the output (B, H, W, dim)."""
+        B, H, W, _ = features.shape
+        return self.scan_sequence(features.flatten(1, 2), z.flatten(1, 2), scans).view(B, H, W, self.dim)
+
+    def scan_sequence(self, x: Tensor, z: Tensor, scans: list[tuple[Tree, str]]) -> Tensor:
+        """`scan_and_project` of maps whose L pixels are in a row, (B, L, D) each, to (B, L, dim)."""
         if not torch.jit.is_scripting():
             if len(scans) == 1 and self.runs_after_tree(x):
                 step, h_norm, out_norm = self.dt_proj, self.h_norm, self.out_norm

@@ -87,7 +87,7 @@ class TreeSSM(SelectiveSSM):
         """
         if tree is not None and guide is not None:
             raise ValueError("give a tree or a guide on which to build one, not both")
-        features, z = self.expand_input(x)
+        features, z = self.expand_sequence(x)
         if tree is not None:
             scans = [(tree, self.direction)]
         else:
@@ -95,4 +95,4 @@ class TreeSSM(SelectiveSSM):
             scans = self.scans(self.check_guide(guide, maps))
             if built is not None:
                 built.append(scans[0][0])
-        return self.scan_and_project(features, z, scans).view(x.shape)
+        return self.scan_sequence(features, z, scans).view(x.shape)

@@ -53,15 +53,15 @@ def walk(scan: str, x: Tensor, decay: Tensor, height: int, width: int) -> Tensor
 
 def plain(mixer: PathSSM, image: Tensor) -> Tensor:
     """What `mixer` computes, one state and one pixel after the other."""
-    x, z = mixer.expand_input(image)
-    N = mixer.d_state
+    features, z = mixer.expand_input(image)
+    x, N = features.flatten(1, 2), mixer.d_state
     dt, B, C = mixer.x_proj(x).split([mixer.dt_rank, N, N], dim=-1)
     delta, rates = F.softplus(mixer.dt_proj(dt)), mixer.A_log.exp().view(-1, N)
     h = [
         walk(mixer.scan, delta * B[..., [n]] * x, torch.exp(-rates[:, n] * delta), *image.shape[1:3]) for n in range(N)
     ]
     y = C * mixer.h_norm(h[0]) if N == 1 else mixer.h_norm(sum(C[..., [n]] * h[n] for n in range(N)))
-    y = mixer.out_norm(y + mixer.D_skip * x) * F.silu(z)
+    y = mixer.out_norm(y + mixer.D_skip * x) * F.silu(z.flatten(1, 2))
     return mixer.out_proj(y).unflatten(1, image.shape[1:3])
 
 
