@@ -299,29 +299,34 @@ struct Weight {
   bool padded;
 };
 
-// Weights in the type of their products. On a GPU one kernel converts all of them.
+// Weights in the type of their products. On a GPU one kernel converts all of them that have one type.
 template <size_t kCount>
 std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::ScalarType type) {
   using Signature = std::vector<Tensor>(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ScalarType);
   static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights");
   std::array<Tensor, kCount> results;
-  std::vector<Tensor> tensors;
-  std::vector<int64_t> rows, columns;
-  for (size_t i = 0; i < kCount; ++i) {
-    const Weight& weight = weights[i];
+  for (size_t first = 0; first < kCount; ++first) {
+    if (results[first].defined()) continue;
+    const Weight& weight = weights[first];
     if (!weight.padded && weight.tensor.scalar_type() == type) {
-      results[i] = weight.tensor;
-    } else {
-      tensors.push_back(weight.tensor);
-      rows.push_back(weight.rows);
-      columns.push_back(weight.columns);
+      results[first] = weight.tensor;
+      continue;
     }
-  }
-  if (tensors.empty()) return results;
-  auto cast = call(operation, at::TensorList(tensors), at::IntArrayRef(rows), at::IntArrayRef(columns), type);
-  auto next = cast.begin();
-  for (Tensor& result : results) {
-    if (!result.defined()) result = std::move(*next++);
+    std::vector<Tensor> tensors;
+    std::vector<int64_t> rows, columns;
+    std::vector<size_t> places;
+    for (size_t i = first; i < kCount; ++i) {
+      const Weight& other = weights[i];
+      const at::ScalarType other_type = other.tensor.scalar_type();
+      if (other_type != weight.tensor.scalar_type() || (other_type == type && !other.padded)) continue;
+      tensors.push_back(other.tensor);
+      rows.push_back(other.rows);
+      columns.push_back(other.columns);
+      places.push_back(i);
+    }
+    std::vector<Tensor> cast =
+        call(operation, at::TensorList(tensors), at::IntArrayRef(rows), at::IntArrayRef(columns), type);
+    for (size_t i = 0; i < places.size(); ++i) results[places[i]] = std::move(cast[i]);
   }
   return results;
 }

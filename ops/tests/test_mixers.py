@@ -199,6 +199,20 @@ def test_under_autocast(device):
         assert torch.equal(grootvl_ops.mixer_output(*operands, tree), expected)
 
 
+def test_weights_of_several_types(device):
+    """Some have the type of the map, others do not, and are converted."""
+    size = SIZES[1]
+    tree = make_tree(size, device)
+    operands = [o.to(device) for o in output_operands(size, torch.float32)]
+    expected = grootvl_ops.mixer_output(*operands, tree)
+    for which, dtype in ((2, torch.float64), (3, torch.float64), (11, torch.float64)):
+        mixed = list(operands)
+        mixed[which] = operands[which].to(dtype)
+        assert torch.equal(grootvl_ops.mixer_output(*mixed, tree), expected)
+    mixed = [*operands[:2], operands[2].double(), operands[3].half(), *operands[4:]]
+    torch.testing.assert_close(grootvl_ops.mixer_output(*mixed, tree), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_refuses(device):
     size = SIZES[1]
     tree = make_tree(size, device)
