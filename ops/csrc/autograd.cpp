@@ -264,12 +264,16 @@ torch::autograd::Edge refuse(const std::string& reason, const variable_list& inp
   return {node, 0};
 }
 
+// What is said where second derivatives of an operation are asked for.
+std::string once_only(const std::string& name) {
+  return "grootvl_ops." + name + " can be differentiated once only: it has no second derivatives";
+}
+
 // The gradients of a backward pass, which raise when they are differentiated themselves. For nodes that compute them
 // below autograd, from several operations.
 variable_list refusing_derivatives(const char* name, const variable_list& grads, variable_list results) {
   if (!at::GradMode::is_enabled()) return results;
-  const auto refusal = refuse(
-      std::string("grootvl_ops.") + name + " can be differentiated once only: it has no second derivatives", grads);
+  const auto refusal = refuse(once_only(name), grads);
   for (const Tensor& result : results) {
     if (result.defined()) torch::autograd::set_history(result, refusal.function);
   }
@@ -348,21 +352,17 @@ Tensor gelu_of_product(const Tensor& x, const Tensor& weight1, const Tensor& bia
 // In which type products give the gradient of a weight of the type `type`, from `map`. In half precision on
 // a GPU, cuBLAS writes it as float32, so that nothing has to convert it.
 at::ScalarType gradient_type(const Tensor& map, at::ScalarType type) {
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10
-  if (map.is_cuda() && map.element_size() == 2 && type == at::kFloat) return type;
-#endif
-  return map.scalar_type();
+  const bool half = map.scalar_type() == at::kHalf || map.scalar_type() == at::kBFloat16;
+  return map.is_cuda() && half && type == at::kFloat ? type : map.scalar_type();
 }
 
 // Writes the gradient of a weight, (N, K), from that of the product, (rows, N), and its other factor, (rows, K).
 void write_weight_gradient(Tensor to, const Tensor& grad, const Tensor& x) {
   if (to.scalar_type() == x.scalar_type()) {
     at::mm_out(to, grad.t(), x);
-    return;
+  } else {
+    at::mm_out(to, grad.t(), x, to.scalar_type());
   }
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10
-  at::mm_out(to, grad.t(), x, to.scalar_type());
-#endif
 }
 
 Tensor weight_gradient(const Tensor& grad, const Tensor& x, at::ScalarType type) {
@@ -677,8 +677,7 @@ void backward_once(const c10::OperatorHandle& operation, c10::DispatchKeySet key
     if (torch::autograd::compute_requires_grad(inputs)) {
       std::string name = schema.name().substr(schema.name().rfind(':') + 1);
       name.resize(name.rfind("_backward"));
-      refusal =
-          refuse("grootvl_ops." + name + " can be differentiated once only: it has no second derivatives", inputs);
+      refusal = refuse(once_only(name), inputs);
     }
   }
   {

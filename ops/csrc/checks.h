@@ -203,10 +203,12 @@ inline void check_columns(const char* name, const Tensor& matrix) {
   GROOTVL_CHECK(matrix.size(1) <= limit, name, " may have ", limit, " columns, got ", matrix.size(1));
 }
 
+constexpr size_t kMaxCastWeights = 16;  // in one launch
+
 inline void check_cast_weights(const std::vector<Tensor>& weights, const std::vector<int64_t>& rows,
                                const std::vector<int64_t>& columns, ScalarType dtype) {
-  constexpr size_t most = 16;
-  GROOTVL_CHECK(!weights.empty() && weights.size() <= most, "weights must be 1 to ", most, ", got ", weights.size());
+  GROOTVL_CHECK(!weights.empty() && weights.size() <= kMaxCastWeights, "weights must be 1 to ", kMaxCastWeights,
+                ", got ", weights.size());
   GROOTVL_CHECK(rows.size() == weights.size() && columns.size() == weights.size(),
                 "rows and columns must be as many as weights, ", weights.size(), ", got ", rows.size(), " and ",
                 columns.size());

@@ -1,5 +1,6 @@
-"""Checks of arguments that scans and norms share."""
+"""What the public functions ask of their arguments."""
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,10 @@ def check_operand(name: str, operand: Tensor, like: Tensor, shape: list[int]) ->
     check_parameter(name, operand, like, shape)
     if operand.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of the other maps, {like.dtype}, got {operand.dtype}")
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """In which the products of a map with weights are computed: x's dtype, or under autocast autocast's."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,8 +1,7 @@
 """The mixer of a selective state space model, as one operation before the choice of its tree and one after it.
 
-They compute what `torch.nn.functional.linear` and the other operations of this package do. But each is called once, and
-is one node of autograd's graph: the host needs less time to launch it. Where torch.compile sees the mixer, call the
-others.
+They compute what `torch.nn.functional.linear` and the other operations of this package do. But each is one call, and
+one node of autograd's graph, so that the host launches it in less time. Under torch.compile, call the other operations.
 """
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _loading, _transforms
-from ._checks import check_parameter
+from ._checks import check_parameter, dtype_of_products
 from ._registration import _library
 from .convolutions import depthwise_conv_silu
 from .norms import _in_one_pass, gated_norm
@@ -44,7 +43,7 @@ def mixer_input(x: Tensor, in_proj: Tensor, conv_weight: Tensor, dilation: int =
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
     operation = composed_input if _transforms.active() else torch.ops.grootvl_ops.mixer_input
-    return operation(x.to(_dtype_of_products(x)), in_proj, conv_weight, dilation)
+    return operation(x.to(dtype_of_products(x)), in_proj, conv_weight, dilation)
 
 
 def mixer_output(
@@ -96,12 +95,6 @@ def mixer_output(
         x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj,
         *_tree_for(x, tree), eps, direction,
     )  # fmt: skip
-
-
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def composed_input(x: Tensor, in_proj: Tensor, conv_weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _registration, _transforms, reference  # noqa: F401  the first registers the operations
-from ._checks import check_parameter
+from ._checks import check_parameter, dtype_of_products
 
 __all__ = ["gelu_mlp"]
 
@@ -39,10 +39,7 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
         ("bias2", bias2, [channels]),
     ):
         check_parameter(name, parameter, x, shape)
-    dtype = x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    x = x.to(dtype)
+    x = x.to(dtype_of_products(x))
     if _transforms.active():
         return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
     fused = x.is_cuda and torch.compiler.is_compiling()

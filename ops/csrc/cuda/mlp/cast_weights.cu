@@ -10,8 +10,7 @@ namespace grootvl {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWord = 4;   // values that a thread converts at once
-constexpr int kMost = 16;  // weights of a launch
+constexpr int kWord = 4;  // values that a thread converts at once
 
 // A matrix (rows, columns), and the result (padded rows, padded columns), whose other values are zeros.
 template <typename from_t, typename to_t>
@@ -25,7 +24,7 @@ struct Weight {
 
 template <typename from_t, typename to_t>
 struct Weights {
-  Weight<from_t, to_t> of[kMost];
+  Weight<from_t, to_t> of[kMaxCastWeights];
 };
 
 template <typename from_t, typename to_t>
