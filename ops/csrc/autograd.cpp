@@ -126,17 +126,21 @@ Tensor tree_scan(const Tensor& x, const Tensor& decay, const Tensor& parent, con
 Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 std::optional<Tensor> optional(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
-variable_list selective_scan_gradients(const variable_list& grads, const variable_list& saved,
-                                       const c10::IValue& direction) {
+const auto& selective_scan_backward() {
   using Optional = const std::optional<Tensor>&;
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional,
       const Tensor&, const Tensor&, const Tensor&, std::string_view);
   static const auto operation = find_operation<Signature>("grootvl_ops::selective_scan_backward");
+  return operation;
+}
+
+variable_list selective_scan_gradients(const variable_list& grads, const variable_list& saved,
+                                       const c10::IValue& direction) {
   const Tensor &dt_weight = saved[2], &dt_bias = saved[3], &A_log = saved[4], &C = saved[6];
   auto [dx, ddt, ddt_weight, dparameters, dB, dC] =
-      call(operation, grads[0], saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log, saved[5],
-           optional(C), saved[7], saved[8], saved[9], direction.toStringView());
+      call(selective_scan_backward(), grads[0], saved[0], saved[1], optional(dt_weight), optional(dt_bias), A_log,
+           saved[5], optional(C), saved[7], saved[8], saved[9], direction.toStringView());
   // Those of the inputs that there are.
   variable_list results{dx, ddt};
   if (dt_weight.defined()) results.push_back(ddt_weight);
@@ -230,14 +234,19 @@ std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const 
           kept};
 }
 
+const auto& depthwise_conv_silu_backward() {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
+  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
+  return operation;
+}
+
 // The arguments after the tensors: height and dilation.
 variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
                                             const c10::IValue& arguments) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
-  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
   const auto& elements = arguments.toTupleRef().elements();
   const Tensor dbefore = at::silu_backward(grads[0], saved[2]);  // which a compiler fuses with what gives the gradient
-  auto [dx, dweight] = call(operation, dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
+  auto [dx, dweight] =
+      call(depthwise_conv_silu_backward(), dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
   return {dx, dweight};
 }
 
@@ -424,13 +433,17 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, con
       c10::ivalue::Tuple::create(fused, weight1.requires_grad(), weight2.requires_grad()));
 }
 
-variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
+const auto& gated_norm_backward() {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
-  auto [dh, dx, dz, dC, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                            saved[5], saved[6], saved[7], saved[8], saved[9]);
+  return operation;
+}
+
+variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
+  auto [dh, dx, dz, dC, dparameters] = call(gated_norm_backward(), grads[0], saved[0], saved[1], saved[2], saved[3],
+                                            saved[4], saved[5], saved[6], saved[7], saved[8], saved[9]);
   const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
   return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
 }
@@ -452,8 +465,6 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
 // weight are needed.
 variable_list mixer_input_gradients(const variable_list& grads, const variable_list& saved,
                                     const c10::IValue& arguments) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
-  static const auto convolution = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
   const WithoutAutocast without(kAutocast);
   const auto &x = saved[0], &in_proj = saved[1], &conv_weight = saved[2], &both = saved[3], &before = saved[4];
   const auto& elements = arguments.toTupleRef().elements();
@@ -463,8 +474,9 @@ variable_list mixer_input_gradients(const variable_list& grads, const variable_l
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor dfeatures = grads[0].defined() ? grads[0] : at::zeros_like(before);
     const Tensor dz = (grads[1].defined() ? grads[1] : at::zeros_like(before)).reshape({-1, D});
-    const auto [dmaps, dconv_weight] = call(convolution, at::silu_backward(dfeatures, before), both.narrow(2, 0, D),
-                                            conv_weight, elements[0].toSymInt(), elements[1].toInt());
+    const auto [dmaps, dconv_weight] =
+        call(depthwise_conv_silu_backward(), at::silu_backward(dfeatures, before), both.narrow(2, 0, D), conv_weight,
+             elements[0].toSymInt(), elements[1].toInt());
     const Tensor dfirst = dmaps.view({-1, D});
     if (elements[3].toBool()) {
       Tensor dx = at::mm(dfirst, in_proj.narrow(0, 0, D));
@@ -511,15 +523,6 @@ std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, c
 // are needed.
 variable_list mixer_output_gradients(const variable_list& grads, const variable_list& saved,
                                      const c10::IValue& arguments) {
-  using Norm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&);
-  using Optional = const std::optional<Tensor>&;
-  using Scan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional,
-      const Tensor&, const Tensor&, const Tensor&, std::string_view);
-  static const auto norm = find_operation<Norm>("grootvl_ops::gated_norm_backward");
-  static const auto scan = find_operation<Scan>("grootvl_ops::selective_scan_backward");
   const WithoutAutocast without(kAutocast);
   const auto &x = saved[0], &z = saved[1], &x_proj = saved[2], &dt_weight = saved[3], &dt_bias = saved[4],
              &A_log = saved[5], &D_skip = saved[6], &h_weight = saved[7], &h_bias = saved[8], &out_weight = saved[9],
@@ -532,10 +535,10 @@ variable_list mixer_output_gradients(const variable_list& grads, const variable_
     const int64_t D = x.size(2), rank = elements[5].toInt();
     const Tensor grad = as_rows(grads[0]), rows = as_rows(x);
     const Tensor B = projected.select(2, rank), C = projected.select(2, rank + 1);
-    const auto [dh, dskip, dz, dC, dnorms] = call(norm, at::mm(grad, out_proj).view(x.sizes()), h, x, z, C, D_skip,
-                                                  h_weight, h_bias, out_weight, out_bias, saved[15]);
+    const auto [dh, dskip, dz, dC, dnorms] = call(gated_norm_backward(), at::mm(grad, out_proj).view(x.sizes()), h, x,
+                                                  z, C, D_skip, h_weight, h_bias, out_weight, out_bias, saved[15]);
     const auto [dscan, dproducts, ddt_weight, dparameters, dB, none] =
-        call(scan, dh, x, projected, std::optional(dt_weight), std::optional(dt_bias), A_log, B,
+        call(selective_scan_backward(), dh, x, projected, std::optional(dt_weight), std::optional(dt_bias), A_log, B,
              std::optional<Tensor>(), saved[16], saved[17], saved[18], elements[0].toStringView());
     const Tensor dprojected = dproducts.reshape({-1, x_proj.size(0)});
     dprojected.select(1, rank).copy_(dB.reshape(-1));  // where the step size has gradients of zero
