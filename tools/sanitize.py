@@ -27,10 +27,13 @@ from grootv.layers.path_ssm import PATH_SCANS
 from grootvl_ops import Tree
 
 DEVICE = "cuda"
-# Sums on chip, whole trees, runs, sections of runs; rows that are copied in chunks of 16 bytes, and rows that cannot
-# be.
+# One kernel for a short tree, sums on chip, whole trees, runs, sections of runs; rows that are copied in chunks of 16
+# bytes, and rows that cannot be.
 SCANS = [
     (2, 7, 7, 40, torch.float32),
+    (2, 14, 14, 40, torch.float16),
+    (1, 15, 17, 33, torch.float64),
+    (100, 7, 7, 40, torch.float32),
     (20, 17, 16, 864, torch.float32),
     (2, 20, 21, 40, torch.float32),
     (1, 96, 97, 33, torch.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import oracles
@@ -170,18 +171,59 @@ def test_feature_maps(compiled_device, kind, height, width):
 
 
 @pytest.mark.parametrize("batch", [700, 1500])
+@pytest.mark.parametrize("size", [(7, 9), (16, 16), (17, 19)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_many_trees_at_a_time(cuda_kernels, batch, dtype):
-    """So many that a GPU walks along whole trees rather than runs; the CPU knows no such difference."""
-    features = torch.randn(batch, 17, 19, 8)
+def test_many_trees_at_a_time(cuda_kernels, batch, size, dtype):
+    """So many that a GPU walks along whole trees rather than runs, or than having a block for each short tree; the CPU
+    knows no such difference."""
+    features = torch.randn(batch, *size, 8)
     tree = grootvl_ops.build_tree(features)
-    x, decay, grad = operands(batch, 17 * 19, 8, "cpu", dtype)
+    x, decay, grad = operands(batch, math.prod(size), 8, "cpu", dtype)
     expected = Operations.gradients(x, decay, tree, grad)
     on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
     found = Operations.gradients(x.to(cuda_kernels), decay.to(cuda_kernels), on_gpu, grad.to(cuda_kernels))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", ["path", "star", "comb", "binary", "scattered", "forest"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("num_vertices", [1, 2, 7, 8, 9, 49, 196, 255, 256, 257])
+def test_short_trees(cuda_kernels, num_vertices, dtype, shape, poisoned_memory):
+    """Around the whole tiles, and the most vertices, that one kernel takes; with channels beyond its groups of 16, and
+    decays near 1, so that all of a tree counts everywhere."""
+    tree = make_tree(shape, 3, num_vertices)
+    x, decay, _ = operands(3, num_vertices, 37, "cpu", dtype)
+    decay = decay ** (1 / 16)
+    expected = grootvl_ops.tree_scan(x.double(), decay.double(), tree)
+    on_gpu = Tree(*(field.to(cuda_kernels) for field in tree))
+    runs = [grootvl_ops.tree_scan(x.to(cuda_kernels), decay.to(cuda_kernels), on_gpu).cpu() for _ in range(3)]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    scale = max(expected.abs().max().item(), 10)
+    rounding, accumulation = (
+        (torch.finfo(dtype).eps if dtype in HALF else 1e-6),
+        1e-13 if dtype == torch.float64 else 1e-6,
+    )
+    torch.testing.assert_close(runs[0].double(), expected, rtol=rounding, atol=accumulation * scale)
+
+
+def test_not_finite_values_stay_in_their_tree(cuda_kernels):
+    """Of a forest, also in a short one, which one kernel takes."""
+    tree = make_tree("forest", 1, 100)
+    x, decay, _ = operands(1, 100, 5, "cpu", torch.float32)
+    expected = grootvl_ops.tree_scan(x, decay, tree)
+    root_of = tree.parent[0].long()
+    for _ in range(100):
+        root_of = tree.parent[0].long()[root_of]
+    first = root_of == root_of[50]
+    x[0, 50, 2] = float("nan")
+    found = grootvl_ops.tree_scan(
+        *(operand.to(cuda_kernels) for operand in (x, decay)), Tree(*(field.to(cuda_kernels) for field in tree))
+    ).cpu()
+    assert first.any() and not first.all()
+    assert found[0, first, 2].isnan().all()
+    torch.testing.assert_close(found[0, ~first], expected[0, ~first])
 
 
 @each_direction

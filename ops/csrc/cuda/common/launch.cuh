@@ -2,6 +2,8 @@
 // dependent launch).
 #pragma once
 
+#include <algorithm>
+
 #include "device.cuh"
 #include "ptx.cuh"
 
@@ -24,6 +26,21 @@ inline bool can_await_kernels() {
   }
 #endif
   return false;
+}
+
+constexpr int kMaxBlocks = 32;  // on one multiprocessor
+
+// Shared memory to request for each block, which needs `bytes`, so that the blocks are spread evenly over the
+// multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
+// the multiprocessors that the kernel before leaves first.
+inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
+  const DeviceLimits& limits = current_limits();
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t available = limits.shared_of_multiprocessor, reserved = limits.reserved_shared_of_block;
+  const int64_t fitting = std::clamp<int64_t>(available / (bytes + reserved), 1, at_most);
+  const int64_t all = divide(blocks, limits.multiprocessors), at_a_time = divide(all, divide(all, fitting));
+  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, limits.shared_of_block);
+  return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
 // Launches a kernel that begins with await_kernels_before.

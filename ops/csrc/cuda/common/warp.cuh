@@ -19,6 +19,15 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// In one instruction, where the processor has it.
+__device__ __forceinline__ int warp_sum(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);
+#else
+  return warp_sum<int>(value);
+#endif
+}
+
 // Sums of several values, each over lanes whose numbers differ in the bits from `distance` down, divided among them:
 // half of the lanes keep the first half of the values, the others the second, and so on until each has kKept, which are
 // then the first of `values`. Returns the next distance: over the bits from there down, the values are not summed up

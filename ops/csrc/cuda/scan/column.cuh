@@ -88,7 +88,7 @@ struct SectionItem : ColumnItem {
     valid = operand < operands && part < plan.sections.count(tree);
     if (!valid) return;
     begin = 0, end = plan.runs.count(tree);
-    if (plan.sections.cuts == nullptr) return;
+    if (!plan.sections.several()) return;
     begin = plan.sections.begin(tree, part);
     end = plan.sections.end[tree * plan.sections.capacity + part];
   }

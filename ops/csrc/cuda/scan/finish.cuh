@@ -54,19 +54,34 @@ struct SumsBetweenSweeps {
   }
 };
 
+// Writes a run's sums for the gradients of parameters, of delta_bias, A_log and, if there are three, dy x. The room of
+// a run that does not exist gets zeros, which are summed up too.
+template <int kCount, typename T, typename acc_t>
+__device__ __forceinline__ void write_parameter_gradients(const ScanData<T, acc_t>& data, const Plan& plan,
+                                                          const RunItem& item, const acc_t (&gradients)[kCount]) {
+  if (!item.active) return;
+  const int64_t stride = int64_t(data.maps) * plan.runs.capacity * data.channels;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) data.dparameters[i * stride + item.at_run] = gradients[i];
+}
+
 // Nothing enters a run that is the whole tree. u is kept on chip between the sweeps if kOnChip.
 template <bool kOnChip, Pass pass, bool kSelective, typename T, typename acc_t>
 __global__ void __launch_bounds__(kWalkThreads)
     finish_runs(ScanData<T, acc_t> data, Plan plan, RunData<acc_t> runs, int capacity) {
   await_kernels_before();
   constexpr int kOperands = num_operands(pass);
+  constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
   const RunItem item(data, plan);
-  if (!item.valid) return;
+  if (!item.valid) {
+    if constexpr (kParameterGradients) write_parameter_gradients<2, T, acc_t>(data, plan, item, {});
+    return;
+  }
   const uint32_t row_bytes = data.channels * sizeof(T), sum_row_bytes = data.channels * sizeof(acc_t);
   const uint32_t ring = shared_address() + stack_bytes<acc_t>(kOperands, capacity);
   const uint32_t on_chip = ring + ring_bytes_of<pass, kSelective, T, acc_t>() + threadIdx.x * uint32_t(sizeof(acc_t));
   Stack<acc_t> stacks[2] = {{0, capacity}, {1, capacity}};
-  const bool whole_tree = plan.runs.cuts == nullptr;
+  const bool whole_tree = !plan.runs.several();
   acc_t E[kOperands] = {};
   if (!whole_tree) {
     for (int operand = 0; operand < kOperands; ++operand) E[operand] = runs.E[operand * runs.stride + item.at_run];
@@ -92,7 +107,6 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
   if constexpr (pass == Pass::kUp) return;
 
-  constexpr bool kParameterGradients = has_parameter_gradients(pass, kSelective);
   constexpr int kSumsPrefetched = kOnChip ? 0 : num_between_sweeps(pass);
   constexpr bool kReadsX = reads_x_down(pass, kSelective);
   const T* columns[] = {decay_or_raw_delta(data, item), data.x + item.column};
@@ -175,11 +189,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   };
   walk<Sweep::kDown, kSelective && kReadsX>(item.nodes(plan), item.length(), row_copy, sum_copy, input_weights,
                                             weight_bytes, ring, whole_tree, read_on_chip, visit_row, finish_tile);
-  if constexpr (kParameterGradients) {
-    if (!item.active) return;
-    data.dparameters[item.at_run] = dbias;
-    data.dparameters[int64_t(data.maps) * plan.runs.capacity * data.channels + item.at_run] = dA_log;
-  }
+  if constexpr (kParameterGradients) write_parameter_gradients(data, plan, item, {dbias, dA_log});
 }
 
 }  // namespace grootvl

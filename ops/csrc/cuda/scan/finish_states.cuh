@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_entering(States<acc_t>& entering, const Sta
 #pragma unroll
   for (int s = 0; s < kLaneStates; ++s) {
     const int64_t i = item.at_run + s * item.state_stride;
-    entering[s] = plan.runs.cuts == nullptr ? acc_t(0) : kUp ? runs.E[i] : runs.h_above()[i];
+    entering[s] = !plan.runs.several() ? acc_t(0) : kUp ? runs.E[i] : runs.h_above()[i];
   }
 }
 

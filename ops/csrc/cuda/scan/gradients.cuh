@@ -12,10 +12,13 @@ __global__ void __launch_bounds__(kWalkThreads)
   constexpr bool kUp = sweeps_up(pass, 0);
   await_kernels_before();
   const RunItem item(data, plan);
-  if (!item.valid) return;
+  if (!item.valid) {
+    write_parameter_gradients<3, T, acc_t>(data, plan, item, {});
+    return;
+  }
   const uint32_t row_bytes = data.channels * sizeof(T);
   Stack<acc_t> stack(0, capacity);
-  const bool whole_tree = plan.runs.cuts == nullptr;
+  const bool whole_tree = !plan.runs.several();
   // What enters the next row: the sum over its children, or the gradient of its parent.
   acc_t entering = whole_tree ? acc_t(0) : kUp ? runs.E[item.at_run] : runs.h_above()[item.at_run];
 
@@ -75,11 +78,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   walk<kUp ? Sweep::kUp : Sweep::kDown, 2>(
       item.nodes(plan), item.length(), row_copy, no_sums, weights, weight_bytes,
       shared_address() + stack_bytes<acc_t>(1, capacity), whole_tree, [](auto&, int) {}, visit_row, finish_tile);
-  if (!item.active) return;
-  const int64_t stride = int64_t(data.maps) * plan.runs.capacity * data.channels;
-  data.dparameters[item.at_run] = dbias;
-  data.dparameters[stride + item.at_run] = dA_log;
-  data.dparameters[2 * stride + item.at_run] = dskip;
+  write_parameter_gradients(data, plan, item, {dbias, dA_log, dskip});
 }
 
 }  // namespace grootvl

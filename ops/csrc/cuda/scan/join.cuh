@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   const SectionItem item(data, plan, num_operands(pass));
   if (!item.valid) return;
   acc_t E = 0, h_above = 0;
-  if (plan.sections.cuts != nullptr) {
+  if (plan.sections.several()) {
     const int64_t i =
         item.operand * sections.stride + (item.map * plan.sections.capacity + item.part) * data.channels + item.channel;
     E = sections.E[i], h_above = sections.h_above()[i];

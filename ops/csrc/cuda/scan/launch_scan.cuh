@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../checks.h"
+#include "../common/arena.cuh"
 #include "../common/device.cuh"
 #include "../common/sum.cuh"
 #include "../common/vector.cuh"
@@ -13,6 +14,7 @@
 #include "gradients.cuh"
 #include "join.cuh"
 #include "plan.cuh"
+#include "short_trees.cuh"
 #include "summarise.cuh"
 
 namespace grootvl {
@@ -32,21 +34,6 @@ inline int choose_log2_section(int64_t length, int log2_run) {
   int log2_runs = 0;
   while ((int64_t{1} << (2 * log2_runs + 1)) < length >> log2_run) ++log2_runs;
   return log2_run + log2_runs;
-}
-
-constexpr int kMaxBlocks = 32;  // on one multiprocessor
-
-// Shared memory to request for each block, which needs `bytes`, so that the blocks are spread evenly over the
-// multiprocessors, with up to `at_most` at a time on each. Without the limit, blocks that are launched early would fill
-// the multiprocessors that the kernel before leaves first.
-inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
-  const DeviceLimits& limits = current_limits();
-  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t available = limits.shared_of_multiprocessor, reserved = limits.reserved_shared_of_block;
-  const int64_t fitting = std::clamp<int64_t>(available / (bytes + reserved), 1, at_most);
-  const int64_t all = divide(blocks, limits.multiprocessors), at_a_time = divide(all, divide(all, fitting));
-  const int64_t share = std::min<int64_t>(available / at_a_time - reserved, limits.shared_of_block);
-  return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
 // Whether the rows of all matrices that a walk reads begin at multiples of 16 bytes.
@@ -95,56 +82,51 @@ inline unsigned blocks_of(int64_t threads, int threads_of_block) {
 // The plan of trees, for one scan of them or for several.
 struct PlannedTrees {
   Plan plan{};
-  std::vector<Tensor> storage;
+  Tensor storage;
   bool made = false;
 
   // `x`: any tensor on the device.
   template <typename T, typename acc_t>
   const Plan& make(const ScanData<T, acc_t>& data, bool several_runs, const Tensor& x) {
-    if (made && (plan.runs.cuts != nullptr) == several_runs) return plan;
-    *this = {};
+    if (made && plan.runs.several() == several_runs) return plan;
+    plan = {};
     made = true;
-    const int64_t trees = data.trees, length = data.num_vertices;
-    const cudaStream_t stream = current_stream();
-    const auto indices = [&](int64_t count) {
-      storage.push_back(empty(x, {trees * count}, ScalarType::Int));
-      return storage.back().template mutable_data_ptr<int32_t>();
-    };
+    const int64_t trees = data.trees, length = data.num_vertices, words = words_of(length);
     Pieces &runs = plan.runs, &sections = plan.sections;
     runs.log2_size = several_runs ? choose_log2_run(length) : kUncut;
     sections.log2_size = several_runs ? choose_log2_section(length, runs.log2_size) : kUncut;
     const bool several_sections = sections.log2_size < kUncut;
-    // Memory of the pieces, and the tensor of their cuts.
-    const auto make_room = [&](Pieces& pieces, int64_t elements, bool several) -> Tensor {
-      pieces.elements = static_cast<int>(elements);
-      pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
-      if (!several) return {};
-      // Zeros where there are fewer runs than room for them.
-      const Tensor cuts = &pieces == &sections ? zeros(x, {trees * elements}, ScalarType::Int)
-                                               : empty(x, {trees * elements}, ScalarType::Int);
-      storage.push_back(cuts);
-      pieces.cuts = cuts.mutable_data_ptr<int32_t>();
-      pieces.end = indices(pieces.capacity);
-      pieces.nodes = reinterpret_cast<uint32_t*>(indices(pieces.capacity));
-      if (&pieces == &runs && several_sections) pieces.first = indices(pieces.capacity);
-      return cuts;
+    const auto lay_out = [&](unsigned char* memory) {
+      Arena arena(memory);
+      plan.nodes = arena.take<uint32_t>(trees * length);
+      const auto lay_out_pieces = [&](Pieces& pieces, bool several) {
+        pieces.capacity = several ? static_cast<int>(max_pieces(length, pieces.log2_size)) : 1;
+        if (!several) return;
+        pieces.counts = arena.take<int32_t>(trees);
+        pieces.end = arena.take<int32_t>(trees * pieces.capacity);
+        pieces.nodes = arena.take<uint32_t>(trees * pieces.capacity);
+      };
+      lay_out_pieces(runs, several_runs);
+      lay_out_pieces(sections, several_sections);
+      if (several_runs) {
+        plan.run_ends = arena.take<uint32_t>(trees * words);
+        plan.ends_before = arena.take<int32_t>(trees * words);
+      }
+      if (several_sections) {
+        plan.first_runs = arena.take<int32_t>(trees * runs.capacity);
+        plan.sections_of_runs = arena.take<int32_t>(trees * runs.capacity);
+      }
+      return arena.used();
     };
-    const Tensor run_cuts = make_room(runs, length, several_runs);
-    const Tensor section_cuts = make_room(sections, runs.capacity, several_sections);
-    plan.nodes = reinterpret_cast<uint32_t*>(indices(length));
-    const auto number = [&](Pieces& pieces, const Tensor& cuts) {
-      // Over all trees at once, since cumsum would sum each row of a matrix by one block.
-      storage.push_back(cumsum(cuts, 0, ScalarType::Int));
-      pieces.id = storage.back().template const_data_ptr<int32_t>();
-    };
-    launch(mark_nodes<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
+    storage = empty(x, {lay_out(nullptr)}, ScalarType::Byte);
+    lay_out(static_cast<unsigned char*>(storage.mutable_data_ptr()));
+
+    const cudaStream_t stream = current_stream();
+    launch(mark_nodes<T, acc_t>, blocks_of(trees * words * kWordBits, kMarkThreads), kMarkThreads, 0, stream, data,
+           plan);
     if (several_runs) {
-      number(runs, run_cuts);
-      launch(list_runs<T, acc_t>, blocks_of(trees * length, kPlanThreads), kPlanThreads, 0, stream, data, plan);
-    }
-    if (several_sections) {
-      number(sections, section_cuts);
-      launch(list_sections, blocks_of(trees * runs.capacity, kPlanThreads), kPlanThreads, 0, stream, plan, trees);
+      const int64_t threads = std::min<int64_t>(words_of(words) * kWarpLanes, kMaxBlockThreads);
+      launch(list_pieces<T, acc_t>, blocks_of(trees, 1), static_cast<unsigned>(threads), 0, stream, data, plan);
     }
     return plan;
   }
@@ -152,44 +134,68 @@ struct PlannedTrees {
 
 // Entries of the stacks of a scan.
 inline int walk_capacity(const Plan& plan, int64_t length) {
-  if (plan.runs.cuts == nullptr) return stack_capacity(length);
+  if (!plan.runs.several()) return stack_capacity(length);
   const int log2_run = plan.runs.log2_size;
   return stack_capacity(std::max(int64_t{1} << log2_run, length >> log2_run));
 }
 
-// Memory for what the kernels hand to each other of runs, or of sections, which `storage` keeps.
+// Memory for what the kernels hand to each other of runs, and of sections.
 template <typename acc_t>
-RunData<acc_t> run_data(const Pieces& pieces, int operands, int64_t maps, int64_t channels, const Tensor& x,
-                        std::vector<Tensor>& storage) {
-  storage.push_back(empty(x, {2 + 3 * operands, maps, pieces.capacity, channels}, accumulation_type(x)));
-  RunData<acc_t> result{};
-  result.stride = maps * pieces.capacity * channels;
-  result.beta = storage.back().template mutable_data_ptr<acc_t>();
-  result.a_end = result.beta + result.stride;
-  result.U = result.a_end + result.stride;
-  result.P = result.U + operands * result.stride;
-  result.E = result.P + operands * result.stride;
-  return result;
-}
+struct HandedOver {
+  RunData<acc_t> runs{}, sections{};
+  Tensor storage;
+
+  HandedOver(const Plan& plan, int operands, int64_t maps, int64_t channels, const Tensor& x) {
+    if (!plan.runs.several()) return;
+    const int64_t arrays = 2 + 3 * operands, of_runs = maps * plan.runs.capacity * channels,
+                  of_sections = plan.sections.several() ? maps * plan.sections.capacity * channels : 0;
+    storage = empty(x, {arrays * (of_runs + of_sections)}, accumulation_type(x));
+    acc_t* next = storage.template mutable_data_ptr<acc_t>();
+    const auto take = [&](int64_t stride) {
+      RunData<acc_t> data{};
+      data.stride = stride;
+      data.beta = next;
+      data.a_end = data.beta + stride;
+      data.U = data.a_end + stride;
+      data.P = data.U + operands * stride;
+      data.E = data.P + operands * stride;
+      next += arrays * stride;
+      return data;
+    };
+    runs = take(of_runs);
+    if (of_sections > 0) sections = take(of_sections);
+  }
+};
 
 // Step 2 of a scan in runs: launches the kernels that find what enters each run.
 template <Pass pass, typename T, typename acc_t>
-void join_all_runs(const ScanData<T, acc_t>& data, const Plan& plan, const RunData<acc_t>& runs, int capacity,
-                   const Tensor& x, std::vector<Tensor>& storage) {
+void join_all_runs(const ScanData<T, acc_t>& data, const Plan& plan, const HandedOver<acc_t>& handed, int capacity) {
   constexpr int kOperands = num_operands(pass);
   const int64_t maps = data.maps, channels = data.channels;
   const cudaStream_t stream = current_stream();
   const size_t bytes = stack_bytes<acc_t>(1, capacity);
   const unsigned section_blocks = blocks_of(kOperands * maps * plan.sections.capacity * channels, kWalkThreads);
-  RunData<acc_t> sections{};
-  if (plan.sections.cuts != nullptr) {
-    sections = run_data<acc_t>(plan.sections, kOperands, maps, channels, x, storage);
-    launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, runs, sections,
-           capacity);
+  if (plan.sections.several()) {
+    launch(summarise_sections<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, handed.runs,
+           handed.sections, capacity);
     launch(join_sections<pass, T, acc_t>, blocks_of(kOperands * maps * channels, kWalkThreads), kWalkThreads, bytes,
-           stream, data, plan, sections, capacity);
+           stream, data, plan, handed.sections, capacity);
   }
-  launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, runs, sections, capacity);
+  launch(join_runs<pass, T, acc_t>, section_blocks, kWalkThreads, bytes, stream, data, plan, handed.runs,
+         handed.sections, capacity);
+}
+
+// Scans short trees by one kernel (short_trees.cuh), unless they are so many that other kernels are faster.
+template <bool kSelective, typename T, typename acc_t>
+bool scan_if_short(const ScanData<T, acc_t>& data) {
+  const int64_t blocks = int64_t{data.maps} * ((data.channels + kShortTreeChannels - 1) / kShortTreeChannels);
+  if (data.num_vertices > kShortTreeRows || blocks > current_limits().multiprocessors) return false;
+  const int64_t bytes = ShortTreeMemory<acc_t>(nullptr, data.num_vertices).bytes;
+  if (bytes > current_limits().shared_of_block) return false;
+  const auto kernel = scan_short_trees<kSelective, T, acc_t>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  launch(kernel, static_cast<unsigned>(blocks), kShortTreeThreads, bytes, current_stream(), data);
+  return true;
 }
 
 template <Pass pass, bool kSelective, typename T, typename acc_t>
@@ -207,9 +213,11 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   GROOTVL_CHECK(length <= kVertexMask, "a tree may have up to ", kVertexMask, " vertices on CUDA, got ", length);
   const cudaStream_t stream = current_stream();
   const int64_t groups = (channels + kWarpChannels - 1) / kWarpChannels;
+  if constexpr (pass == Pass::kBoth) {
+    if (scan_if_short<kSelective>(data)) return {};
+  }
   const bool several_runs = !in_one_run(maps * groups, length);
   const Plan& plan = planned.make(data, several_runs, x);
-  std::vector<Tensor> storage;
 
   // Where u is between the sweeps: on chip, if a column is short enough (a longer one would leave room for too few
   // warps, of which a selective scan needs more); in the outputs, if these are as precise; or in memory of its own.
@@ -234,9 +242,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
       doutput_weight = empty_like(dinput_weight);
       data.doutput_weight = doutput_weight.mutable_data_ptr<acc_t>();
     }
-    // There may be fewer runs than room for them.
-    const std::vector<int64_t> sizes{kChannelGradients, data.scans, data.batch * plan.runs.capacity, channels};
-    dparameters = several_runs ? zeros(x, sizes, accumulation) : empty(x, sizes, accumulation);
+    dparameters = empty(x, {kChannelGradients, data.scans, data.batch * plan.runs.capacity, channels}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
 
@@ -244,14 +250,13 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   const unsigned run_blocks = blocks_of(maps * plan.runs.capacity * groups * kWalkThreads, kWalkThreads);
   const size_t stacks_bytes = stack_bytes<acc_t>(kOperands, capacity);
   const size_t walk_bytes = stacks_bytes + ring_bytes_of<pass, kSelective, T, acc_t>();
-  RunData<acc_t> runs{};
+  const HandedOver<acc_t> handed(plan, kOperands, maps, channels, x);
   if (several_runs) {
-    runs = run_data<acc_t>(plan.runs, kOperands, maps, channels, x, storage);
     // Up to 48 KiB, the most that a kernel may use without setting an attribute.
     const size_t up_bytes = stacks_bytes + ring_bytes_up<pass, kSelective, T, acc_t>();
-    launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan, runs,
-           capacity);
-    join_all_runs<pass>(data, plan, runs, capacity, x, storage);
+    launch(summarise_runs<pass, kSelective, T, acc_t>, run_blocks, kWalkThreads, up_bytes, stream, data, plan,
+           handed.runs, capacity);
+    join_all_runs<pass>(data, plan, handed, capacity);
   }
   const auto finish = [&] {
     if constexpr (is_gradient(pass)) {
@@ -270,7 +275,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
-  launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, runs, capacity);
+  launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, handed.runs, capacity);
   if (!kParameterGradients) return {};
   const auto sum_of_groups = [&](const Tensor& parts) { return sum_parts(parts, 1, {maps, length}, x.scalar_type()); };
   return {

@@ -42,12 +42,10 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
     launch(kernel, blocks, kWarpLanes, bytes, stream, data, static_cast<int>(states), plan, runs, capacity);
   };
 
-  std::vector<Tensor> storage;
-  RunData<acc_t> runs{};
+  const HandedOver<acc_t> handed(plan, 1, data.maps, channels, x);
   if (several_runs) {
-    runs = run_data<acc_t>(plan.runs, 1, data.maps, channels, x, storage);
-    launch_walk(summarise_states<kGroups, pass, T, acc_t>, stack + weights, runs);
-    join_all_runs<pass>(data, plan, runs, capacity, x, storage);
+    launch_walk(summarise_states<kGroups, pass, T, acc_t>, stack + weights, handed.runs);
+    join_all_runs<pass>(data, plan, handed, capacity);
   }
   Tensor dweights, dparameters;
   if constexpr (kGradient) {
@@ -62,9 +60,9 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
   size_t bytes = stack + 2 * weights + kKeptBytes;
   if (!several_runs) bytes = spread_evenly(blocks, kMaxBlocks, bytes);
   if constexpr (kGradient) {
-    launch_walk(finish_state_gradients<kGroups, pass, T, acc_t>, bytes, runs);
+    launch_walk(finish_state_gradients<kGroups, pass, T, acc_t>, bytes, handed.runs);
   } else {
-    launch_walk(finish_states<kGroups, pass, kKeeps, T, acc_t>, bytes, runs);
+    launch_walk(finish_states<kGroups, pass, kKeeps, T, acc_t>, bytes, handed.runs);
     return {};
   }
   const auto sum_weights = [&](int64_t which) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/assert.cuh"
+#include "../common/block_team.cuh"
 #include "../common/launch.cuh"
 #include "scan.cuh"
 
@@ -19,30 +20,19 @@ constexpr uint32_t kRoot = 1u << 30;
 constexpr uint32_t kPast = 1u << 31;  // a copy that fills up the last tile of a run and must change nothing
 
 // Pieces of consecutive elements: runs of vertices in postorder, or sections of runs. All arrays are for each tree,
-// over the elements or over the pieces, of which there are at most `capacity`.
+// over its pieces, of which there are at most `capacity`.
 struct Pieces {
-  int32_t* cuts;      // (trees, elements): 1 where a piece ends; null, as all that follows, if there is only one piece
-  const int32_t* id;  // (trees, elements): pieces of all trees that end up to here, itself included
-  int32_t* end;       // (trees, capacity): one past its last element
-  uint32_t* nodes;    // (trees, capacity): its last vertex
-  int32_t* first;     // (trees, capacity): of runs, the one in which the subtree of that vertex begins
-  int elements;
+  int32_t* counts;  // (trees): how many there are; null, as all that follows, if there is only one piece
+  int32_t* end;     // (trees, capacity): one past its last element
+  uint32_t* nodes;  // (trees, capacity): its last vertex
   int capacity;
   int log2_size;
 
-  // Limited, so that a damaged tree does not lead outside of the arrays.
-  __device__ int count(int64_t tree) const {
-    if (cuts == nullptr) return 1;
-    const int found = id[(tree + 1) * elements - 1] - before(tree);
-    GROOTVL_ASSERT(found <= capacity);
-    return min(found, capacity);
-  }
-  __device__ int before(int64_t tree) const { return tree > 0 ? id[tree * elements - 1] : 0; }
-  // Which of its tree's pieces an element, the i-th of all trees, is in.
-  __device__ int piece(int64_t tree, int64_t i) const { return id[i] - cuts[i] - before(tree); }
+  __host__ __device__ bool several() const { return counts != nullptr; }
+  __device__ int count(int64_t tree) const { return several() ? counts[tree] : 1; }
   __device__ int begin(int64_t tree, int piece) const { return piece > 0 ? end[tree * capacity + piece - 1] : 0; }
   // Whether a vertex with n vertices in its subtree, and `above` in its parent's, ends a piece.
-  __device__ bool cut(int n, bool root, int above) const {
+  __device__ bool ends_at(int n, bool root, int above) const {
     return n >> log2_size > 0 && (root || n >> log2_size != above >> log2_size);
   }
 };
@@ -50,84 +40,140 @@ struct Pieces {
 struct Plan {
   uint32_t* nodes;  // (trees, L)
   Pieces runs, sections;
+  // Of several runs, (trees, words_of(L)): a bit for each vertex of the postorder, 1 if it ends a run; and how many
+  // runs end in the words before.
+  uint32_t* run_ends;
+  int32_t* ends_before;
+  // Of several sections, (trees, runs.capacity): the run in which the subtree of a run's last vertex begins; and twice
+  // the number of its section, plus 1 if it ends one.
+  int32_t* first_runs;
+  int32_t* sections_of_runs;
 };
 
 constexpr int kUncut = 31;  // log2 of a size that no subtree has: there is one piece only
 
 constexpr int64_t max_pieces(int64_t num_vertices, int log2_size) { return 2 * (num_vertices >> log2_size) + 2; }
 
-constexpr int kPlanThreads = 256;
+constexpr int kWordBits = kWarpLanes;  // one for each lane
+__host__ __device__ constexpr int64_t words_of(int64_t num_vertices) {
+  return (num_vertices + kWordBits - 1) / kWordBits;
+}
 
-// The nodes of all vertices, and where runs end.
+constexpr int kMarkThreads = 256;
+
+// The nodes of all vertices, and where runs end. A warp takes a word of a tree.
 template <typename T, typename acc_t>
 __global__ void mark_nodes(ScanData<T, acc_t> data, Plan plan) {
   await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int length = data.num_vertices;
-  if (i >= int64_t(data.trees) * length) return;
-  const int t = i % length, k = length - 1 - t;  // places in the postorder and in the order
-  const int64_t rows = i - t;
-  const int32_t* order = data.order + rows;
-  const int32_t* parent = data.parent + rows;
-  const int32_t* size = data.subtree_size + rows;
-  const unsigned limit = length - 1;  // a damaged tree must not lead outside of the arrays
-  const unsigned v = min(unsigned(order[k]), limit), p = min(unsigned(parent[v]), limit);
-  const int n = size[v];
-  const bool root = v == p;
-  GROOTVL_ASSERT(unsigned(order[k]) <= limit && unsigned(parent[v]) <= limit);
-  GROOTVL_ASSERT(n >= 1 && k + n <= length && (root || n < size[p]));
-  const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
-  const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
-  // A leaf, but the last one of its tree, whose path ends at the root.
-  const unsigned next = k + 1 < length ? min(unsigned(order[k + 1]), limit) : 0;
-  const bool push = n == 1 && k + 1 < length && unsigned(parent[next]) != next;
-  const bool chain = n >> plan.runs.log2_size > 0;
-  plan.nodes[i] = v | (push ? kPush : 0) | (light ? kLight : 0) | (chain ? kChain : 0) | (root ? kRoot : 0);
-  if (plan.runs.cuts == nullptr) return;
-  // Roots of small trees in a forest end no run, the end of the postorder does.
-  plan.runs.cuts[i] = t == length - 1 || plan.runs.cut(n, root, size[p]);
+  const int64_t word = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWordBits, words = words_of(length);
+  const int64_t tree = word / words;
+  if (tree >= data.trees) return;
+  const int t = int(word % words) * kWordBits + int(threadIdx.x % kWordBits);  // place in the postorder
+  bool ends_run = false;
+  if (t < length) {
+    const int k = length - 1 - t;  // place in the order
+    const int64_t rows = tree * length;
+    const int32_t* order = data.order + rows;
+    const int32_t* parent = data.parent + rows;
+    const int32_t* size = data.subtree_size + rows;
+    const unsigned limit = length - 1;  // a damaged tree must not lead outside of the arrays
+    const unsigned v = min(unsigned(order[k]), limit), p = min(unsigned(parent[v]), limit);
+    const int n = size[v];
+    const bool root = v == p;
+    GROOTVL_ASSERT(unsigned(order[k]) <= limit && unsigned(parent[v]) <= limit);
+    GROOTVL_ASSERT(n >= 1 && k + n <= length && (root || n < size[p]));
+    const int64_t after = int64_t(k) + n;  // in the order, the sibling before it in the postorder begins here
+    const bool light = !root && n > 0 && after < length && unsigned(parent[min(unsigned(order[after]), limit)]) == p;
+    // A leaf, but the last one of its tree, whose path ends at the root.
+    const unsigned next = k + 1 < length ? min(unsigned(order[k + 1]), limit) : 0;
+    const bool push = n == 1 && k + 1 < length && unsigned(parent[next]) != next;
+    const bool chain = n >> plan.runs.log2_size > 0;
+    plan.nodes[rows + t] = v | (push ? kPush : 0) | (light ? kLight : 0) | (chain ? kChain : 0) | (root ? kRoot : 0);
+    // Roots of small trees in a forest end no run, the end of the postorder does.
+    ends_run = t == length - 1 || plan.runs.ends_at(n, root, size[p]);
+  }
+  if (!plan.runs.several()) return;
+  const uint32_t ends = __ballot_sync(kAllLanes, ends_run);
+  if (threadIdx.x % kWordBits == 0) plan.run_ends[word] = ends;
 }
 
-// The nodes of all runs, and where sections end.
+// The pieces of the trees, a block for each tree. Each thread takes neighbouring words, and then neighbouring runs.
 template <typename T, typename acc_t>
-__global__ void list_runs(ScanData<T, acc_t> data, Plan plan) {
+__global__ void __launch_bounds__(kMaxBlockThreads) list_pieces(ScanData<T, acc_t> data, Plan plan) {
+  __shared__ BlockScratch scratch;
   await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int length = data.num_vertices;
+  BlockTeam team(&scratch);
+  const int64_t tree = blockIdx.x;
+  const int length = data.num_vertices, words = words_of(length);
+  const int32_t *size = data.subtree_size + tree * length, *parent = data.parent + tree * length;
   const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= int64_t(data.trees) * length || !runs.cuts[i]) return;
-  const int64_t tree = i / length, rows = tree * length;
-  const int t = i % length, run = runs.piece(tree, i);
-  GROOTVL_ASSERT(run < runs.capacity);
-  if (run >= runs.capacity) return;
-  const uint32_t node = plan.nodes[i], vertex = node & kVertexMask;
-  const int n = data.subtree_size[rows + vertex];
-  const int64_t at_first = rows + max(t + 1 - n, 0);  // of its subtree
-  const int first = runs.piece(tree, at_first);
-  GROOTVL_ASSERT(t + 1 >= n && first <= run);
-  const int64_t at = tree * runs.capacity + run;
-  const bool chain = sections.cuts != nullptr && n >> sections.log2_size > 0;
-  runs.end[at] = t + 1;
-  runs.nodes[at] = (node & ~(kPush | kChain)) | (first == run ? kPush : 0) | (chain ? kChain : 0);
-  if (sections.cuts == nullptr) return;
-  const unsigned above = min(unsigned(data.parent[rows + vertex]), unsigned(length - 1));
-  runs.first[at] = min(first, run);
-  sections.cuts[at] = t == length - 1 || sections.cut(n, node & kRoot, data.subtree_size[rows + above]);
-}
+  const uint32_t* run_ends = plan.run_ends + tree * words;
+  int32_t* ends_before = plan.ends_before + tree * words;
+  // Calls `visit(i)` for each number below `count` that this thread takes.
+  const auto share = [&](int count, auto visit) {
+    const int of_thread = (count + team.size() - 1) / team.size(), first = min(team.rank() * of_thread, count);
+    for (int i = first; i < min(first + of_thread, count); ++i) visit(i);
+  };
+  // Limited, so that a damaged tree does not lead outside of the arrays.
+  const auto set_count = [&](const Pieces& pieces, int found) {
+    GROOTVL_ASSERT(found <= pieces.capacity);
+    found = min(found, pieces.capacity);
+    if (team.rank() == 0) pieces.counts[tree] = found;
+    return found;
+  };
 
-// The nodes of all sections. Static, since it is the only kernel here that is no template.
-static __global__ void list_sections(Plan plan, int64_t trees) {
-  await_kernels_before();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const Pieces &runs = plan.runs, &sections = plan.sections;
-  if (i >= trees * runs.capacity || !sections.cuts[i]) return;
-  const int64_t tree = i / runs.capacity, first = tree * runs.capacity + runs.first[i];
-  const int section = sections.piece(tree, i);
-  GROOTVL_ASSERT(section < sections.capacity);
-  if (section >= sections.capacity) return;
-  const bool leaf = sections.piece(tree, first) == section;
-  sections.end[tree * sections.capacity + section] = i % runs.capacity + 1;
-  sections.nodes[tree * sections.capacity + section] = (runs.nodes[i] & ~kPush) | (leaf ? kPush : 0);
+  int ends = 0, total;
+  share(words, [&](int word) { ends += __popc(run_ends[word]); });
+  int before = team.exclusive_sum(ends, total);
+  share(words, [&](int word) {
+    ends_before[word] = before;
+    before += __popc(run_ends[word]);
+  });
+  const int num_runs = set_count(runs, total);
+  team.sync();
+  const auto run_of = [&](int t) {
+    return ends_before[t / kWordBits] + __popc(run_ends[t / kWordBits] & ((1u << t % kWordBits) - 1));
+  };
+  const int64_t at_runs = tree * runs.capacity;
+  int32_t *first_runs = plan.first_runs + at_runs, *sections_of_runs = plan.sections_of_runs + at_runs;
+  share(words, [&](int word) {
+    int run = ends_before[word];
+    for (uint32_t bits = run_ends[word]; bits != 0 && run < num_runs; bits &= bits - 1, ++run) {
+      const int t = word * kWordBits + __ffs(bits) - 1;
+      const uint32_t node = plan.nodes[tree * length + t], vertex = node & kVertexMask;
+      const int n = size[vertex], first = run_of(max(t + 1 - n, 0));  // the run in which its subtree begins
+      GROOTVL_ASSERT(t + 1 >= n && first <= run);
+      const bool chain = sections.several() && n >> sections.log2_size > 0;
+      runs.end[at_runs + run] = t + 1;
+      runs.nodes[at_runs + run] = (node & ~(kPush | kChain)) | (first == run ? kPush : 0) | (chain ? kChain : 0);
+      if (!sections.several()) continue;
+      const unsigned above = min(unsigned(parent[vertex]), unsigned(length - 1));
+      first_runs[run] = min(first, run);
+      sections_of_runs[run] = t == length - 1 || sections.ends_at(n, node & kRoot, size[above]);
+    }
+  });
+  if (!sections.several()) return;
+
+  team.sync();
+  ends = 0;
+  share(num_runs, [&](int run) { ends += sections_of_runs[run]; });
+  before = team.exclusive_sum(ends, total);
+  share(num_runs, [&](int run) {
+    const int ends_section = sections_of_runs[run];
+    sections_of_runs[run] = 2 * before + ends_section;
+    before += ends_section;
+  });
+  const int num_sections = set_count(sections, total);
+  team.sync();
+  const int64_t at_sections = tree * sections.capacity;
+  share(num_runs, [&](int run) {
+    const int section = sections_of_runs[run] / 2;
+    if (sections_of_runs[run] % 2 == 0 || section >= num_sections) return;
+    const bool leaf = sections_of_runs[first_runs[run]] / 2 == section;
+    sections.end[at_sections + section] = run + 1;
+    sections.nodes[at_sections + section] = (runs.nodes[at_runs + run] & ~kPush) | (leaf ? kPush : 0);
+  });
 }
 
 }  // namespace grootvl

@@ -57,7 +57,7 @@ struct RunItem {
     valid = run < plan.runs.count(tree);
     if (!valid) return;
     begin = 0, end = data.num_vertices;
-    if (plan.runs.cuts == nullptr) return;
+    if (!plan.runs.several()) return;
     begin = plan.runs.begin(tree, run);
     end = plan.runs.end[tree * plan.runs.capacity + run];
   }
@@ -153,8 +153,8 @@ __device__ __forceinline__ void walk(const uint32_t* nodes, int count, const Til
 }
 
 // What turns the value read for a row into its decay, for this lane's channel.
-template <bool kSelective, typename T, typename acc_t>
-__device__ __forceinline__ auto discretisation(const ScanData<T, acc_t>& data, const RunItem& item) {
+template <bool kSelective, typename T, typename acc_t, typename Item>
+__device__ __forceinline__ auto discretisation(const ScanData<T, acc_t>& data, const Item& item) {
   if constexpr (kSelective) {
     return Discretisation<acc_t>(data.delta_bias[item.scan * data.delta_bias_stride + item.channel],
                                  data.A_log[int64_t(item.scan) * data.channels + item.channel]);
@@ -163,8 +163,8 @@ __device__ __forceinline__ auto discretisation(const ScanData<T, acc_t>& data, c
   }
 }
 
-template <typename T, typename acc_t>
-__device__ __forceinline__ const T* decay_or_raw_delta(const ScanData<T, acc_t>& data, const RunItem& item) {
+template <typename T, typename acc_t, typename Item>
+__device__ __forceinline__ const T* decay_or_raw_delta(const ScanData<T, acc_t>& data, const Item& item) {
   return data.decay_or_raw_delta + item.scan * data.raw_delta_stride + item.column;
 }
 

@@ -67,7 +67,7 @@ struct StateItem {
     at_run = first_state * state_stride + (int64_t(image) * plan.runs.capacity + run) * data.channels + channel;
     valid = run < plan.runs.count(tree);
     begin = 0, end = data.num_vertices;
-    if (!valid || plan.runs.cuts == nullptr) return;
+    if (!valid || !plan.runs.several()) return;
     begin = plan.runs.begin(tree, run);
     end = plan.runs.end[tree * plan.runs.capacity + run];
   }

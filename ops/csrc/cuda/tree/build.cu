@@ -10,8 +10,9 @@
 #include <tuple>
 
 #include "../../checks.h"
+#include "../common/arena.cuh"
 #include "../common/device.cuh"
-#include "../common/vector.cuh"
+#include "../common/launch.cuh"
 #include "rooting.cuh"
 #include "spanning.cuh"
 #include "team.cuh"
@@ -20,25 +21,6 @@ namespace grootvl {
 namespace {
 
 using TreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-
-// Arrays in one allocation, each aligned to 16 bytes. If it starts from nullptr, it only counts the bytes.
-class Arena {
- public:
-  __host__ __device__ explicit Arena(unsigned char* memory) : memory_(memory) {}
-
-  template <typename T>
-  __host__ __device__ T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-    return array;
-  }
-
-  __host__ __device__ int64_t used() const { return used_; }
-
- private:
-  unsigned char* memory_;
-  int64_t used_ = 0;
-};
 
 // Bins such that the threads get at most one splitter each.
 int bin_shift(int64_t members, int64_t threads) {
@@ -59,6 +41,7 @@ struct GridShape {
   __host__ __device__ int64_t edges() const {
     return static_cast<int64_t>(height - 1) * width + static_cast<int64_t>(height) * (width - 1);
   }
+  __device__ GridEdges grid_edges() const { return {height, width}; }
 };
 
 // Working memory of the tree of a grid. The forest and then the tour use the same memory.
@@ -66,12 +49,13 @@ template <typename Index, typename Word>
 struct GridMemory {
   unsigned* masks;
   Forest<Index> forest;
+  unsigned* weights;  // of a block, see CopiedWeights; null otherwise
   Word* places;
   Word* steps;
   Word* segments;
   int64_t bytes;
 
-  __host__ __device__ GridMemory(unsigned char* memory, const GridShape& shape) {
+  __host__ __device__ GridMemory(unsigned char* memory, const GridShape& shape, bool copies_weights) {
     const int64_t vertices = shape.vertices();
     const int64_t splitters = ((vertices - 1) >> shape.shift) + 2;
     Arena arena(memory);
@@ -80,6 +64,7 @@ struct GridMemory {
     forest.best = growing.take<EdgeKey>(vertices);
     forest.label = growing.take<Index>(vertices);
     forest.hook = growing.take<Index>(vertices);
+    weights = copies_weights ? growing.take<unsigned>(2 * vertices) : nullptr;
     Arena rooting = arena;
     places = rooting.take<Word>(4 * vertices);
     steps = rooting.take<Word>(2 * vertices);
@@ -88,14 +73,14 @@ struct GridMemory {
   }
 };
 
-template <typename Index, typename Word, typename Team>
+// `weights`: GivenWeights or CopiedWeights.
+template <typename Index, typename Word, typename Team, typename Weights>
 __device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Index, Word>& memory,
-                                                const GridShape& shape, const float* weights, int* parent, int* order,
+                                                const GridShape& shape, const Weights& weights, int* parent, int* order,
                                                 int* subtree_size) {
   const int vertices = static_cast<int>(shape.vertices());
   for (int i = team.rank(); i < (vertices + 7) / 8; i += team.size()) memory.masks[i] = 0;
-  const Grid grid{weights, memory.masks, shape.height, shape.width};
-  grow_forest(team, grid, memory.forest, vertices);
+  grow_forest(team, Grid(shape.grid_edges(), weights, memory.masks), memory.forest, vertices);
 
   const GridTour tour{memory.masks, vertices, shape.width, shape.root, shape.shift};
   const Ranks<Word> ranks = rank_darts<Word>(team, tour, memory.places, memory.segments);
@@ -109,12 +94,14 @@ __device__ __forceinline__ void build_grid_tree(Team& team, const GridMemory<Ind
 __global__ void __launch_bounds__(kMaxBlockThreads, 1)
     small_grid_tree_kernel(const float* weights, GridShape shape, int* parent, int* order, int* subtree_size) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
+  await_kernels_before();
   Arena arena(shared_memory);
   BlockTeam team(arena.take<BlockScratch>(1));
-  const GridMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
+  const GridMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape, true);
+  CopiedWeights copied(memory.weights, shape.width);
+  copied.copy(team, {weights + blockIdx.x * shape.edges(), shape.grid_edges()});
   const int64_t offset = blockIdx.x * shape.vertices();
-  build_grid_tree(team, memory, shape, weights + blockIdx.x * shape.edges(), parent + offset, order + offset,
-                  subtree_size + offset);
+  build_grid_tree(team, memory, shape, copied, parent + offset, order + offset, subtree_size + offset);
 }
 
 // Teams of blocks, each of which builds the trees of every teams-th image. Cooperative.
@@ -126,12 +113,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
   const int teams = gridDim.x / team_blocks;
   GridTeam team(reinterpret_cast<BlockScratch*>(shared_memory), scratch + team_number, blockIdx.x % team_blocks,
                 team_blocks);
-  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape).bytes;
-  const GridMemory<int, uint64_t> memory(workspace + team_number * bytes, shape);
+  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape, false).bytes;
+  const GridMemory<int, uint64_t> memory(workspace + team_number * bytes, shape, false);
   for (int image = team_number; image < batch; image += teams) {
     const int64_t offset = image * shape.vertices();
-    build_grid_tree(team, memory, shape, weights + image * shape.edges(), parent + offset, order + offset,
-                    subtree_size + offset);
+    const GivenWeights given{weights + image * shape.edges(), shape.grid_edges()};
+    build_grid_tree(team, memory, shape, given, parent + offset, order + offset, subtree_size + offset);
     team.sync();  // before the next image overwrites the memory
   }
 }
@@ -257,6 +244,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1)
     small_graph_tree_kernel(const int2* edges, const float* weights, GraphShape shape, int* parent, int* order,
                             int* subtree_size) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
+  await_kernels_before();
   Arena arena(shared_memory);
   BlockTeam team(arena.take<BlockScratch>(1));
   const GraphMemory<uint16_t, uint32_t> memory(shared_memory + arena.used(), shape);
@@ -417,12 +405,25 @@ Tensor comparable(const Tensor& weights) {
   return ranks;  // non-negative integers are in the order of the floats with their bits
 }
 
-// Shared memory of a block that builds a tree alone, in a `Memory`.
-template <typename Memory, typename Shape>
-int64_t block_bytes(const Shape& shape) {
+// Shared memory of a block that builds a tree alone, in memory of so many bytes.
+int64_t block_bytes(int64_t memory_bytes) {
   Arena arena(nullptr);
   arena.take<BlockScratch>(1);
-  return arena.used() + Memory(nullptr, shape).bytes;
+  return arena.used() + memory_bytes;
+}
+
+// Launches a kernel with a block for each tree. If each block can have a multiprocessor of its own, half of the shared
+// memory is enough for that, and leaves the rest to the cache.
+template <typename Kernel, typename... Arguments>
+void launch_trees(Kernel kernel, int64_t trees, int64_t threads, int64_t shared_bytes, const Arguments&... arguments) {
+  const DeviceLimits& limits = current_limits();
+  const int64_t half = std::min(limits.shared_of_multiprocessor / 2, limits.shared_of_block);
+  shared_bytes =
+      trees > limits.multiprocessors ? spread_evenly(trees, kMaxBlocks, shared_bytes) : std::max(half, shared_bytes);
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  launch(kernel, static_cast<unsigned>(trees), static_cast<unsigned>(threads), shared_bytes, current_stream(),
+         arguments...);
 }
 
 // How the blocks of a cooperative launch are divided among teams.
@@ -479,20 +480,17 @@ TreeTensors grid_tree(const Tensor& weights, int64_t height, int64_t width, int6
   const int64_t threads = ((vertices + turns - 1) / turns + kWarpLanes - 1) / kWarpLanes * kWarpLanes;
   GridShape shape{static_cast<int>(height), static_cast<int>(width), static_cast<int>(root), 0};
   shape.shift = bin_shift(vertices, threads);
-  const int64_t shared_bytes = block_bytes<GridMemory<uint16_t, uint32_t>>(shape);
+  const int64_t shared_bytes = block_bytes(GridMemory<uint16_t, uint32_t>(nullptr, shape, true).bytes);
   constexpr int64_t kLargest16Bit = 16384;  // darts are counted in the lower half of a 32-bit word
   if (vertices <= kLargest16Bit && shared_bytes <= current_limits().shared_of_block) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(small_grid_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    small_grid_tree_kernel<<<batch, threads, shared_bytes, current_stream()>>>(key_data, shape, parent_data, order_data,
-                                                                               size_data);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_trees(small_grid_tree_kernel, batch, threads, shared_bytes, key_data, shape, parent_data, order_data,
+                 size_data);
     return {parent, order, subtree_size};
   }
 
   const Teams teams = plan_teams(large_grid_tree_kernel, batch, vertices);
   shape.shift = bin_shift(vertices, teams.threads());
-  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape).bytes;
+  const int64_t bytes = GridMemory<int, uint64_t>(nullptr, shape, false).bytes;
   const Tensor scratch = team_scratch(teams, weights);
   const Tensor memory = workspace(teams.count * bytes, weights);
   int batch_argument = static_cast<int>(batch);
@@ -540,13 +538,10 @@ TreeTensors graph_tree(const Tensor& edges, const Tensor& weights, int64_t num_v
 
   const int64_t threads = std::min<int64_t>((members + kWarpLanes - 1) / kWarpLanes * kWarpLanes, kMaxBlockThreads);
   shape.shift = bin_shift(shape.darts(), threads);
-  const int64_t shared_bytes = block_bytes<GraphMemory<uint16_t, uint32_t>>(shape);
+  const int64_t shared_bytes = block_bytes(GraphMemory<uint16_t, uint32_t>(nullptr, shape).bytes);
   if (members <= kSmallGraph && shape.darts() <= kMaxSmallDarts && shared_bytes <= current_limits().shared_of_block) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(small_graph_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    small_graph_tree_kernel<<<batch, threads, shared_bytes, current_stream()>>>(
-        edge_data, key_data, shape, parent_data, order.mutable_data_ptr<int>(), size_data);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_trees(small_graph_tree_kernel, batch, threads, shared_bytes, edge_data, key_data, shape, parent_data,
+                 order.mutable_data_ptr<int>(), size_data);
     return {parent, order, subtree_size};
   }
 

@@ -9,6 +9,7 @@
 
 #include "../../checks.h"
 #include "../common/device.cuh"
+#include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../common/warp.cuh"
 
@@ -51,6 +52,7 @@ template <Metric kMetric, int kGroup, int kVector, typename Scalar, typename Acc
 __global__ void __launch_bounds__(kThreads)
     edge_weights_kernel(const Scalar* __restrict__ features, Accumulator* __restrict__ weights, Map map) {
   __shared__ Accumulator shared_sums[kThreads / kGroup][kSums];
+  await_kernels_before();
 
   const int lane = threadIdx.x % kGroup;
   const int64_t tiles_x = (map.width + kTileWidth - 1) / kTileWidth;
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Metric kMetric, int kVector, typename Scalar, typename Accumulator>
-void launch(const Scalar* features, Accumulator* weights, const Map& map) {
+void compute_weights(const Scalar* features, Accumulator* weights, const Map& map) {
   const int64_t tiles =
       map.batch * ((map.height + kTileHeight - 1) / kTileHeight) * ((map.width + kTileWidth - 1) / kTileWidth);
   const int64_t vectors = map.channels / kVector;
@@ -150,24 +152,20 @@ void launch(const Scalar* features, Accumulator* weights, const Map& map) {
   const int64_t blocks = (tiles * group + kThreads - 1) / kThreads;
   GROOTVL_CHECK(blocks < (int64_t(1) << 31), "features with ", map.batch, " maps of ", map.height, " x ", map.width,
                 " pixels are too large");
-  const cudaStream_t stream = current_stream();
+  const auto launch_groups = [&](auto size) {
+    launch(edge_weights_kernel<kMetric, size(), kVector, Scalar, Accumulator>, static_cast<unsigned>(blocks), kThreads,
+           0, current_stream(), features, weights, map);
+  };
   if constexpr (kVector > 1) {
-    if (group == 4) {
-      edge_weights_kernel<kMetric, 4, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
-    } else if (group == 8) {
-      edge_weights_kernel<kMetric, 8, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
-    } else if (group == 16) {
-      edge_weights_kernel<kMetric, 16, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
-    }
+    if (group == 4) return launch_groups(std::integral_constant<int, 4>());
+    if (group == 8) return launch_groups(std::integral_constant<int, 8>());
+    if (group == 16) return launch_groups(std::integral_constant<int, 16>());
   }
-  if (group == 32) {
-    edge_weights_kernel<kMetric, 32, kVector><<<blocks, kThreads, 0, stream>>>(features, weights, map);
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_groups(std::integral_constant<int, 32>());
 }
 
 template <typename Scalar, typename Accumulator>
-void launch(const Tensor& features, const Tensor& weights, const Map& map, Metric metric) {
+void compute_weights(const Tensor& features, const Tensor& weights, const Map& map, Metric metric) {
   constexpr int kVector = kVectorBytes / sizeof(Scalar);
   const auto* data = features.const_data_ptr<Scalar>();
   auto* output = weights.mutable_data_ptr<Accumulator>();
@@ -175,7 +173,7 @@ void launch(const Tensor& features, const Tensor& weights, const Map& map, Metri
                        map.row_stride % kVector == 0 && map.column_stride % kVector == 0;
   const auto choose = [&](auto metric_constant) {
     constexpr Metric kMetric = decltype(metric_constant)::value;
-    aligned ? launch<kMetric, kVector>(data, output, map) : launch<kMetric, 1>(data, output, map);
+    aligned ? compute_weights<kMetric, kVector>(data, output, map) : compute_weights<kMetric, 1>(data, output, map);
   };
   if (metric == Metric::kCosine) {
     choose(std::integral_constant<Metric, Metric::kCosine>());
@@ -197,7 +195,7 @@ Tensor edge_weights(const Tensor& features, const std::string& metric_name) {
   if (weights.numel() == 0) return weights;
 
   for_floating_type(input.scalar_type(), [&](auto value) {
-    launch<decltype(value), Accumulation<decltype(value)>>(input, weights, map, metric);
+    compute_weights<decltype(value), Accumulation<decltype(value)>>(input, weights, map, metric);
   });
   return weights;
 }

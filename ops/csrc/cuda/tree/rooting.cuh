@@ -58,8 +58,9 @@ struct Ranks {
 //   darts()         how many there are
 //   splitters()     one more than the largest number of a splitter; that number is the tour's first dart
 //   start(i)        the dart of splitter i, or -1
-//   next(dart)      its successor in the tour, the first dart again after the last
-//   splitter(dart)  the number of the splitter that the dart is, or -1
+//   next(dart, &s)  its successor in the tour, the first dart again after the last; sets s to the number of the
+//   splitter
+//                   that the successor is, or to -1
 template <typename Word, typename Team, typename Tour>
 __device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, Word* places, Word* segments) {
   const int splitters = tour.splitters();
@@ -74,8 +75,7 @@ __device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, 
       do {
         places[dart] = pack<Word>(i, length);
         ++length;
-        dart = tour.next(dart);
-        splitter = tour.splitter(dart);
+        dart = tour.next(dart, splitter);
       } while (splitter < 0);
       if (splitter != head) following = splitter;
     }
@@ -132,21 +132,17 @@ struct GridTour {
     return dart == first ? -1 : dart;
   }
 
-  __device__ __forceinline__ int next(int dart) const {
+  __device__ __forceinline__ int next(int dart, int& splitter) const {
     const int vertex = head_of(dart);
     const int back = (dart & 3) ^ 2;
     const unsigned mask = neighbour_mask(masks, vertex);
     // Bit i of the turned mask is direction back + 1 + i.
     const unsigned turned = (mask | mask << 4) >> (back + 1);
-    return vertex * 4 + ((back + __ffs(turned)) & 3);
-  }
-
-  __device__ __forceinline__ int splitter(int dart) const {
-    const int vertex = dart >> 2;
-    if (dart != first_dart(vertex)) return -1;
-    if (vertex == root) return bins();
+    const int direction = (back + __ffs(turned)) & 3;
+    const bool first = direction == __ffs(mask) - 1;
     const int bin = vertex >> shift;
-    return chosen_member(bin, shift) == vertex ? bin : -1;
+    splitter = !first ? -1 : vertex == root ? bins() : chosen_member(bin, shift) == vertex ? bin : -1;
+    return vertex * 4 + direction;
   }
 };
 
@@ -169,16 +165,13 @@ struct EdgeTour {
     return dart < num_darts && dart != first ? dart : -1;
   }
 
-  __device__ __forceinline__ int next(int dart) const {
+  __device__ __forceinline__ int next(int dart, int& splitter) const {
     const int twin = dart ^ 1;
     const int beside = following[twin];
-    return beside >= 0 ? beside : first_dart[tails[twin]];
-  }
-
-  __device__ __forceinline__ int splitter(int dart) const {
-    if (dart == first) return bins();
-    const int bin = dart >> shift;
-    return chosen_member(bin, shift) == dart ? bin : -1;
+    const int next = beside >= 0 ? beside : first_dart[tails[twin]];
+    const int bin = next >> shift;
+    splitter = next == first ? bins() : chosen_member(bin, shift) == next ? bin : -1;
+    return next;
   }
 };
 

@@ -23,8 +23,8 @@ __device__ __forceinline__ unsigned ordered_bits(float weight) {
   return bits == magnitude ? bits | 0x80000000u : ~bits;
 }
 
-__device__ __forceinline__ EdgeKey edge_key(const float* weights, int edge) {
-  return EdgeKey(ordered_bits(__ldg(weights + edge))) << 32 | static_cast<unsigned>(edge);
+__device__ __forceinline__ EdgeKey edge_key(unsigned weight, int edge) {
+  return EdgeKey(weight) << 32 | static_cast<unsigned>(edge);
 }
 
 struct Ends {
@@ -60,9 +60,44 @@ struct Forest {
   Index* hook;    // the part that a part joins, at its label
 };
 
+// An edge that leaves one or two parts.
+struct Proposal {
+  EdgeKey key = kNoEdge;
+  int labels[2] = {-1, -1};  // the parts; the second may be -1, for none
+};
+
+// Lowers best[label] to the lightest key of all proposals with this label, for all labels. `Graph` tells them:
+//   proposals()           how many there are
+//   proposal(forest, i)   one of them
+//   kNeighbours           whether each has one label, and those that follow each other often the same
+template <typename Graph, typename Index>
+__device__ __forceinline__ void propose(GridTeam& team, const Graph& graph, const Forest<Index>& forest) {
+  const int count = graph.proposals();
+  for (int first = 0; first < count; first += team.size()) {  // so that a warp stays together
+    const int i = first + team.rank();
+    const Proposal proposal = i < count ? graph.proposal(forest, i) : Proposal();
+    if constexpr (Graph::kNeighbours) {
+      lower_by_label(forest.best, proposal.labels[0], proposal.key);
+    } else if (proposal.key != kNoEdge) {
+      for (const int label : proposal.labels) lower(forest.best + label, proposal.key);
+    }
+  }
+}
+
+// The same for a block, in shared memory, where the threads of a warp rarely wait for each other.
+template <typename Graph, typename Index>
+__device__ __forceinline__ void propose(BlockTeam& team, const Graph& graph, const Forest<Index>& forest) {
+  for (int i = team.rank(); i < graph.proposals(); i += team.size()) {
+    const Proposal proposal = graph.proposal(forest, i);
+    if (proposal.key == kNoEdge) continue;
+    for (const int label : proposal.labels) {
+      if (label >= 0) lower(forest.best + label, proposal.key);
+    }
+  }
+}
+
 // Grows the forest and returns the number of trees, 1 on a connected graph. Only if there are several are the final
-// labels filled in. `Graph` tells the rest:
-//   propose(team, forest)     lowers best[label] to the key of the lightest edge that leaves the part
+// labels filled in. `Graph` tells the rest, and what `propose` needs:
 //   ends(edge)                the two vertices of an edge
 //   join(label, edge, ends)   records a tree edge; called once for each label whose part joins another one
 template <typename Team, typename Graph, typename Index>
@@ -74,7 +109,7 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
   }
   team.sync();
   for (int parts = vertices;;) {
-    graph.propose(team, forest);
+    propose(team, graph, forest);
     team.sync();
 
     int staying = 0;
@@ -85,8 +120,8 @@ __device__ __forceinline__ int grow_forest(Team& team, const Graph& graph, const
       if (key != kNoEdge) {
         const int edge = static_cast<int>(static_cast<unsigned>(key));
         const Ends ends = graph.ends(edge);
-        target = forest.label[ends.first];
-        if (target == v) target = forest.label[ends.second];
+        const int first = forest.label[ends.first], second = forest.label[ends.second];
+        target = first == v ? second : first;
         // If two parts chose the same edge, the one of the lower label stays. Longer cycles cannot arise, since all
         // keys differ.
         if (v < target && forest.best[target] == key) {
@@ -136,60 +171,102 @@ __device__ __forceinline__ unsigned neighbour_mask(const unsigned* masks, int ve
   return masks[vertex >> 3] >> ((vertex & 7) * 4) & 15u;
 }
 
-// A grid whose edges are numbered as in grid_edges of the Python package.
-struct Grid {
-  const float* weights;
-  unsigned* masks;  // the tree's edges, see neighbour_mask; zero at first
+// A grid. Here the edge below vertex v has number v, and the edge to the right of it number vertices() + v. This is the
+// order of the edges in grid_edges of the Python package, whose numbers have no gaps.
+struct GridEdges {
   int height;
   int width;
 
   __device__ int vertices() const { return height * width; }
-  __device__ int vertical_edges() const { return (height - 1) * width; }
-
-  template <typename Team, typename Index>
-  __device__ __forceinline__ void propose(Team& team, const Forest<Index>& forest) const {
-    const int horizontal = vertical_edges();
-    for (int first = 0; first < vertices(); first += team.size()) {  // so that a warp stays together
-      const int v = first + team.rank();
-      int label = -1;
-      EdgeKey lightest = kNoEdge;
-      if (v < vertices()) {
-        const int y = v / width;
-        const int x = v - y * width;
-        label = forest.label[v];
-        const auto consider = [&](int neighbour, int edge) {
-          if (forest.label[neighbour] == label) return;
-          const EdgeKey key = edge_key(weights, edge);
-          lightest = key < lightest ? key : lightest;
-        };
-        if (y > 0) consider(v - width, v - width);
-        if (y < height - 1) consider(v + width, v);
-        if (x > 0) consider(v - 1, horizontal + v - y - 1);
-        if (x < width - 1) consider(v + 1, horizontal + v - y);
-      }
-      if constexpr (Team::kInGlobalMemory) {
-        lower_by_label(forest.best, label, lightest);
-      } else if (lightest != kNoEdge) {
-        lower(forest.best + label, lightest);
-      }
-    }
-  }
 
   __device__ __forceinline__ Ends ends(int edge) const {
-    const int horizontal = edge - vertical_edges();
-    if (horizontal < 0) return {edge, edge + width};
-    const int left = horizontal + horizontal / (width - 1);
-    return {left, left + 1};
+    const int left = edge - vertices();
+    return left < 0 ? Ends{edge, edge + width} : Ends{left, left + 1};
+  }
+
+  // Where the weight of an edge below, or to the right of, a vertex in row y is in grid_edges.
+  __device__ __forceinline__ int place(int edge, int y) const {
+    const int left = edge - vertices();
+    return left < 0 ? edge : (height - 1) * width + left - y;
+  }
+};
+
+// What all grids have in common; `Weights` gives the ordered bits of a weight: weights(edge, y).
+template <typename Weights>
+struct Grid : GridEdges {
+  static constexpr bool kNeighbours = true;
+  Weights weights;
+  unsigned* masks;  // the tree's edges, see neighbour_mask; zero at first
+
+  __device__ Grid(GridEdges edges, Weights weights, unsigned* masks)
+      : GridEdges(edges), weights(weights), masks(masks) {}
+
+  __device__ int proposals() const { return vertices(); }
+
+  template <typename Index>
+  __device__ __forceinline__ Proposal proposal(const Forest<Index>& forest, int v) const {
+    const int y = weights.row(v, width), x = v - y * width, right = vertices() + v;
+    const int neighbours[] = {y > 0 ? v - width : v, y < height - 1 ? v + width : v, x > 0 ? v - 1 : v,
+                              x < width - 1 ? v + 1 : v};  // v itself, where there is none
+    const int edges[] = {v - width, v, right - 1, right}, rows[] = {y - 1, y, y, y};
+    const int label = forest.label[v];
+    // All of these loads are independent of each other: one after the other would take four times as long.
+    bool leaves[4];
+    unsigned bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) leaves[i] = forest.label[neighbours[i]] != label;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = leaves[i] ? weights(edges[i], rows[i]) : 0;
+    Proposal lightest{kNoEdge, {label, -1}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const EdgeKey key = leaves[i] ? edge_key(bits[i], edges[i]) : kNoEdge;
+      lightest.key = key < lightest.key ? key : lightest.key;
+    }
+    return lightest;
   }
 
   __device__ __forceinline__ void join(int, int edge, Ends ends) const {
-    const bool vertical = edge < vertical_edges();
+    const bool vertical = edge < vertices();
     add_neighbour(ends.first, vertical ? kDown : kRight);
     add_neighbour(ends.second, vertical ? kUp : kLeft);
   }
 
   __device__ __forceinline__ void add_neighbour(int vertex, int direction) const {
     atomicOr(&masks[vertex >> 3], 1u << ((vertex & 7) * 4 + direction));
+  }
+};
+
+// Weights in global memory, as in grid_edges.
+struct GivenWeights {
+  const float* weights;
+  GridEdges edges;
+
+  __device__ __forceinline__ int row(int v, int width) const { return v / width; }
+  __device__ __forceinline__ unsigned operator()(int edge, int y) const {
+    return ordered_bits(__ldg(weights + edges.place(edge, y)));
+  }
+};
+
+// Weights that a block has copied to shared memory, by the number of the edge. Up to 2^16 vertices.
+struct CopiedWeights {
+  unsigned* bits;          // (2 vertices)
+  unsigned inverse_width;  // times 2^32, rounded up; 0 stands for 2^32
+
+  __device__ CopiedWeights(unsigned* bits, int width) : bits(bits), inverse_width(0xffffffffu / width + 1) {}
+
+  __device__ __forceinline__ int row(int v, int) const { return inverse_width == 0 ? v : __umulhi(v, inverse_width); }
+  __device__ __forceinline__ unsigned operator()(int edge, int) const { return bits[edge]; }
+
+  template <typename Team>
+  __device__ void copy(Team& team, const GivenWeights& from) {
+    const GridEdges& edges = from.edges;
+    const int vertices = edges.vertices();
+    for (int v = team.rank(); v < vertices; v += team.size()) {
+      const int y = row(v, edges.width);
+      if (y < edges.height - 1) bits[v] = from(v, y);
+      if (v - y * edges.width < edges.width - 1) bits[vertices + v] = from(vertices + v, y);
+    }
   }
 };
 
@@ -201,18 +278,16 @@ struct EdgeList {
   int num_edges;
   int num_vertices;
 
-  template <typename Team, typename Index>
-  __device__ __forceinline__ void propose(Team& team, const Forest<Index>& forest) const {
-    for (int edge = team.rank(); edge < num_edges; edge += team.size()) {
-      const auto [u, v] = ends(edge);
-      if (u < 0 || v < 0 || u >= num_vertices || v >= num_vertices) continue;
-      const Index label_u = forest.label[u];
-      const Index label_v = forest.label[v];
-      if (label_u == label_v) continue;
-      const EdgeKey key = edge_key(weights, edge);
-      lower(forest.best + label_u, key);
-      lower(forest.best + label_v, key);
-    }
+  static constexpr bool kNeighbours = false;
+  __device__ int proposals() const { return num_edges; }
+
+  template <typename Index>
+  __device__ __forceinline__ Proposal proposal(const Forest<Index>& forest, int edge) const {
+    const auto [u, v] = ends(edge);
+    if (u < 0 || v < 0 || u >= num_vertices || v >= num_vertices) return {};
+    const int label_u = forest.label[u], label_v = forest.label[v];
+    if (label_u == label_v) return {};
+    return {edge_key(ordered_bits(__ldg(weights + edge)), edge), {label_u, label_v}};
   }
 
   __device__ __forceinline__ Ends ends(int edge) const {
