@@ -43,21 +43,27 @@ inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
   return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
-// Launches a kernel that begins with await_kernels_before.
+// Launches a kernel that begins with await_kernels_before. Unless `early`, it is set up as usual.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+void launch_if_early(bool early, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = can_await_kernels() ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = early && can_await_kernels() ? 1 : 0;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch_if_early(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace grootvl

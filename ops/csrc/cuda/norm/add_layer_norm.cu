@@ -74,9 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const auto [launch, aligned] = inputs.launch("add_layer_norm", kVec, 16, {&branch, &sum, &out});
     launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
-      layer_norm_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
+      launch.start(layer_norm_kernel<decltype(shape), T, branch_t, out_t, acc_t>, data);
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {sum, out, statistics};
 }

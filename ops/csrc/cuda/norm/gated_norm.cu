@@ -94,6 +94,7 @@ struct WordsOfPixel {
 template <typename Shape, typename T, typename acc_t>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kWords > 1 ? kForwardBlocks : 1)
     gated_norm_kernel(NormData<T, acc_t> data) {
+  await_kernels_before_pixels(data.rows);
   constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool in_map = threadIdx.x * kVec < data.channels;
   const int channel = in_map ? threadIdx.x * kVec : 0, step = gridDim.x * blockDim.y;
@@ -293,7 +294,6 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
   const Tensor out = empty_like(h), statistics = empty(h, {h.size(0), h.size(1), 4}, accumulation_type(h));
   if (h.numel() == 0) return {out, statistics};
-  const cudaStream_t stream = current_stream();
   for_floating_type(h.scalar_type(), [&](auto value) {
     using scalar_t = decltype(value);
     using acc_t = Accumulation<scalar_t>;
@@ -304,10 +304,8 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     constexpr int kWord = std::min(kVec, 4);
     const TeamLaunch launch = inputs.launch(kWord, kVec, 16, true, kForwardBlocks);
-    launch.with_words<kWord, kVec, 8, 16, 32, 64>(inputs.aligned, [&](auto shape) {
-      gated_norm_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);
-    });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch.with_words<kWord, kVec, 8, 16, 32, 64>(
+        inputs.aligned, [&](auto shape) { launch.start(gated_norm_kernel<decltype(shape), scalar_t, acc_t>, data); });
   });
   return {out, statistics};
 }

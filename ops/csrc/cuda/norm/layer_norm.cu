@@ -26,9 +26,8 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const auto [launch, aligned] = inputs.launch("layer_norm", kVec, 16, {&out});
     launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
-      layer_norm_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
+      launch.start(layer_norm_kernel<decltype(shape), T, NoBranch, out_t, acc_t>, data);
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {out, statistics};
 }

@@ -44,6 +44,7 @@ struct LayerNormData {
 
 template <typename Shape, typename T, typename branch_t, typename out_t, typename acc_t>
 __global__ void __launch_bounds__(Shape::kThreads) layer_norm_kernel(LayerNormData<T, branch_t, out_t, acc_t> data) {
+  await_kernels_before_pixels(data.rows);
   constexpr bool kAdds = data.kAdds;
   constexpr int kVec = Shape::kVec, kValues = Shape::kValues;
   const bool active = threadIdx.x * kVec < data.channels;

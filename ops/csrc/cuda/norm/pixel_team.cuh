@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../common/device.cuh"
+#include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../common/warp.cuh"
 
@@ -144,11 +145,19 @@ inline int words_of_thread(int64_t words) {
   return (taken == 3 || taken == 4 || taken == 5) && words / taken <= kBlockThreads ? static_cast<int>(taken) : 1;
 }
 
+// As await_kernels_before. But where teams have several pixels each, the next kernel is not let in early: blocks that
+// only wait would be in the way.
+__device__ __forceinline__ void await_kernels_before_pixels(int64_t rows) {
+  await_earlier_kernels();
+  if (int64_t(gridDim.x) * blockDim.y >= rows) allow_next_kernel();
+}
+
 // How many threads process a pixel and how many pixels a block processes at a time.
 struct TeamLaunch {
   dim3 block;
   unsigned blocks;
   int words;  // of a thread
+  bool few;   // each team has one pixel
 
   TeamLaunch(const char* name, int64_t rows, int64_t channels, int vec, int blocks_per_processor, int words_ = 1)
       : words(words_) {
@@ -158,7 +167,15 @@ struct TeamLaunch {
                   " channels of this alignment, got ", channels);
     block = dim3(team, std::max<int64_t>(1, kBlockThreads / team));
     const int64_t most = int64_t{blocks_per_processor} * current_limits().multiprocessors;
-    blocks = std::min<int64_t>((rows + block.y - 1) / block.y, most);
+    const int64_t needed = (rows + block.y - 1) / block.y;
+    blocks = std::min(needed, most);
+    few = needed <= most;
+  }
+
+  // Launches a kernel that begins with await_kernels_before_pixels, early if there are few.
+  template <typename Kernel, typename Data>
+  void start(Kernel kernel, const Data& data) const {
+    launch_if_early(few, kernel, blocks, block, 0, current_stream(), data);
   }
 
   // Calls `launch` with the `TeamShape` of a kernel whose threads have one word of kVec channels, or one channel.
