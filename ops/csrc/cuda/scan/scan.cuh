@@ -85,7 +85,8 @@
 // Files, in the order of their use: plan.cuh cuts the postorder; ring.cuh, stack.cuh and walk.cuh go over the rows of
 // a run; column.cuh goes over runs; summarise.cuh, join.cuh and finish.cuh, or gradients.cuh, are the three steps;
 // launch_scan.cuh launches them; merge.cuh sums up maps of several scans. walk_states.cuh, summarise_states.cuh,
-// finish_states.cuh and launch_states.cuh do the same for many states in one walk.
+// finish_states.cuh and launch_states.cuh do the same for many states in one walk, short_trees.cuh for few short trees
+// by one kernel.
 #pragma once
 
 #include <cstdint>
