@@ -1,4 +1,4 @@
-// Several arrays in one allocation.
+// Memory that several arrays share.
 #pragma once
 
 #include <cstdint>

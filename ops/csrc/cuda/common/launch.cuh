@@ -43,9 +43,9 @@ inline size_t spread_evenly(int64_t blocks, int64_t at_most, size_t bytes) {
   return std::max<int64_t>(share / 1024 * 1024, bytes);
 }
 
-// Launches a kernel that begins with await_kernels_before. Unless `early`, it is set up as usual.
+// Launches a kernel that begins with await_kernels_before; if `early`, it is set up while the one before it runs.
 template <typename... Parameters, typename... Arguments>
-void launch_if_early(bool early, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
+void launch_early_if(bool early, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
                      cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -63,7 +63,7 @@ void launch_if_early(bool early, void (*kernel)(Parameters...), dim3 blocks, dim
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  launch_if_early(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
+  launch_early_if(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace grootvl

@@ -175,7 +175,7 @@ struct TeamLaunch {
   // Launches a kernel that begins with await_kernels_before_pixels, early if there are few.
   template <typename Kernel, typename Data>
   void start(Kernel kernel, const Data& data) const {
-    launch_if_early(few, kernel, blocks, block, 0, current_stream(), data);
+    launch_early_if(few, kernel, blocks, block, 0, current_stream(), data);
   }
 
   // Calls `launch` with the `TeamShape` of a kernel whose threads have one word of kVec channels, or one channel.

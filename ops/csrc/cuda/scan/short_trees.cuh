@@ -85,9 +85,10 @@ struct ShortTreeItem {
   }
 };
 
-// The word of a row in tile place `place`, counted as the walk goes, whose other row is `distance` before it.
+// The word of a row in tile place `place`, counted as the walk goes, which needs the value of `row`, so many rows
+// before it. In a damaged tree the distance may be negative.
 __device__ __forceinline__ uint32_t reads_elsewhere(int row, int place, int distance) {
-  return row | kReadsElsewhere | (distance <= place ? kInTile << distance : 0);
+  return row | kReadsElsewhere | (unsigned(distance) <= unsigned(place) ? kInTile << distance : 0);
 }
 
 // One of the two walks. Each row, of which `rows` has the words, gets `step(word, decay, own, before, elsewhere)`,

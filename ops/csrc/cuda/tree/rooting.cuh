@@ -58,9 +58,8 @@ struct Ranks {
 //   darts()         how many there are
 //   splitters()     one more than the largest number of a splitter; that number is the tour's first dart
 //   start(i)        the dart of splitter i, or -1
-//   next(dart, &s)  its successor in the tour, the first dart again after the last; sets s to the number of the
-//   splitter
-//                   that the successor is, or to -1
+//   next(dart, s)   its successor in the tour, the first dart again after the last; s becomes the number of the
+//                   splitter that the successor is, or -1
 template <typename Word, typename Team, typename Tour>
 __device__ __forceinline__ Ranks<Word> rank_darts(Team& team, const Tour& tour, Word* places, Word* segments) {
   const int splitters = tour.splitters();
