@@ -390,8 +390,8 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     bool words_fit = channels % kValues == 0 && from_stride % kValues == 0 && x_stride % kValues == 0;
     for (const Tensor* map : {&from, &x, &out}) words_fit &= is_aligned(map->const_data_ptr());
     const auto launch_kernel = [&](auto kernel) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-      launch(kernel, dim3(tiles * data.chunks, images), dim3(words, groups), shared, current_stream(), data);
+      launch_with_much_shared(kernel, dim3(tiles * data.chunks, images), dim3(words, groups), shared, current_stream(),
+                              data);
     };
     if (words_fit) {
       launch_kernel(conv_kernel<true, kResult, T, acc_t>);

@@ -192,9 +192,8 @@ bool scan_if_short(const ScanData<T, acc_t>& data) {
   if (data.num_vertices > kShortTreeRows || blocks > current_limits().multiprocessors) return false;
   const int64_t bytes = ShortTreeMemory<acc_t>(nullptr, data.num_vertices).bytes;
   if (bytes > current_limits().shared_of_block) return false;
-  const auto kernel = scan_short_trees<kSelective, T, acc_t>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  launch(kernel, static_cast<unsigned>(blocks), kShortTreeThreads, bytes, current_stream(), data);
+  launch_with_much_shared(scan_short_trees<kSelective, T, acc_t>, static_cast<unsigned>(blocks), kShortTreeThreads,
+                          bytes, current_stream(), data);
   return true;
 }
 
@@ -273,9 +272,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   const bool memory_bound = !kSelective && std::is_same_v<T, acc_t> && length > 256;
   size_t finish_bytes = walk_bytes + (on_chip ? sizeof(acc_t) * kOperands * length * kWarpChannels : 0);
   if (!several_runs) finish_bytes = spread_evenly(run_blocks, memory_bound ? 7 : kMaxBlocks, finish_bytes);
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(finish_bytes)));
-  launch(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, handed.runs, capacity);
+  launch_with_much_shared(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, handed.runs, capacity);
   if (!kParameterGradients) return {};
   const auto sum_of_groups = [&](const Tensor& parts) { return sum_parts(parts, 1, {maps, length}, x.scalar_type()); };
   return {

@@ -38,8 +38,8 @@ StateGradients scan_states(ScanData<T, acc_t> data, int64_t states, const Tensor
   const size_t stack = sizeof(acc_t) * stack_size(capacity), weights = sizeof(acc_t) * weights_size(kGroups);
   // Launches a kernel of a warp for each run.
   const auto launch_walk = [&](auto kernel, size_t bytes, const RunData<acc_t>& runs) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    launch(kernel, blocks, kWarpLanes, bytes, stream, data, static_cast<int>(states), plan, runs, capacity);
+    launch_with_much_shared(kernel, blocks, kWarpLanes, bytes, stream, data, static_cast<int>(states), plan, runs,
+                            capacity);
   };
 
   const HandedOver<acc_t> handed(plan, 1, data.maps, channels, x);

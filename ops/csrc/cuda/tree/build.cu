@@ -420,10 +420,8 @@ void launch_trees(Kernel kernel, int64_t trees, int64_t threads, int64_t shared_
   const int64_t half = std::min(limits.shared_of_multiprocessor / 2, limits.shared_of_block);
   shared_bytes =
       trees > limits.multiprocessors ? spread_evenly(trees, kMaxBlocks, shared_bytes) : std::max(half, shared_bytes);
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  launch(kernel, static_cast<unsigned>(trees), static_cast<unsigned>(threads), shared_bytes, current_stream(),
-         arguments...);
+  launch_with_much_shared(kernel, static_cast<unsigned>(trees), static_cast<unsigned>(threads), shared_bytes,
+                          current_stream(), arguments...);
 }
 
 // How the blocks of a cooperative launch are divided among teams.

@@ -191,7 +191,8 @@ struct GridEdges {
   }
 };
 
-// What all grids have in common; `Weights` gives the ordered bits of a weight: weights(edge, y).
+// What all grids have in common. `Weights` gives the row y of a vertex, row(v), and the ordered bits of the weight of
+// an edge from that row on, weights(edge, y).
 template <typename Weights>
 struct Grid : GridEdges {
   static constexpr bool kNeighbours = true;
@@ -205,12 +206,12 @@ struct Grid : GridEdges {
 
   template <typename Index>
   __device__ __forceinline__ Proposal proposal(const Forest<Index>& forest, int v) const {
-    const int y = weights.row(v, width), x = v - y * width, right = vertices() + v;
+    const int y = weights.row(v), x = v - y * width, right = vertices() + v;
     const int neighbours[] = {y > 0 ? v - width : v, y < height - 1 ? v + width : v, x > 0 ? v - 1 : v,
                               x < width - 1 ? v + 1 : v};  // v itself, where there is none
     const int edges[] = {v - width, v, right - 1, right}, rows[] = {y - 1, y, y, y};
     const int label = forest.label[v];
-    // All of these loads are independent of each other: one after the other would take four times as long.
+    // The loads of each of the two loops are independent of each other, so that they wait together.
     bool leaves[4];
     unsigned bits[4];
 #pragma unroll
@@ -242,7 +243,7 @@ struct GivenWeights {
   const float* weights;
   GridEdges edges;
 
-  __device__ __forceinline__ int row(int v, int width) const { return v / width; }
+  __device__ __forceinline__ int row(int v) const { return v / edges.width; }
   __device__ __forceinline__ unsigned operator()(int edge, int y) const {
     return ordered_bits(__ldg(weights + edges.place(edge, y)));
   }
@@ -255,7 +256,7 @@ struct CopiedWeights {
 
   __device__ CopiedWeights(unsigned* bits, int width) : bits(bits), inverse_width(0xffffffffu / width + 1) {}
 
-  __device__ __forceinline__ int row(int v, int) const { return inverse_width == 0 ? v : __umulhi(v, inverse_width); }
+  __device__ __forceinline__ int row(int v) const { return inverse_width == 0 ? v : __umulhi(v, inverse_width); }
   __device__ __forceinline__ unsigned operator()(int edge, int) const { return bits[edge]; }
 
   template <typename Team>
@@ -263,7 +264,7 @@ struct CopiedWeights {
     const GridEdges& edges = from.edges;
     const int vertices = edges.vertices();
     for (int v = team.rank(); v < vertices; v += team.size()) {
-      const int y = row(v, edges.width);
+      const int y = row(v);
       if (y < edges.height - 1) bits[v] = from(v, y);
       if (v - y * edges.width < edges.width - 1) bits[vertices + v] = from(vertices + v, y);
     }
