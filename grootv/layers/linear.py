@@ -14,10 +14,12 @@ __all__ = [
     "as_product_reads",
     "call_linear",
     "has_only_weight",
+    "joins_products",
     "linear",
     "linear_gelu",
     "linear_of_whole_words",
     "linear_runs_gelu",
+    "multiplies",
     "multiplies_whole_words",
     "product_dtype",
     "runs_gelu_mlp",
@@ -167,6 +169,27 @@ def has_only_weight(layer: Any, x: Tensor) -> bool:
         and layer.bias is None
         and (layer.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
     )
+
+
+def joins_products(x: Tensor) -> bool:
+    """Whether one operation of many (`grootvl_ops.blocks`) may multiply x, and all that is computed of it, by weights.
+
+    In eager mode on CUDA, in training and inference, in half precision.
+    """
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and x.is_cuda
+        and x.dtype in _HALF
+        and product_dtype(x) == x.dtype
+        and (in_training() or in_inference())
+        and in_eager_mode()
+        and _HAS_CUDA_KERNELS
+    )
+
+
+def multiplies(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an operation that `joins_products` allows may take the weight of a linear layer, for maps of `dtype`."""
+    return is_plain(layer, nn.Linear, device) and (layer.weight.dtype == dtype or autocasts(device.type, dtype))
 
 
 def whole_words(count: int) -> int:

@@ -19,6 +19,7 @@ from .linear import (
     call_linear,
     has_only_weight,
     linear_of_whole_words,
+    multiplies,
     multiplies_whole_words,
     product_dtype,
     whole_words,
@@ -289,7 +290,22 @@ class SelectiveSSM(TraceLeaf):
             and has_only_weight(self.out_proj, x)
             and product_dtype(x) == x.dtype
             and self.fuses_step
+            and self.dt_proj.bias is not None
             and self.fuses_norms
+        )
+
+    @torch.jit.unused
+    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
+        return (
+            self.fuses_conv
+            and self.fuses_step
+            and self.dt_proj.bias is not None
+            and self.fuses_norms
+            and all(
+                multiplies(layer, device, dtype) and layer.bias is None
+                for layer in (self.in_proj, self.x_proj, self.out_proj)
+            )
         )
 
     @property

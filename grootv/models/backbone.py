@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM
-from grootv.layers.bypass import only_runs
+from grootv.layers.bypass import is_plain, only_runs
 from grootv.layers.convolution import convolution_of_patches, multiplies_patches
-from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu, runs_gelu_mlp
+from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu, multiplies, runs_gelu_mlp
 from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn, official_to_own
+from .joined_blocks import run_joined
 from .released import require_weights
 
 __all__ = [
@@ -151,6 +152,14 @@ class Mlp(nn.Module):
                 return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
         return self.fc2(self.act(self.fc1(x)))
 
+    @torch.jit.unused
+    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
+        fc1, fc2 = self.fc1, self.fc2
+        return only_runs(self.act, nn.GELU) and all(
+            multiplies(layer, device, dtype) and layer.bias is not None for layer in (fc1, fc2)
+        )
+
 
 class Block(nn.Module):
     """Pre-norm residual block: a mixer, then an MLP.
@@ -193,6 +202,21 @@ class Block(nn.Module):
         x = to_nhwc(x)
         x, normed = self.mix(x, self.norm1(x), tree, built)
         return to_nchw(x + self.drop_path2(self.mlp(normed)))
+
+    @torch.jit.unused
+    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
+        mixer, mlp, paths = self.mixer, self.mlp, (self.drop_path1, self.drop_path2)
+        return (
+            only_runs(mixer, TreeSSM)
+            and "scans" not in mixer.__dict__
+            and mixer.d_state == 1
+            and mixer.has_only_weights(device, dtype)
+            and is_plain(self.norm2, LayerNorm, device)
+            and only_runs(mlp, Mlp)
+            and mlp.has_only_weights(device, dtype)
+            and all(only_runs(path, DropPath) or only_runs(path, nn.Identity) for path in paths)
+        )
 
     def mix(self, x: Tensor, normed: Tensor, tree: Tree | None, built: list[Tree] | None) -> tuple[Tensor, Tensor]:
         """The map after the mixer, and what the MLP reads of it, both (B, H, W, C), from the map before the mixer, and
@@ -301,9 +325,13 @@ class Stage(nn.Module):
     def _forward_across_blocks(self, x: Tensor) -> Tensor:
         """The same for blocks that need not be called: what ends a block, and the norm that follows, is one step."""
         x = to_nhwc(x)
-        norms = [*(block.norm1 for block in cast(Iterable[Block], self.blocks)), self.norm]
+        blocks = list(cast(Iterable[Block], self.blocks))
+        norms = [*(block.norm1 for block in blocks), self.norm]
         normed, tree, built = norms[0](x), None, tree_list(x) if self.share_tree else None
-        for block, next_norm in zip(cast(Iterable[Block], self.blocks), norms[1:], strict=True):
+        joined = run_joined(blocks, norms, x, normed, self.share_tree)
+        if joined is not None:
+            return to_nchw(joined)
+        for block, next_norm in zip(blocks, norms[1:], strict=True):
             x, normed = block.mix(x, normed, tree, built)
             tree = None if built is None else built[0]
             x, normed = add_and_norm(next_norm, block.drop_path2, x, block.mlp(normed))

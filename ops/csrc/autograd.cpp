@@ -5,6 +5,10 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -12,6 +16,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -86,17 +91,22 @@ struct Differentiable : torch::autograd::Function<Differentiable<gradients>> {
   }
 };
 
-// `results`, which can be differentiated for the inputs that require it.
+// The results of a record, which can be differentiated for the inputs that require it.
 template <Gradients* gradients>
-variable_list differentiable(const variable_list& results, at::TensorList inputs, at::TensorList saved,
-                             const c10::IValue& setting = {}) {
+variable_list differentiable(Record record, at::TensorList inputs) {
   for (const Tensor& input : inputs) {
     TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(),
                                 "the operations of torch.ops.grootvl_ops have no forward-mode derivatives: call the "
                                 "functions of the package grootvl_ops, which have");
   }
-  if (!torch::autograd::compute_requires_grad(inputs)) return results;
-  return Differentiable<gradients>::apply(inputs, Record{results, saved.vec(), setting});
+  if (!torch::autograd::compute_requires_grad(inputs)) return std::move(record.results);
+  return Differentiable<gradients>::apply(inputs, std::move(record));
+}
+
+template <Gradients* gradients>
+variable_list differentiable(const variable_list& results, at::TensorList inputs, at::TensorList saved,
+                             const c10::IValue& setting = {}) {
+  return differentiable<gradients>(Record{results, saved.vec(), setting}, inputs);
 }
 
 template <Gradients* gradients>
@@ -307,18 +317,17 @@ struct Weight {
         columns(columns),
         padded(columns != tensor.size(-1) || (tensor.dim() == 2 && rows != tensor.size(0))) {}
 
-  const Tensor& tensor;
+  Tensor tensor;
   int64_t rows, columns;
   bool padded;
 };
 
 // Weights in the type of their products. On a GPU one kernel converts all of them that have one type.
-template <size_t kCount>
-std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::ScalarType type) {
+std::vector<Tensor> cast_weights(const std::vector<Weight>& weights, at::ScalarType type) {
   using Signature = std::vector<Tensor>(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ScalarType);
   static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights");
-  std::array<Tensor, kCount> results;
-  for (size_t first = 0; first < kCount; ++first) {
+  std::vector<Tensor> results(weights.size());
+  for (size_t first = 0; first < weights.size(); ++first) {
     if (results[first].defined()) continue;
     const Weight& weight = weights[first];
     if (!weight.padded && weight.tensor.scalar_type() == type) {
@@ -328,7 +337,7 @@ std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::Sca
     std::vector<Tensor> tensors;
     std::vector<int64_t> rows, columns;
     std::vector<size_t> places;
-    for (size_t i = first; i < kCount; ++i) {
+    for (size_t i = first; i < weights.size(); ++i) {
       const Weight& other = weights[i];
       const at::ScalarType other_type = other.tensor.scalar_type();
       if (other_type != weight.tensor.scalar_type() || (other_type == type && !other.padded)) continue;
@@ -343,6 +352,69 @@ std::array<Tensor, kCount> cast_weights(const Weight (&weights)[kCount], at::Sca
   }
   return results;
 }
+
+// Whether operations on a tensor run on a GPU at once, and nothing traces them.
+bool runs_on_gpu(const Tensor& tensor) {
+  return tensor.is_cuda() && !tensor.key_set().has(c10::DispatchKey::Python) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// Weights that a GPU converts on a stream of its own, beside the kernels of the current one, in parts that the current
+// stream waits for one after another. For few pixels, most of its kernels leave the memory idle by which a conversion
+// is limited.
+class WeightsBeside {
+ public:
+  explicit WeightsBeside(const Tensor& like)
+      : streams_(like.device().type()),
+        main_(streams_.getStream(like.device())),
+        other_(streams_.getStreamFromGlobalPool(like.device())) {
+    c10::Event now(main_.device_type());
+    now.record(main_);
+    now.block(other_);
+  }
+  WeightsBeside(const WeightsBeside&) = delete;
+  WeightsBeside& operator=(const WeightsBeside&) = delete;
+  // The results are in memory of the current stream, which has to wait before it uses this memory again.
+  ~WeightsBeside() {
+    while (!parts_.empty()) await();
+  }
+
+  void convert(at::ArrayRef<Weight> weights, at::ScalarType type) {
+    using Signature = void(at::TensorList, at::TensorList);
+    static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights_beside");
+    std::vector<Tensor> tensors, results;
+    for (const Weight& weight : weights) {
+      const int64_t sizes[] = {weight.rows, weight.columns};
+      const at::IntArrayRef all(sizes);
+      tensors.push_back(weight.tensor);
+      results.push_back(at::empty(weight.tensor.dim() == 1 ? all.slice(1) : all, weight.tensor.options().dtype(type)));
+    }
+    Part part{results, c10::Event(main_.device_type())};
+    {
+      const c10::StreamGuard guard(other_);
+      call(operation, at::TensorList(results), at::TensorList(tensors));
+    }
+    part.done.record(other_);
+    parts_.push_back(std::move(part));
+  }
+
+  // Lets the current stream wait for the next part.
+  std::vector<Tensor> await() {
+    Part part = std::move(parts_.front());
+    parts_.pop_front();
+    part.done.block(main_);
+    return std::move(part.results);
+  }
+
+ private:
+  struct Part {
+    std::vector<Tensor> results;
+    c10::Event done;
+  };
+  c10::impl::VirtualGuardImpl streams_;
+  c10::Stream main_, other_;
+  std::deque<Part> parts_;
+};
 
 // (..., C) as (rows, C).
 Tensor as_rows(const Tensor& maps) { return maps.dim() == 2 ? maps : maps.reshape_symint({-1, maps.sym_size(-1)}); }
@@ -380,8 +452,8 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x, at::ScalarType type)
   return to;
 }
 
-// The setting: whether one operation computes products and GELU, as in compiled graphs, and which gradients of weights
-// are needed.
+// The setting: whether one operation computes products and GELU, as in compiled graphs, the type of the parameters, and
+// which gradients of weights are needed.
 variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
   using Results = std::tuple<Tensor, Tensor, Tensor>;
   using Fused = Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
@@ -391,18 +463,19 @@ variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list
   const WithoutAutocast without(kAutocast);
   const auto &maps = saved[0], &weight1 = saved[1], &bias1 = saved[2], &weight2 = saved[3];
   const auto& elements = setting.toTupleRef().elements();
-  const bool is_fused = elements[0].toBool(), needs_weight1 = elements[1].toBool(),
-             needs_weight2 = elements[2].toBool();
+  const auto type = static_cast<at::ScalarType>(elements[1].toInt());
+  const bool is_fused = elements[0].toBool(), needs_weight1 = elements[2].toBool(),
+             needs_weight2 = elements[3].toBool();
   variable_list results;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor grad = as_rows(grads[0]), x = as_rows(maps);
-    const auto [hidden, dbefore, dbias1] =
-        is_fused ? call(fused, grad, x, weight1, bias1, weight2)
-                 : call(operation, at::mm(grad, weight2), product(x, weight1, as_type(bias1, x.scalar_type())));
+    const auto [hidden, dbefore, dbias1] = is_fused
+                                               ? call(fused, grad, x, weight1, bias1, weight2)
+                                               : call(operation, at::mm(grad, weight2), product(x, weight1, bias1));
     const auto of_weight = [&](const Tensor& dproduct, const Tensor& factor) {
       // Compiled graphs convert it together with whatever else they compute of it.
-      return is_fused ? at::mm(dproduct.t(), factor) : weight_gradient(dproduct, factor, bias1.scalar_type());
+      return is_fused ? at::mm(dproduct.t(), factor) : weight_gradient(dproduct, factor, type);
     };
     results = {at::mm(dbefore, weight1).view_symint(maps.sym_sizes()), needs_weight1 ? of_weight(dbefore, x) : Tensor(),
                dbias1, needs_weight2 ? of_weight(grad, hidden) : Tensor(),
@@ -411,12 +484,23 @@ variable_list gelu_mlp_gradients(const variable_list& grads, const variable_list
   return refusing_derivatives("gelu_mlp", grads, std::move(results));
 }
 
+// `cast`: weights and biases in the type of x.
+Record record_gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                       const Tensor* cast, bool fused) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensor out =
+      product(gelu_of_product(as_rows(x), cast[0], cast[1]), cast[2], cast[3]).view_symint(x.sym_sizes());
+  return {{out},
+          {x, cast[0], fused ? bias1 : cast[1], cast[2]},
+          c10::ivalue::Tuple::create(fused, static_cast<int64_t>(bias1.scalar_type()), weight1.requires_grad(),
+                                     weight2.requires_grad())};
+}
+
 Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
                 bool fused) {
   const WithoutAutocast without(kAutocast);
   const at::ScalarType type = x.scalar_type();
-  std::array<Tensor, 4> cast;
-  Tensor out;
+  std::vector<Tensor> cast;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     // A compiled graph converts them together with whatever else it computes.
@@ -425,12 +509,9 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, con
     } else {
       cast = cast_weights({Weight(weight1), Weight(bias1), Weight(weight2), Weight(bias2)}, type);
     }
-    out = product(gelu_of_product(as_rows(x), cast[0], cast[1]), cast[2], cast[3]).view_symint(x.sym_sizes());
   }
-  const auto& [of_product1, of_bias1, of_product2, of_bias2] = cast;
-  return differentiable<gelu_mlp_gradients>(
-      out, {x, weight1, bias1, weight2, bias2}, {x, of_product1, bias1, of_product2},
-      c10::ivalue::Tuple::create(fused, weight1.requires_grad(), weight2.requires_grad()));
+  return differentiable<gelu_mlp_gradients>(record_gelu_mlp(x, weight1, bias1, weight2, cast.data(), fused),
+                                            {x, weight1, bias1, weight2, bias2})[0];
 }
 
 const auto& gated_norm_backward() {
@@ -494,25 +575,34 @@ variable_list mixer_input_gradients(const variable_list& grads, const variable_l
   return refusing_derivatives("mixer_input", grads, std::move(results));
 }
 
+// `of_product`: in_proj in the type of x. `keep`: whether there will be a backward pass.
+Record record_mixer_input(const Tensor& x, const Tensor& in_proj, const Tensor& of_product, const Tensor& conv_weight,
+                          int64_t dilation, bool keep) {
+  static const auto convolution = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t height = x.size(1), D = conv_weight.size(0);
+  const Tensor both = at::mm(as_rows(x), of_product.t()).view({x.size(0), height * x.size(2), 2 * D});
+  const auto [features, before] =
+      call(convolution, both.narrow(2, 0, D), conv_weight, c10::SymInt(height), dilation, keep);
+  return {{features, both.narrow(2, D, D)},
+          {x, of_product, conv_weight, both, before},
+          c10::ivalue::Tuple::create(height, dilation, static_cast<int64_t>(in_proj.scalar_type()), x.requires_grad(),
+                                     in_proj.requires_grad())};
+}
+
 std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, const Tensor& conv_weight,
                                        int64_t dilation) {
-  static const auto convolution = find_operation<decltype(depthwise_conv_silu)>("grootvl_ops::depthwise_conv_silu");
   const WithoutAutocast without(kAutocast);
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, H, W, C), got ", x.sizes());
   const variable_list inputs{x, in_proj, conv_weight};
-  const int64_t height = x.size(1), length = height * x.size(2), D = conv_weight.size(0);
-  Tensor of_product, both, features, before;
+  Tensor of_product;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     of_product = cast_weights({Weight(in_proj)}, x.scalar_type())[0];
-    both = at::mm(as_rows(x), of_product.t()).view({x.size(0), length, 2 * D});
-    std::tie(features, before) = call(convolution, both.narrow(2, 0, D), conv_weight, c10::SymInt(height), dilation,
-                                      torch::autograd::compute_requires_grad(inputs));
   }
   const variable_list results = differentiable<mixer_input_gradients>(
-      {features, both.narrow(2, D, D)}, inputs, {x, of_product, conv_weight, both, before},
-      c10::ivalue::Tuple::create(height, dilation, static_cast<int64_t>(in_proj.scalar_type()), x.requires_grad(),
-                                 in_proj.requires_grad()));
+      record_mixer_input(x, in_proj, of_product, conv_weight, dilation, torch::autograd::compute_requires_grad(inputs)),
+      inputs);
   return {results[0], results[1]};
 }
 
@@ -562,67 +652,91 @@ variable_list mixer_output_gradients(const variable_list& grads, const variable_
   return refusing_derivatives("mixer_output", grads, std::move(results));
 }
 
+// The parameters of `mixer_output`, in its order.
+struct OutputParameters {
+  const Tensor &x_proj, &dt_weight, &dt_bias, &A_log, &D_skip, &h_weight, &h_bias, &out_weight, &out_bias, &out_proj;
+
+  int64_t rank() const { return dt_weight.size(1); }
+
+  // The other sizes are checked by the operations that take them.
+  void check(const Tensor& x, const Tensor& z) const {
+    const auto check_device = [&](const char* name, const Tensor& tensor) {
+      TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on the device of its map, got ", tensor.device(),
+                        " and ", x.device());
+    };
+    const auto check_weight = [&](const char* name, const Tensor& weight, at::IntArrayRef size) {
+      TORCH_CHECK_VALUE(weight.sizes() == size, name, " must be ", size, ", got ", weight.sizes());
+      TORCH_CHECK_TYPE(weight.is_floating_point(), name, " must be floating point, got ", weight.scalar_type());
+      check_device(name, weight);
+    };
+    TORCH_CHECK_VALUE(x.dim() == 3 && out_proj.dim() == 2, "x must be (B, L, D) and out_proj (C, D), got ", x.sizes(),
+                      " and ", out_proj.sizes());
+    const int64_t rank = dt_weight.dim() == 2 ? dt_weight.size(1) : 0;
+    check_weight("x_proj", x_proj, {rank + 2, x.size(2)});
+    check_weight("dt_weight", dt_weight, {x.size(2), rank});
+    check_weight("out_proj", out_proj, {out_proj.size(0), x.size(2)});
+    check_device("z", z);
+    check_device("dt_bias", dt_bias);
+    check_device("A_log", A_log);
+    check_device("D_skip", D_skip);
+    check_device("h_weight", h_weight);
+    check_device("h_bias", h_bias);
+    check_device("out_weight", out_weight);
+    check_device("out_bias", out_bias);
+  }
+
+  // As the products read them.
+  Weight padded_x() const { return {x_proj, padded_rank(), x_proj.size(1)}; }
+  Weight padded_dt() const { return {dt_weight, dt_weight.size(0), padded_rank()}; }
+  int64_t padded_rank() const { return (rank() + 2 + 7) / 8 * 8; }
+
+  // dt_weight as the scan of x reads it, from what it was converted to. On a CPU the step size is not rounded.
+  Tensor step_weight(const Tensor& cast, const Tensor& x) const {
+    return x.is_cuda() ? cast : cast_weights({padded_dt()}, dt_weight.scalar_type())[0];
+  }
+};
+
+// `cast`: x_proj, dt_weight and out_proj as the products read them.
+Record record_mixer_output(const Tensor& x, const Tensor& z, const OutputParameters& of, const Tensor* cast,
+                           const Tensor& parent, const Tensor& order, const Tensor& subtree_size, double eps,
+                           std::string_view direction) {
+  static const auto scan = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
+  static const auto norm = find_operation<decltype(gated_norm)>("grootvl_ops::gated_norm");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensor &of_x = cast[0], &of_dt = cast[1], &of_out = cast[2];
+  const int64_t rank = of.rank();
+  const Tensor projected = at::mm(as_rows(x), of_x.t()).view({x.size(0), x.size(1), of_x.size(0)});
+  const Tensor h = call(scan, x, projected, std::optional(of_dt), std::optional(of.dt_bias), of.A_log,
+                        projected.select(2, rank), std::optional<Tensor>(), parent, order, subtree_size, direction);
+  const auto [y, statistics] = call(norm, h, x, z, projected.select(2, rank + 1), of.D_skip, of.h_weight, of.h_bias,
+                                    of.out_weight, of.out_bias, eps);
+  const Tensor out = at::mm(as_rows(y), of_out.t()).view({x.size(0), x.size(1), of_out.size(0)});
+  return {{out},
+          {x, z, of_x, of_dt, of.dt_bias, of.A_log, of.D_skip, of.h_weight, of.h_bias, of.out_weight, of.out_bias,
+           of_out, projected, h, y, statistics, parent, order, subtree_size},
+          c10::ivalue::Tuple::create(std::string(direction), static_cast<int64_t>(of.x_proj.scalar_type()),
+                                     static_cast<int64_t>(of.out_proj.scalar_type()), of.x_proj.requires_grad(),
+                                     of.out_proj.requires_grad(), rank)};
+}
+
 Tensor mixer_output(const Tensor& x, const Tensor& z, const Tensor& x_proj, const Tensor& dt_weight,
                     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& h_weight,
                     const Tensor& h_bias, const Tensor& out_weight, const Tensor& out_bias, const Tensor& out_proj,
                     const Tensor& parent, const Tensor& order, const Tensor& subtree_size, double eps,
                     std::string_view direction) {
-  static const auto scan = find_operation<decltype(selective_scan)>("grootvl_ops::selective_scan");
-  static const auto norm = find_operation<decltype(gated_norm)>("grootvl_ops::gated_norm");
   const WithoutAutocast without(kAutocast);
-  // The other sizes are checked by the operations that take them.
-  const int64_t rank = dt_weight.dim() == 2 ? dt_weight.size(1) : 0;
-  const auto check_device = [&](const char* name, const Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on the device of its map, got ", tensor.device(),
-                      " and ", x.device());
-  };
-  const auto check_weight = [&](const char* name, const Tensor& weight, at::IntArrayRef size) {
-    TORCH_CHECK_VALUE(weight.sizes() == size, name, " must be ", size, ", got ", weight.sizes());
-    TORCH_CHECK_TYPE(weight.is_floating_point(), name, " must be floating point, got ", weight.scalar_type());
-    check_device(name, weight);
-  };
-  TORCH_CHECK_VALUE(x.dim() == 3 && out_proj.dim() == 2, "x must be (B, L, D) and out_proj (C, D), got ", x.sizes(),
-                    " and ", out_proj.sizes());
-  check_weight("x_proj", x_proj, {rank + 2, x.size(2)});
-  check_weight("dt_weight", dt_weight, {x.size(2), rank});
-  check_weight("out_proj", out_proj, {out_proj.size(0), x.size(2)});
-  check_device("z", z);
-  check_device("dt_bias", dt_bias);
-  check_device("A_log", A_log);
-  check_device("D_skip", D_skip);
-  check_device("h_weight", h_weight);
-  check_device("h_bias", h_bias);
-  check_device("out_weight", out_weight);
-  check_device("out_bias", out_bias);
-  Tensor of_x, of_dt, of_out, projected, h, y, statistics, out;
+  const OutputParameters of{x_proj,   dt_weight, dt_bias,    A_log,    D_skip,
+                            h_weight, h_bias,    out_weight, out_bias, out_proj};
+  of.check(x, z);
+  std::vector<Tensor> cast;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor rows = as_rows(x);
-    const int64_t products = (rank + 2 + 7) / 8 * 8;
-    const at::ScalarType type = x.scalar_type();
-    // On a CPU the step size is not rounded.
-    const at::ScalarType of_step = x.is_cuda() ? type : dt_weight.scalar_type();
-    const Weight padded_x(x_proj, products, x.size(2)), padded_dt(dt_weight, x.size(2), products);
-    if (of_step == type) {
-      std::tie(of_x, of_dt, of_out) = std::tuple_cat(cast_weights({padded_x, padded_dt, Weight(out_proj)}, type));
-    } else {
-      std::tie(of_x, of_out) = std::tuple_cat(cast_weights({padded_x, Weight(out_proj)}, type));
-      of_dt = cast_weights({padded_dt}, of_step)[0];
-    }
-    projected = at::mm(rows, of_x.t()).view({x.size(0), x.size(1), products});
-    h = call(scan, x, projected, std::optional(of_dt), std::optional(dt_bias), A_log, projected.select(2, rank),
-             std::optional<Tensor>(), parent, order, subtree_size, direction);
-    std::tie(y, statistics) =
-        call(norm, h, x, z, projected.select(2, rank + 1), D_skip, h_weight, h_bias, out_weight, out_bias, eps);
-    out = at::mm(as_rows(y), of_out.t()).view({x.size(0), x.size(1), out_proj.size(0)});
+    cast = cast_weights({of.padded_x(), of.padded_dt(), Weight(out_proj)}, x.scalar_type());
+    cast[1] = of.step_weight(cast[1], x);
   }
   return differentiable<mixer_output_gradients>(
-      out, {x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj},
-      {x, z, of_x, of_dt, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, of_out, projected, h, y,
-       statistics, parent, order, subtree_size},
-      c10::ivalue::Tuple::create(std::string(direction), static_cast<int64_t>(x_proj.scalar_type()),
-                                 static_cast<int64_t>(out_proj.scalar_type()), x_proj.requires_grad(),
-                                 out_proj.requires_grad(), rank));
+      record_mixer_output(x, z, of, cast.data(), parent, order, subtree_size, eps, direction),
+      {x, z, x_proj, dt_weight, dt_bias, A_log, D_skip, h_weight, h_bias, out_weight, out_bias, out_proj})[0];
 }
 
 variable_list layer_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
@@ -657,15 +771,202 @@ variable_list add_layer_norm_gradients(const variable_list& grads, const variabl
   return {dx, shared ? dx : dbranch, rows[0], rows[1]};
 }
 
+Record record_add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                             double eps, std::optional<at::ScalarType> dtype, const std::optional<Tensor>& factors) {
+  using Signature =
+      std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                                         std::optional<at::ScalarType>, const std::optional<Tensor>&);
+  static const auto operation = find_operation<Signature>("grootvl_ops::add_layer_norm");
+  const auto [sum, normed, statistics] = call_below_autograd(operation, x, branch, weight, bias, eps, dtype, factors);
+  return {{sum, normed},
+          {sum, weight, statistics, factors ? *factors : Tensor()},
+          static_cast<int64_t>(branch.scalar_type())};
+}
+
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,
                                                   const Tensor& bias, double eps, std::optional<at::ScalarType> dtype,
                                                   const std::optional<Tensor>& factors) {
-  static const auto operation = find_operation<decltype(add_layer_norm)>("grootvl_ops::add_layer_norm");
-  const auto [sum, normed, statistics] = call_below_autograd(operation, x, branch, weight, bias, eps, dtype, factors);
-  const variable_list results = differentiable<add_layer_norm_gradients>(
-      {sum, normed}, {x, branch, weight, bias}, {sum, weight, statistics, factors ? *factors : Tensor()},
-      static_cast<int64_t>(branch.scalar_type()));
+  Record record = record_add_layer_norm(x, branch, weight, bias, eps, dtype, factors);
+  const Tensor statistics = record.saved[2];
+  const variable_list results = differentiable<add_layer_norm_gradients>(std::move(record), {x, branch, weight, bias});
   return {results[0], results[1], statistics};
+}
+
+// The steps of a block of `tree_blocks`, in order, each with the gradients of the operation that is this step alone.
+enum Step { kInput, kOutput, kAddMixed, kMlp, kAddMlp };
+
+// The parameters of a block, in the order of the steps.
+// clang-format off
+enum Parameter {
+  kInProj, kConvWeight,
+  kXProj, kDtWeight, kDtBias, kALog, kDSkip, kHWeight, kHBias, kOutWeight, kOutBias, kOutProj,
+  kNormWeight, kNormBias,
+  kWeight1, kBias1, kWeight2, kBias2,
+  kNextWeight, kNextBias,
+  kParameters
+};
+// clang-format on
+
+// While it lives, the GPU's kernels for the gradients of parameters leave the last step, a sum over blocks, for later.
+class WaitingSums {
+ public:
+  explicit WaitingSums(const Tensor& like) : like_(runs_on_gpu(like) ? like : Tensor()) {
+    static const auto wait = find_operation<void(const Tensor&)>("grootvl_ops::sums_wait");
+    if (like_.defined()) call(wait, like_);
+  }
+
+  // Computes them, in one launch.
+  void run() {
+    static const auto run = find_operation<void(const Tensor&)>("grootvl_ops::sums_run");
+    if (like_.defined()) call(run, std::exchange(like_, Tensor()));
+  }
+
+  ~WaitingSums() {
+    if (!like_.defined()) return;
+    try {
+      run();
+    } catch (...) {  // of the error for which this was left early, more is not to be said
+    }
+  }
+
+ private:
+  Tensor like_;
+};
+
+// The setting: of each step, what it saved, and its setting.
+variable_list tree_block_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
+  variable_list results;
+  {
+    const at::AutoGradMode once(false);
+    WaitingSums sums(saved[0]);
+    const auto& steps = setting.toTupleRef().elements();
+    auto end = saved.end();
+    const auto of_step = [&](Gradients* gradients, Step step, const variable_list& of_results) {
+      const auto begin = end - steps[2 * step].toInt();
+      const variable_list of_inputs = gradients(of_results, variable_list(begin, end), steps[2 * step + 1]);
+      end = begin;
+      return of_inputs;
+    };
+    const Tensor &dx = grads[0], &dnormed = grads[1];
+    const auto of_add_mlp = of_step(add_layer_norm_gradients, kAddMlp, {dx, dnormed});
+    const auto of_mlp = of_step(gelu_mlp_gradients, kMlp, {of_add_mlp[1]});
+    const auto of_add_mixed = of_step(add_layer_norm_gradients, kAddMixed, {of_add_mlp[0], of_mlp[0]});
+    const auto of_output = of_step(mixer_output_gradients, kOutput, {of_add_mixed[1]});
+    const auto of_input = of_step(mixer_input_gradients, kInput, {of_output[0], of_output[1]});
+    results = {of_add_mixed[0], of_input[0]};
+    for (const auto& [all, inputs] : {std::pair(&of_input, 1), std::pair(&of_output, 2), std::pair(&of_add_mixed, 2),
+                                      std::pair(&of_mlp, 1), std::pair(&of_add_mlp, 2)}) {
+      results.insert(results.end(), all->begin() + inputs, all->end());
+    }
+    sums.run();
+  }
+  return refusing_derivatives("tree_blocks", grads, std::move(results));
+}
+
+std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, at::TensorList parameters,
+                                       const std::optional<Tensor>& factors, int64_t dilation, std::string_view metric,
+                                       std::string_view direction, int64_t root, bool one_tree, double mixer_eps,
+                                       double norm_eps, at::ScalarType dtype) {
+  using Tree = std::tuple<Tensor, Tensor, Tensor>;
+  static const auto weigh = find_operation<Tensor(const Tensor&, std::string_view)>("grootvl_ops::edge_weights");
+  static const auto span =
+      find_operation<Tree(const Tensor&, c10::SymInt, c10::SymInt, c10::SymInt)>("grootvl_ops::grid_tree");
+  const WithoutAutocast without(kAutocast);
+  TORCH_CHECK_VALUE(x_.dim() == 4 && x_.sizes() == normed_.sizes(), "x and normed must be (B, H, W, C), got ",
+                    x_.sizes(), " and ", normed_.sizes());
+  TORCH_CHECK_VALUE(parameters.size() % kParameters == 0, "parameters must be ", int{kParameters},
+                    " of each block, got ", parameters.size());
+  const size_t blocks = parameters.size() / kParameters;
+  const std::array<int64_t, 2> of_factors{2 * static_cast<int64_t>(blocks), x_.size(0)};
+  TORCH_CHECK_VALUE(!factors || factors->sizes() == at::IntArrayRef(of_factors), "factors must be ",
+                    at::IntArrayRef(of_factors), ", got ", factors->sizes());
+  const at::ScalarType type = normed_.scalar_type();
+  constexpr size_t kProducts = 8;
+  std::vector<Tensor> cast;  // the weights of products of all blocks: kProducts of each
+  std::optional<WeightsBeside> beside;
+  std::vector<OutputParameters> of_outputs;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::vector<Weight> weights;
+    bool all_differ = true;
+    for (size_t block = 0; block < blocks; ++block) {
+      const Tensor* p = &parameters[block * kParameters];
+      TORCH_CHECK_VALUE(p[kDtWeight].dim() == 2 && p[kXProj].dim() == 2, "dt_weight and x_proj must be matrices, got ",
+                        p[kDtWeight].sizes(), " and ", p[kXProj].sizes());
+      const auto& of =
+          of_outputs.emplace_back(OutputParameters{p[kXProj], p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
+                                                   p[kHWeight], p[kHBias], p[kOutWeight], p[kOutBias], p[kOutProj]});
+      for (const auto& weight : {Weight(p[kInProj]), of.padded_x(), of.padded_dt(), Weight(p[kOutProj]),
+                                 Weight(p[kWeight1]), Weight(p[kBias1]), Weight(p[kWeight2]), Weight(p[kBias2])}) {
+        all_differ &= weight.tensor.scalar_type() == at::kFloat && type != at::kFloat;
+        weights.push_back(weight);
+      }
+    }
+    if (runs_on_gpu(x_) && blocks > 0 && all_differ && !at::GradMode::is_enabled()) {
+      const at::ArrayRef<Weight> all(weights);
+      beside.emplace(x_);
+      cast = cast_weights({weights[0]}, type);
+      beside->convert(all.slice(1, kProducts - 1), type);
+      if (blocks > 1) beside->convert(all.slice(kProducts), type);
+    } else {
+      cast = cast_weights(weights, type);
+    }
+    for (size_t block = 0; block < blocks && !x_.is_cuda(); ++block) {
+      cast[block * kProducts + 2] = of_outputs[block].step_weight(cast[block * kProducts + 2], normed_);
+    }
+  }
+  Tensor x = x_, normed = normed_;
+  Tree tree;
+  for (size_t block = 0; block < blocks; ++block) {
+    const Tensor* p = &parameters[block * kParameters];
+    const auto await_weights = [&] {
+      const std::vector<Tensor> others = beside->await();
+      cast.insert(cast.end(), others.begin(), others.end());
+    };
+    if (beside && block == 1) await_weights();
+    variable_list inputs{x, normed};
+    inputs.insert(inputs.end(), p, p + kParameters);
+    const bool keep = torch::autograd::compute_requires_grad(inputs);
+    Record all;
+    std::vector<c10::IValue> settings;
+    // Computes a step, and keeps what its gradients need.
+    const auto take = [&](Record step) {
+      if (keep) {
+        settings.emplace_back(static_cast<int64_t>(step.saved.size()));
+        settings.push_back(std::move(step.setting));
+        all.saved.insert(all.saved.end(), step.saved.begin(), step.saved.end());
+      }
+      return std::move(step.results);
+    };
+    const auto add = [&](const Tensor& to, const Tensor& branch, Parameter weight, size_t of_block, auto of_type) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return take(
+          record_add_layer_norm(to, branch.view(to.sizes()), p[weight], p[weight + 1], norm_eps, of_type,
+                                factors ? std::optional(factors->select(0, 2 * block + of_block)) : std::nullopt));
+    };
+    variable_list mixed =
+        take(record_mixer_input(normed, p[kInProj], cast[block * kProducts], p[kConvWeight], dilation, keep));
+    of_outputs[block].check(mixed[0], mixed[1]);
+    if (block == 0 || !one_tree) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      const int64_t height = x.size(1), width = x.size(2);
+      const Tensor weights = call(weigh, mixed[0].view({x.size(0), height, width, mixed[0].size(2)}), metric);
+      tree = call(span, weights, c10::SymInt(height), c10::SymInt(width), c10::SymInt(root));
+    }
+    if (beside && block == 0) await_weights();
+    const Tensor* products = &cast[block * kProducts];
+    const auto& [parent, order, subtree_size] = tree;
+    mixed = take(record_mixer_output(mixed[0], mixed[1], of_outputs[block], products + 1, parent, order, subtree_size,
+                                     mixer_eps, direction));
+    const variable_list after = add(x, mixed[0], kNormWeight, 0, type);
+    const variable_list mlp =
+        take(record_gelu_mlp(after[1], p[kWeight1], p[kBias1], p[kWeight2], products + 4, /*fused=*/false));
+    all.results = add(after[0], mlp[0], kNextWeight, 1, block + 1 < blocks ? type : dtype);
+    if (keep) all.setting = c10::ivalue::Tuple::create(std::move(settings));
+    const variable_list results = differentiable<tree_block_gradients>(std::move(all), inputs);
+    x = results[0], normed = results[1];
+  }
+  return {x, normed};
 }
 
 // Any *_backward: its results pass for differentiable, and say that they are not when that is asked of them.
@@ -715,6 +1016,7 @@ std::vector<Tensor> differentiable_cast_weights(at::TensorList weights, at::IntA
 TORCH_LIBRARY_IMPL(grootvl_ops, CompositeImplicitAutograd, m) {
   m.impl("mixer_input", TORCH_FN(mixer_input));
   m.impl("mixer_output", TORCH_FN(mixer_output));
+  m.impl("tree_blocks", TORCH_FN(tree_blocks));
 }
 
 // Where autograd is left out, as in inference mode.

@@ -203,12 +203,9 @@ inline void check_columns(const char* name, const Tensor& matrix) {
   GROOTVL_CHECK(matrix.size(1) <= limit, name, " may have ", limit, " columns, got ", matrix.size(1));
 }
 
-constexpr size_t kMaxCastWeights = 16;  // in one launch
-
 inline void check_cast_weights(const std::vector<Tensor>& weights, const std::vector<int64_t>& rows,
                                const std::vector<int64_t>& columns, ScalarType dtype) {
-  GROOTVL_CHECK(!weights.empty() && weights.size() <= kMaxCastWeights, "weights must be 1 to ", kMaxCastWeights,
-                ", got ", weights.size());
+  GROOTVL_CHECK(!weights.empty(), "weights must be at least one, got none");
   GROOTVL_CHECK(rows.size() == weights.size() && columns.size() == weights.size(),
                 "rows and columns must be as many as weights, ", weights.size(), ", got ", rows.size(), " and ",
                 columns.size());

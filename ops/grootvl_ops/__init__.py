@@ -10,11 +10,13 @@ package was installed with a compiler, and on `grootvl_ops.reference` elsewhere;
 * `scans`: what is scanned, and in which direction.
 * `norms`, `convolutions`, `mlps`: the normalisations around a scan, the convolution before it, and the MLP after it.
 * `mixers`: all that is before the choice of a tree in one operation, and all that is after it in another.
+* `blocks`: residual blocks of a mixer and an MLP in one operation.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from ._loading import backend
+from .blocks import BlockParameters, tree_blocks
 from .convolutions import depthwise_conv_silu
 from .mixers import mixer_input, mixer_output
 from .mlps import gelu_mlp
@@ -36,6 +38,7 @@ from .trees import (
 __all__ = [
     "DIRECTIONS",
     "METRICS",
+    "BlockParameters",
     "Tree",
     "add_layer_norm",
     "backend",
@@ -55,6 +58,7 @@ __all__ = [
     "neighbour_cosines",
     "path_tree",
     "selective_scan",
+    "tree_blocks",
     "tree_scan",
 ]
 

@@ -33,9 +33,15 @@ SCHEMAS = (
     "mixer_output(Tensor x, Tensor z, Tensor x_proj, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, "
     f"Tensor h_weight, Tensor h_bias, Tensor out_weight, Tensor out_bias, Tensor out_proj, {_TREE}, float eps, "
     "str direction) -> Tensor",
+    "tree_blocks(Tensor x, Tensor normed, Tensor[] parameters, Tensor? factors, int dilation, str metric, "
+    "str direction, int root, bool one_tree, float mixer_eps, float norm_eps, ScalarType dtype) -> (Tensor, Tensor)",
     "gelu_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool fused) -> Tensor",
     "cast_weights(Tensor[] weights, int[] rows, int[] columns, ScalarType dtype) -> Tensor[]",
+    "cast_weights_beside(Tensor(a!)[] results, Tensor[] weights) -> ()",
     "bias_backward(Tensor grad) -> Tensor",
+    # For the gradients of several operations: on which GPU, see csrc/cuda/common/sum.cuh.
+    "sums_wait(Tensor like) -> ()",
+    "sums_run(Tensor like) -> ()",
     "gelu_mlp_backward(Tensor dhidden, Tensor before) -> (Tensor, Tensor, Tensor)",
     "gelu_mlp_fused_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
     "-> (Tensor, Tensor, Tensor)",

@@ -180,8 +180,9 @@ def _as_sequence(map: Tensor) -> Tensor:
     return map.flatten(1, -2)
 
 
-def _in_one_pass(map: Tensor) -> bool:
+def _in_one_pass(map: Tensor, channels: int | None = None) -> bool:
     """Whether the kernel for the device of a map takes so many channels: on CUDA a block holds all of a pixel."""
-    channels = map.size(-1)
+    if channels is None:
+        channels = map.size(-1)
     most = 2048 if map.dtype == torch.float64 else 4096
     return not map.is_cuda or channels <= 1024 or (channels % 8 == 0 and channels <= most)

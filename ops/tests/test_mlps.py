@@ -175,6 +175,45 @@ def test_keeps_dtypes_under_autocast(device):
     assert all(torch.equal(a, o.grad) for a, o in zip(found, operands, strict=True))
 
 
+@pytest.mark.parametrize("to", [torch.float16, torch.float64], ids=str)
+def test_cast_weights_beside(to, poisoned_memory):
+    """More weights than one launch takes, on another stream, as `cast_weights` converts them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    weights = [torch.randn(1 + 7 * i, 1 + 13 * i % 300, device="cuda") for i in range(70)] + [
+        torch.randn(5, device="cuda")
+    ]
+    rows = [
+        (weight.shape[0] if weight.dim() == 2 else 1) + i % 2 * (weight.dim() - 1) for i, weight in enumerate(weights)
+    ]
+    columns = [weight.shape[-1] + i % 3 for i, weight in enumerate(weights)]
+    expected = library.cast_weights(weights, rows, columns, to)
+    results = [torch.empty_like(result) for result in expected]
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        library.cast_weights_beside(results, weights)
+    torch.cuda.current_stream().wait_stream(other)
+    assert all(map(torch.equal, results, expected))
+    for bad in ((results[:1], weights), ([results[2].t()], weights[2:3]), (results[:1], weights[5:6])):
+        with pytest.raises((ValueError, RuntimeError)):
+            library.cast_weights_beside(*bad)
+
+
+def test_sums_that_wait():
+    """Sums over blocks of several operations, computed in one launch at the end."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    grads = [torch.randn(rows, 40 + i, device="cuda").half() for i, rows in enumerate([1, 60000, 257, 0] * 20)]
+    expected = [library.bias_backward(grad) for grad in grads]
+    library.sums_wait(grads[0])
+    found = [library.bias_backward(grad) for grad in grads]
+    library.sums_run(grads[0])
+    for actual, wanted, grad in zip(found, expected, grads, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * max(1, len(grad)) ** 0.5)
+    assert torch.equal(library.bias_backward(grads[1]), expected[1])  # no other waits
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiled(device, dtype):
     operands = make_operands((70, 24), 96, dtype)

@@ -398,7 +398,7 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     } else {
       launch_kernel(conv_kernel<false, kResult, T, acc_t>);
     }
-    if (kResult == Result::kGradients) other = sum_parts(parts, 1, weight.sizes(), accumulation);
+    if (kResult == Result::kGradients) other = sum_parts_later(parts, 1, weight.sizes(), accumulation);
   });
   return out;
 }

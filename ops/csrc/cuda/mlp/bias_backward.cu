@@ -51,7 +51,7 @@ Tensor bias_backward(const Tensor& grad_) {
       const Tensor parts = empty(grad, {int64_t{blocks.grid.y}, columns}, accumulation);
       launch(bias_backward_kernel<word(), T, acc_t>, blocks.grid, blocks.block, blocks.shared<word(), acc_t>(),
              current_stream(), grad.const_data_ptr<T>(), grad.size(0), columns, parts.mutable_data_ptr<acc_t>());
-      sums = sum_parts(parts, 1, {columns}, accumulation);
+      sums = sum_parts_later(parts, 1, {columns}, accumulation);
     };
     constexpr int kWord = kVectorBytes / sizeof(T);
     if (columns % kWord == 0 && is_aligned(grad.const_data_ptr())) {

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, con
                               static_cast<int>(before.size(1))};
       launch(gelu_backward_kernel<word(), T, acc_t>, blocks.grid, blocks.block, blocks.shared<word(), acc_t>(),
              current_stream(), data);
-      sums = sum_parts(parts, 1, {before.size(1)}, accumulation);
+      sums = sum_parts_later(parts, 1, {before.size(1)}, accumulation);
     };
     constexpr int kWord = kVectorBytes / sizeof(T);
     if (before.size(1) % kWord == 0 && is_aligned(dhidden.const_data_ptr()) && is_aligned(before.const_data_ptr())) {

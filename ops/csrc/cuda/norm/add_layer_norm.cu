@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_, 
       layer_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    totals = sum_parts(dparameters, 1, {2, x.size(-1)}, accumulation);
+    totals = sum_parts_later(dparameters, 1, {2, x.size(-1)}, accumulation);
   });
   return {dx, dbranch, totals};
 }

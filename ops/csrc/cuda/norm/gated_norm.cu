@@ -352,7 +352,7 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
       gated_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    totals = sum_parts(dparameters, 1, {kNumParameters, h.size(2)}, accumulation);
+    totals = sum_parts_later(dparameters, 1, {kNumParameters, h.size(2)}, accumulation);
   });
   return {dh, dx, dz, dC, totals};
 }

@@ -277,7 +277,7 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   const auto sum_of_groups = [&](const Tensor& parts) { return sum_parts(parts, 1, {maps, length}, x.scalar_type()); };
   return {
       sum_of_groups(dinput_weight), is_gradient(pass) ? sum_of_groups(doutput_weight) : Tensor(),
-      sum_parts(dparameters, kChannelGradients * data.scans, {kChannelGradients, data.scans, channels}, accumulation)};
+      sum_parts_later(dparameters, kChannelGradients * data.scans, {kChannelGradients, data.scans, channels}, accumulation)};
 }
 
 // The fields of trees as the kernels read them, (trees, L) contiguous: of one tree that was expanded to a batch, the

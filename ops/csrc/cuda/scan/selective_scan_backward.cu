@@ -83,6 +83,7 @@ Gradients selective_scan_backward(const Tensor& grad_, const Tensor& x, const Te
     for (int64_t n = 0; n < states; ++n) {
       const Tensor of_state = contiguous(C ? multiply(grad_, state_of(*C, n)) : select(grad_, -1, n));
       const ScanGradients gradients = gradients_from_h(inputs, of_state, n, direction);
+      compute_waiting_sums();
       if (C) {
         const Tensor h = reshaped(scan_maps(inputs, n, 1, direction), map);
         copy(select(doutput_weights, 0, n), sum(multiply(grad_, h), -1, accumulation));

@@ -1,0 +1,96 @@
+"""All blocks of a stage as one operation, `grootvl_ops.tree_blocks`: when it may compute them, and its operands."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+import grootvl_ops
+from grootv.layers import LayerNorm
+from grootv.layers.bypass import is_plain
+from grootv.layers.linear import joins_products
+from grootvl_ops import BlockParameters
+
+__all__ = ["run_joined"]
+
+
+def run_joined(
+    blocks: Sequence[Any], norms: Sequence[nn.Module], x: Tensor, normed: Tensor, one_tree: bool
+) -> Tensor | None:
+    """What the norm after the last block gives, or None where the blocks have to be computed one by one.
+
+    In eager mode on CUDA in half precision, for blocks of a `TreeSSM` with one state a channel and an MLP with GELU,
+    where calls of all their modules would do nothing but what their kind does.
+
+    Args:
+        blocks: `Block`s whose calls would do nothing else.
+        norms: The norm before each block, and the one after the last.
+        x: (B, H, W, C), the map before the first block.
+        normed: What norms[0] gives for it.
+        one_tree: Whether all blocks scan along the tree of the first.
+    """
+    if not (blocks and joins_products(normed) and all(is_plain(norm, LayerNorm, x.device) for norm in norms)):
+        return None
+    first: Any = blocks[0].mixer
+    parameters = []
+    for block, next_norm in zip(blocks, norms[1:], strict=True):
+        if not (block.has_only_weights(x.device, normed.dtype) and _is_like(block.mixer, first)):
+            return None
+        parameters.append(_parameters(block, next_norm))
+    of_norms: list[Any] = [*(block.norm2 for block in blocks), *norms[1:]]
+    *before_products, last = of_norms
+    dtypes = {norm.result_dtype(x.device.type, x.dtype) for norm in before_products} | {normed.dtype}
+    if len(dtypes) > 1 or any(norm.eps != last.eps for norm in before_products):
+        return None
+    root = 0 if first.tree_root == "first" else x.size(1) * x.size(2) - 1
+    return grootvl_ops.tree_blocks(
+        x,
+        normed,
+        parameters,
+        _path_factors(blocks, normed),
+        dilation=first.conv.dilation[0],
+        metric=first.metric,
+        direction=first.direction,
+        root=root,
+        one_tree=one_tree,
+        mixer_eps=first.h_norm.eps,
+        norm_eps=last.eps,
+        dtype=last.result_dtype(x.device.type, x.dtype),
+    )[1]
+
+
+def _is_like(mixer: Any, first: Any) -> bool:
+    """Whether one operation may compute both mixers, apart from their weights."""
+    return (
+        mixer.metric == first.metric
+        and (mixer.direction, mixer.tree_root) == (first.direction, first.tree_root)
+        and mixer.conv.dilation == first.conv.dilation
+        and mixer.h_norm.eps == first.h_norm.eps
+    )
+
+
+def _parameters(block: Any, next_norm: Any) -> BlockParameters:
+    mixer, norm, fc1, fc2 = block.mixer, block.norm2, block.mlp.fc1, block.mlp.fc2
+    step, h_norm, out_norm = mixer.dt_proj, mixer.h_norm, mixer.out_norm
+    return BlockParameters(
+        mixer.in_proj.weight, mixer.conv.weight, mixer.x_proj.weight, step.weight, step.bias, mixer.A_log, mixer.D_skip,
+        h_norm.weight, h_norm.bias, out_norm.weight, out_norm.bias, mixer.out_proj.weight, norm.weight, norm.bias,
+        fc1.weight, fc1.bias, fc2.weight, fc2.bias, next_norm.weight, next_norm.bias,
+    )  # fmt: skip
+
+
+def _path_factors(blocks: Sequence[Any], branch: Tensor) -> Tensor | None:
+    """(2 blocks, B), what stochastic depth multiplies branches by, with the random numbers that timm's `DropPath` would
+    draw; None where it drops none."""
+    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
+    if not any(isinstance(path, DropPath) and path.training and path.drop_prob for path in paths):
+        return None
+    factors = branch.new_ones(len(paths), len(branch))
+    for path, of_branch in zip(paths, factors.unbind(), strict=True):
+        if isinstance(path, DropPath) and path.training and path.drop_prob:
+            keep = 1 - path.drop_prob
+            of_branch.bernoulli_(keep)
+            if keep > 0 and path.scale_by_keep:
+                of_branch.div_(keep)
+    return factors
