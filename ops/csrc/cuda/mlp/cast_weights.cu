@@ -6,6 +6,7 @@
 #include "../common/launch.cuh"
 #include "../common/shares.cuh"
 #include "../common/vector.cuh"
+#include "../common/warp.cuh"
 
 namespace grootvl {
 namespace {
