@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-from report import copy_bandwidth, event_milliseconds, graph_milliseconds, prepare, publish, shown_arguments, table
+from report import copy_bandwidth, graph_milliseconds, prepare, publish, shown_arguments, table
 from throughput import PEER, Run
 from torch.profiler import ProfilerActivity, profile
 
