@@ -78,7 +78,7 @@ class Classifier:
         if dist.get_world_size(group) > 1:
             devices = None if self.device.type == "cpu" else [self.device]
             self.parallel = DistributedDataParallel(
-                self.model, devices, process_group=group, gradient_as_bucket_view=True
+                self.model, devices, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
     def step(self) -> None:
