@@ -76,7 +76,8 @@ class SelectiveSSM(TraceLeaf):
     `dt_proj`, `h_norm` and `out_norm`. A third one computes convolution and activation, in inference and on CUDA. In
     compiled training, features and gate are two products with halves of the weight of `in_proj`. In eager mode on CUDA,
     one operation (`grootvl_ops.mixer_input`) computes everything before the choice of the trees, and for one scan and
-    N = 1 another (`mixer_output`) everything after it. Where a call of one of these modules does more than apply its
+    N = 1 another (`mixer_output`) everything after it; in half precision one (`tree_blocks`) computes all blocks of a
+    GrootV stage. Where a call of one of these modules does more than apply its
     weights (hooks, adapters, pruning, parametrizations), the module is called, with the same result; under autocast
     `dt_proj` then rounds to autocast's dtype, as any linear layer that is called does.
 

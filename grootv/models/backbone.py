@@ -206,7 +206,9 @@ class Block(nn.Module):
     @torch.jit.unused
     def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
-        mixer, mlp, paths = self.mixer, self.mlp, (self.drop_path1, self.drop_path2)
+        mixer: Any = self.mixer
+        mlp: Any = self.mlp
+        paths = self.drop_path1, self.drop_path2
         return (
             only_runs(mixer, TreeSSM)
             and "scans" not in mixer.__dict__

@@ -22,6 +22,7 @@ def device(request, monkeypatch) -> str:
         pytest.skip("no CUDA device")
     if request.param == "cpu":
         monkeypatch.setattr(joined_blocks, "joins_products", lambda x: True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
 
 

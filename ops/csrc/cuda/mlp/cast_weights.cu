@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kWord = 4;        // values that a thread converts at once
 constexpr int kWordsAhead = 4;  // words that it loads together: the compiler would wait for each one
-template <int kThreads>
-constexpr int kBlockValues = kThreads * kWord * kWordsAhead;
+constexpr int kThreadValues = kWord * kWordsAhead;
 constexpr int kMostWeights = 64;  // of a launch
 
 // A matrix (rows, columns), and the result (padded rows, padded columns), whose other values are zeros.
@@ -38,7 +37,7 @@ static_assert(sizeof(Weights<double, double>) <= 4096, "the parameters of a kern
 template <int kThreads, typename from_t, typename to_t>
 __device__ __forceinline__ void cast_block(const Weights<from_t, to_t>& weights, int block) {
   const Weight<from_t, to_t>& weight = find_share(weights.of, weights.count, block);
-  const int64_t first = int64_t(block - weight.first_block) * kBlockValues<kThreads>;
+  const int64_t first = int64_t(block - weight.first_block) * (kThreads * kThreadValues);
   if (weight.words) {
     from_t values[kWordsAhead][kWord] = {};
 #pragma unroll
@@ -53,7 +52,7 @@ __device__ __forceinline__ void cast_block(const Weights<from_t, to_t>& weights,
     }
     return;
   }
-  const int64_t end = std::min(first + kBlockValues<kThreads>, weight.padded_count);
+  const int64_t end = std::min(first + kThreads * kThreadValues, weight.padded_count);
   for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
     const int64_t row = i / weight.padded_columns;
     const int column = i - row * weight.padded_columns;
@@ -71,6 +70,7 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const __grid_constant__ 
 // By at most `most` blocks.
 template <int kThreads>
 void cast(std::vector<Tensor> weights, const std::vector<Tensor>& results, int64_t most) {
+  constexpr int64_t kBlockValues = kThreads * kThreadValues;
   for_floating_type(weights[0].scalar_type(), [&](auto from) {
     for_floating_type(results[0].scalar_type(), [&](auto to) {
       using from_t = decltype(from);
@@ -85,7 +85,7 @@ void cast(std::vector<Tensor> weights, const std::vector<Tensor>& results, int64
       };
       for (size_t i = 0; i < weights.size(); ++i) {
         weights[i] = contiguous(weights[i]);
-        const int64_t blocks = (results[i].numel() + kBlockValues<kThreads> - 1) / kBlockValues<kThreads>;
+        const int64_t blocks = (results[i].numel() + kBlockValues - 1) / kBlockValues;
         constexpr int64_t kMostBlocks = INT32_MAX / 2;
         GROOTVL_CHECK(blocks <= kMostBlocks, "a weight is too large: ", results[i].sizes());
         if (blocks == 0) continue;

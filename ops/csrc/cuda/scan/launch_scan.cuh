@@ -275,9 +275,9 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
   launch_with_much_shared(finish, run_blocks, kWalkThreads, finish_bytes, stream, data, plan, handed.runs, capacity);
   if (!kParameterGradients) return {};
   const auto sum_of_groups = [&](const Tensor& parts) { return sum_parts(parts, 1, {maps, length}, x.scalar_type()); };
-  return {
-      sum_of_groups(dinput_weight), is_gradient(pass) ? sum_of_groups(doutput_weight) : Tensor(),
-      sum_parts_later(dparameters, kChannelGradients * data.scans, {kChannelGradients, data.scans, channels}, accumulation)};
+  return {sum_of_groups(dinput_weight), is_gradient(pass) ? sum_of_groups(doutput_weight) : Tensor(),
+          sum_parts_later(dparameters, kChannelGradients * data.scans, {kChannelGradients, data.scans, channels},
+                          accumulation)};
 }
 
 // The fields of trees as the kernels read them, (trees, L) contiguous: of one tree that was expanded to a batch, the
