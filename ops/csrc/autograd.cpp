@@ -360,8 +360,8 @@ bool runs_on_gpu(const Tensor& tensor) {
 }
 
 // Weights that a GPU converts on a stream of its own, beside the kernels of the current one, in parts that the current
-// stream waits for one after another. For few pixels, most of its kernels leave the memory idle by which a conversion
-// is limited.
+// stream waits for one after another. For few pixels, most of its kernels leave the memory idle, and a conversion is
+// limited by memory.
 class WeightsBeside {
  public:
   explicit WeightsBeside(const Tensor& like)
@@ -825,7 +825,7 @@ class WaitingSums {
     if (!like_.defined()) return;
     try {
       run();
-    } catch (...) {  // of the error for which this was left early, more is not to be said
+    } catch (...) {  // whoever left early has raised an error already
     }
   }
 
@@ -833,7 +833,7 @@ class WaitingSums {
   Tensor like_;
 };
 
-// The setting: of each step, what it saved, and its setting.
+// The setting: of each step, how many tensors it saved, and its setting.
 variable_list tree_block_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue& setting) {
   variable_list results;
   {
