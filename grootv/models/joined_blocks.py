@@ -70,13 +70,19 @@ def _is_like(mixer: Any, first: Any) -> bool:
     )
 
 
+_LAYERS = ("in_proj", "conv", "x_proj", "dt_proj", "h_norm", "out_norm", "out_proj")  # of a mixer
+
+
 def _parameters(block: Any, next_norm: Any) -> BlockParameters:
-    mixer, norm, fc1, fc2 = block.mixer, block.norm2, block.mlp.fc1, block.mlp.fc2
-    step, h_norm, out_norm = mixer.dt_proj, mixer.h_norm, mixer.out_norm
+    # Not by attributes, which nn.Module finds by a search that takes longer than all the rest.
+    mixer, mlp = block.mixer, block.mlp._modules
+    in_proj, conv, x_proj, step, h_norm, out_norm, out_proj = (mixer._modules[name]._parameters for name in _LAYERS)
+    norm, fc1, fc2, following = (m._parameters for m in (block.norm2, mlp["fc1"], mlp["fc2"], next_norm))
     return BlockParameters(
-        mixer.in_proj.weight, mixer.conv.weight, mixer.x_proj.weight, step.weight, step.bias, mixer.A_log, mixer.D_skip,
-        h_norm.weight, h_norm.bias, out_norm.weight, out_norm.bias, mixer.out_proj.weight, norm.weight, norm.bias,
-        fc1.weight, fc1.bias, fc2.weight, fc2.bias, next_norm.weight, next_norm.bias,
+        in_proj["weight"], conv["weight"], x_proj["weight"], step["weight"], step["bias"], mixer.A_log, mixer.D_skip,
+        h_norm["weight"], h_norm["bias"], out_norm["weight"], out_norm["bias"], out_proj["weight"],
+        norm["weight"], norm["bias"], fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],
+        following["weight"], following["bias"],
     )  # fmt: skip
 
 
