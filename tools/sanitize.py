@@ -277,11 +277,18 @@ def mlp(dtype: torch.dtype, *size: int) -> None:
     rows, columns = operands[0].shape
     for beside in (0, 3):
         sizes = [rows + beside] * 2, [columns + beside] * 2
-        torch.ops.grootvl_ops.cast_weights(operands, *sizes, torch.float16)
+        torch.ops.grootvl_ops.cast_weights_beside(
+            torch.ops.grootvl_ops.cast_weights(operands, *sizes, torch.float16), operands
+        )
+    torch.ops.grootvl_ops.sums_wait(operands[0])
+    for operand in operands:
+        torch.ops.grootvl_ops.bias_backward(operand)
+    torch.ops.grootvl_ops.sums_run(operands[0])
 
 
 def mlps() -> Cases:
-    """Words of several values and single ones, rows and columns that fill no block, and weights with zeros beside."""
+    """Words of several values and single ones, rows and columns that fill no block, weights with zeros beside, sums at
+    once and later."""
     for dtype in (torch.float64, torch.float32, torch.float16):
         for size in ((1, 1), (700, 24), (33, 1032), (5000, 9)):
             yield partial(mlp, dtype, *size)
