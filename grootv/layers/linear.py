@@ -14,6 +14,7 @@ __all__ = [
     "as_product_reads",
     "call_linear",
     "has_only_weight",
+    "is_gelu_mlp",
     "joins_products",
     "linear",
     "linear_gelu",
@@ -143,16 +144,33 @@ def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor
     return (
         (in_training() or (in_inference() and in_eager_mode()))
         and _HAS_CUDA_KERNELS
-        and isinstance(first, nn.Linear)
-        and isinstance(second, nn.Linear)
-        and is_plain(first, nn.Linear, x.device)
-        and is_plain(second, nn.Linear, x.device)
+        and is_gelu_mlp(first, act, second, x.device)
+        and _can_multiply(first, x.device, x.dtype)
+    )
+
+
+def is_gelu_mlp(first: Any, act: nn.Module, second: Any, device: torch.device) -> bool:
+    """Whether calls of the modules would do nothing but what two linear layers with biases and a GELU do, of which the
+    second gives as many channels as the first takes."""
+    return (
+        is_plain(first, nn.Linear, device)
+        and is_plain(second, nn.Linear, device)
         and only_runs(act, nn.GELU)
         and first.bias is not None
         and second.bias is not None
         and first.in_features == second.out_features
-        and (first.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
     )
+
+
+def _can_multiply(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a linear layer could multiply maps of `dtype`: its weight has this type, or autocast converts both."""
+    return layer.weight.dtype == dtype or autocasts(device.type, dtype)
+
+
+def _may_replace_calls(x: Tensor) -> bool:
+    """Whether an operation of several (`grootvl_ops.mixers`, `grootvl_ops.blocks`) may compute what modules do with x:
+    in eager mode on CUDA, in training and inference."""
+    return not isinstance(x, torch.fx.Proxy) and x.is_cuda and (in_training() or in_inference()) and in_eager_mode()
 
 
 def has_only_weight(layer: Any, x: Tensor) -> bool:
@@ -160,15 +178,7 @@ def has_only_weight(layer: Any, x: Tensor) -> bool:
 
     In eager mode on CUDA, in training and inference, for a linear layer without bias whose call would do nothing else.
     """
-    return (
-        not isinstance(x, torch.fx.Proxy)
-        and x.is_cuda
-        and (in_training() or in_inference())
-        and in_eager_mode()
-        and is_plain(layer, nn.Linear, x.device)
-        and layer.bias is None
-        and (layer.weight.dtype == x.dtype or autocasts(x.device.type, x.dtype))
-    )
+    return _may_replace_calls(x) and multiplies(layer, x.device, x.dtype) and layer.bias is None
 
 
 def joins_products(x: Tensor) -> bool:
@@ -176,20 +186,12 @@ def joins_products(x: Tensor) -> bool:
 
     In eager mode on CUDA, in training and inference, in half precision.
     """
-    return (
-        not isinstance(x, torch.fx.Proxy)
-        and x.is_cuda
-        and x.dtype in _HALF
-        and product_dtype(x) == x.dtype
-        and (in_training() or in_inference())
-        and in_eager_mode()
-        and _HAS_CUDA_KERNELS
-    )
+    return _may_replace_calls(x) and x.dtype in _HALF and product_dtype(x) == x.dtype and _HAS_CUDA_KERNELS
 
 
 def multiplies(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an operation that `joins_products` allows may take the weight of a linear layer, for maps of `dtype`."""
-    return is_plain(layer, nn.Linear, device) and (layer.weight.dtype == dtype or autocasts(device.type, dtype))
+    """Whether an operation may take the weight of a linear layer in place of its call, for maps of `dtype`."""
+    return is_plain(layer, nn.Linear, device) and _can_multiply(layer, device, dtype)
 
 
 def whole_words(count: int) -> int:

@@ -12,7 +12,7 @@ import grootvl_ops
 from .bypass import autocasts, is_plain, only_runs
 from .tracing import TraceLeaf
 
-__all__ = ["LayerNorm", "PromotedLayerNorm", "add_and_norm", "norm_for_product"]
+__all__ = ["LayerNorm", "PromotedLayerNorm", "add_and_norm", "is_drop_path", "norm_for_product", "path_factors"]
 
 
 class LayerNorm(TraceLeaf, nn.LayerNorm):
@@ -69,16 +69,30 @@ def add_and_norm(norm: nn.Module, drop_path: nn.Module, x: Tensor, branch: Tenso
     One operation computes both where norm and drop_path are a `LayerNorm` and timm's `DropPath`, or none, and a call of
     them would do nothing else. Otherwise they are called, with the same result.
     """
-    drops_paths = only_runs(drop_path, DropPath) or only_runs(drop_path, nn.Identity)
     if (
         isinstance(x, torch.fx.Proxy)
-        or not drops_paths
+        or not is_drop_path(drop_path)
         or not (isinstance(norm, LayerNorm) and is_plain(norm, LayerNorm, x.device))
     ):
         x = x + drop_path(branch)
         return x, norm(x)
-    factors: Tensor | None = None
-    if drop_path.training and isinstance(drop_path, DropPath):  # what it multiplies images by, it makes of ones
-        factors = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1))).flatten()
     dtype = norm.result_dtype(x.device.type, torch.promote_types(x.dtype, branch.dtype))
+    factors = path_factors(drop_path, branch)
     return grootvl_ops.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, factors)
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether a call of `module` would do nothing but timm's stochastic depth, or nothing at all."""
+    return only_runs(module, DropPath) or only_runs(module, nn.Identity)
+
+
+def path_factors(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
+    """(B), what a `drop_path` for which `is_drop_path` holds multiplies a branch (B, ...) by; None where it drops none.
+
+    With the random numbers that a call of the module would draw, in fewer launches.
+    """
+    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
+        return None
+    keep = 1 - drop_path.drop_prob
+    factors = branch.new_empty(len(branch)).bernoulli_(keep)
+    return factors.div_(keep) if keep > 0 and drop_path.scale_by_keep else factors

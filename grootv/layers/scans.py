@@ -10,7 +10,7 @@ from torch import Tensor
 import grootvl_ops
 from grootvl_ops import Tree
 
-__all__ = ["bidirectional", "cross", "cross_paths", "raster", "spanning_tree"]
+__all__ = ["bidirectional", "cross", "cross_paths", "raster", "root_pixel", "spanning_tree"]
 
 
 def spanning_tree(
@@ -66,10 +66,15 @@ def cross_paths(features: Tensor) -> Tree:
     return _paths(features, True)[4]
 
 
-def _spanning_tree(features: Tensor, metric: str, root: str) -> Tree:
+def root_pixel(features: Tensor, root: str) -> int:
+    """The row-major number of the pixel of a map (B, H, W, C) that is the root: "first" or "last"."""
     if root != "first" and root != "last":
         raise ValueError(f"root must be 'first' or 'last', got '{root}'")
-    return grootvl_ops.build_tree(features, metric, features.size(1) * features.size(2) - 1 if root == "last" else 0)
+    return features.size(1) * features.size(2) - 1 if root == "last" else 0
+
+
+def _spanning_tree(features: Tensor, metric: str, root: str) -> Tree:
+    return grootvl_ops.build_tree(features, metric, root_pixel(features, root))
 
 
 def _path(order: Tensor, position: Tensor) -> Tree:

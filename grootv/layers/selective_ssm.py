@@ -77,9 +77,9 @@ class SelectiveSSM(TraceLeaf):
     compiled training, features and gate are two products with halves of the weight of `in_proj`. In eager mode on CUDA,
     one operation (`grootvl_ops.mixer_input`) computes everything before the choice of the trees, and for one scan and
     N = 1 another (`mixer_output`) everything after it; in half precision one (`tree_blocks`) computes all blocks of a
-    GrootV stage. Where a call of one of these modules does more than apply its
-    weights (hooks, adapters, pruning, parametrizations), the module is called, with the same result; under autocast
-    `dt_proj` then rounds to autocast's dtype, as any linear layer that is called does.
+    GrootV stage. Where a call of one of these modules does more than apply its weights (hooks, adapters, pruning,
+    parametrizations), the module is called, with the same result; under autocast `dt_proj` then rounds to autocast's
+    dtype, as any linear layer that is called does.
 
     Args:
         dim: Channels of the input and output.
@@ -286,23 +286,23 @@ class SelectiveSSM(TraceLeaf):
     def runs_after_tree(self, x: Tensor) -> bool:
         """Whether `grootvl_ops.mixer_output` may compute everything from x, (B, L, D), on, for a single scan."""
         return (
-            self.d_state == 1
-            and has_only_weight(self.x_proj, x)
+            has_only_weight(self.x_proj, x)
             and has_only_weight(self.out_proj, x)
             and product_dtype(x) == x.dtype
-            and self.fuses_step
-            and self.dt_proj.bias is not None
-            and self.fuses_norms
+            and self.has_one_state_and_weights()
         )
+
+    @torch.jit.unused
+    def has_one_state_and_weights(self) -> bool:
+        """Whether an operation for one state may take the weights of `dt_proj` and of both norms in place of calls."""
+        return self.d_state == 1 and self.fuses_step and self.dt_proj.bias is not None and self.fuses_norms
 
     @torch.jit.unused
     def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
         return (
             self.fuses_conv
-            and self.fuses_step
-            and self.dt_proj.bias is not None
-            and self.fuses_norms
+            and self.has_one_state_and_weights()
             and all(
                 multiplies(layer, device, dtype) and layer.bias is None
                 for layer in (self.in_proj, self.x_proj, self.out_proj)

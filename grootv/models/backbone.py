@@ -28,8 +28,8 @@ import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import is_plain, only_runs
 from grootv.layers.convolution import convolution_of_patches, multiplies_patches
-from grootv.layers.linear import call_linear, linear_gelu, linear_runs_gelu, multiplies, runs_gelu_mlp
-from grootv.layers.norms import add_and_norm, norm_for_product
+from grootv.layers.linear import call_linear, is_gelu_mlp, linear_gelu, linear_runs_gelu, multiplies, runs_gelu_mlp
+from grootv.layers.norms import add_and_norm, is_drop_path, norm_for_product
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn, official_to_own
@@ -156,9 +156,7 @@ class Mlp(nn.Module):
     def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
         fc1, fc2 = self.fc1, self.fc2
-        return only_runs(self.act, nn.GELU) and all(
-            multiplies(layer, device, dtype) and layer.bias is not None for layer in (fc1, fc2)
-        )
+        return is_gelu_mlp(fc1, self.act, fc2, device) and all(multiplies(fc, device, dtype) for fc in (fc1, fc2))
 
 
 class Block(nn.Module):
@@ -208,16 +206,15 @@ class Block(nn.Module):
         """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
         mixer: Any = self.mixer
         mlp: Any = self.mlp
-        paths = self.drop_path1, self.drop_path2
         return (
             only_runs(mixer, TreeSSM)
             and "scans" not in mixer.__dict__
-            and mixer.d_state == 1
             and mixer.has_only_weights(device, dtype)
             and is_plain(self.norm2, LayerNorm, device)
             and only_runs(mlp, Mlp)
             and mlp.has_only_weights(device, dtype)
-            and all(only_runs(path, DropPath) or only_runs(path, nn.Identity) for path in paths)
+            and is_drop_path(self.drop_path1)
+            and is_drop_path(self.drop_path2)
         )
 
     def mix(self, x: Tensor, normed: Tensor, tree: Tree | None, built: list[Tree] | None) -> tuple[Tensor, Tensor]:

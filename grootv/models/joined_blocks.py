@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import DropPath
+import torch
 from torch import Tensor, nn
 
 import grootvl_ops
 from grootv.layers import LayerNorm
 from grootv.layers.bypass import is_plain
 from grootv.layers.linear import joins_products
+from grootv.layers.norms import path_factors
+from grootv.layers.scans import root_pixel
 from grootvl_ops import BlockParameters
 
 __all__ = ["run_joined"]
@@ -43,7 +45,6 @@ def run_joined(
     dtypes = {norm.result_dtype(x.device.type, x.dtype) for norm in before_products} | {normed.dtype}
     if len(dtypes) > 1 or any(norm.eps != last.eps for norm in before_products):
         return None
-    root = 0 if first.tree_root == "first" else x.size(1) * x.size(2) - 1
     return grootvl_ops.tree_blocks(
         x,
         normed,
@@ -52,7 +53,7 @@ def run_joined(
         dilation=first.conv.dilation[0],
         metric=first.metric,
         direction=first.direction,
-        root=root,
+        root=root_pixel(x, first.tree_root),
         one_tree=one_tree,
         mixer_eps=first.h_norm.eps,
         norm_eps=last.eps,
@@ -87,16 +88,10 @@ def _parameters(block: Any, next_norm: Any) -> BlockParameters:
 
 
 def _path_factors(blocks: Sequence[Any], branch: Tensor) -> Tensor | None:
-    """(2 blocks, B), what stochastic depth multiplies branches by, with the random numbers that timm's `DropPath` would
-    draw; None where it drops none."""
+    """(2 blocks, B), what stochastic depth multiplies branches by; None where it drops none."""
     paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
-    if not any(isinstance(path, DropPath) and path.training and path.drop_prob for path in paths):
+    factors = [path_factors(path, branch) for path in paths]
+    if all(of_branch is None for of_branch in factors):
         return None
-    factors = branch.new_ones(len(paths), len(branch))
-    for path, of_branch in zip(paths, factors.unbind(), strict=True):
-        if isinstance(path, DropPath) and path.training and path.drop_prob:
-            keep = 1 - path.drop_prob
-            of_branch.bernoulli_(keep)
-            if keep > 0 and path.scale_by_keep:
-                of_branch.div_(keep)
-    return factors
+    ones = branch.new_ones(len(branch))
+    return torch.stack([ones if of_branch is None else of_branch for of_branch in factors])

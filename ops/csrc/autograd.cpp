@@ -692,7 +692,8 @@ struct OutputParameters {
 
   // dt_weight as the scan of x reads it, from what it was converted to. On a CPU the step size is not rounded.
   Tensor step_weight(const Tensor& cast, const Tensor& x) const {
-    return x.is_cuda() ? cast : cast_weights({padded_dt()}, dt_weight.scalar_type())[0];
+    const at::ScalarType type = dt_weight.scalar_type();
+    return x.is_cuda() || cast.scalar_type() == type ? cast : cast_weights({padded_dt()}, type)[0];
   }
 };
 
@@ -911,7 +912,7 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
     } else {
       cast = cast_weights(weights, type);
     }
-    for (size_t block = 0; block < blocks && !x_.is_cuda(); ++block) {
+    for (size_t block = 0; block < blocks && !beside; ++block) {
       cast[block * kProducts + 2] = of_outputs[block].step_weight(cast[block * kProducts + 2], normed_);
     }
   }

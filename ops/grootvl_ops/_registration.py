@@ -24,13 +24,7 @@ _library.impl("cast_weights", reference.cast_weights, "CompositeExplicitAutograd
 if _loading.problems["autograd"] is not None:
     _library.impl("cast_weights", reference.cast_weights, "Autograd")
 
-
-def _cast_weights_beside(results: list[Tensor], weights: list[Tensor]) -> None:
-    for result, weight in zip(results, weights, strict=True):
-        result.zero_()[tuple(slice(length) for length in weight.shape)] = weight
-
-
-_library.impl("cast_weights_beside", _cast_weights_beside, "CompositeExplicitAutograd")
+_library.impl("cast_weights_beside", reference.cast_weights_beside, "CompositeExplicitAutograd")
 for _name in ("sums_wait", "sums_run"):  # where no kernel is, no sum waits
     _library.impl(_name, lambda like: None, "CompositeExplicitAutograd")
 

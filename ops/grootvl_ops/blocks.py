@@ -105,8 +105,7 @@ def tree_blocks(
         raise ValueError("factors take no gradient, got some that require one: detach them")
     if metric not in trees.METRICS:
         raise ValueError(f"metric must be one of {trees.METRICS}, got {metric!r}")
-    if not 0 <= root < x.size(1) * x.size(2):
-        raise ValueError(f"root must be from 0 to {x.size(1) * x.size(2) - 1}, got {root}")
+    trees.check_root(root, x.size(1) * x.size(2))
     x = x.to(torch.promote_types(x.dtype, normed.dtype))
     dtype = normed.dtype if dtype is None else dtype
     one_node = (

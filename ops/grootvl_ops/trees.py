@@ -211,6 +211,11 @@ def _size(height: int, width: int, frames: int) -> str:
 def _check_weights_and_root(weights: Tensor, num_vertices: int, root: int) -> None:
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    check_root(root, num_vertices)
+
+
+def check_root(root: int, num_vertices: int) -> None:
+    """That the number of a root is one of a vertex."""
     if root < 0 or root >= num_vertices:
         raise ValueError(f"root must be from 0 to {num_vertices - 1}, got {root}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mixers import HALF, output_operands
+from test_mixers import HALF, SIZES, output_operands
+from test_selective_scan import with_gradients
 from torch import Tensor
 
 import grootvl_ops
@@ -12,7 +13,6 @@ from grootvl_ops import BlockParameters
 from grootvl_ops.blocks import composed_blocks
 
 library = torch.ops.grootvl_ops
-SIZES = [(1, 1, 1, 4, 3, 1), (2, 5, 7, 8, 16, 1), (2, 6, 3, 24, 40, 6), (1, 9, 8, 80, 160, 5)]  # B, H, W, C, D, rank
 COUNT = len(BlockParameters._fields)
 
 
@@ -45,12 +45,6 @@ def joined(function, *others):
     return both
 
 
-def results(function, operands: list[Tensor], grad: Tensor) -> list[Tensor]:
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -70,8 +64,8 @@ def test_against_the_operations(device, size, drops, settings, poisoned_memory):
     others = (factors, dilation, metric, direction, root, one_tree, 1e-5, 1e-6, dtype)
     operands = [*maps_of(size, dtype, device), *parameters_of(size, dtype, 3, device)]
     grad = torch.randn(*size[:3], 2 * size[3], dtype=dtype).to(device)
-    actual = results(joined(library.tree_blocks, *others), operands, grad)
-    expected = results(joined(composed_blocks, *others), operands, grad)
+    actual = with_gradients(joined(library.tree_blocks, *others), operands, grad)
+    expected = with_gradients(joined(composed_blocks, *others), operands, grad)
     for found, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     with torch.inference_mode():
@@ -85,11 +79,11 @@ def test_half_precision(device, size, dtype):
     others = (None, 1, "cosine", "both", 0, False, 1e-5, 1e-6, torch.float32)
     operands = [*maps_of(size, dtype, device), *parameters_of(size, dtype, 2, device)]
     grad = torch.randn(*size[:3], 2 * size[3]).to(device)
-    actual = results(joined(library.tree_blocks, *others), operands, grad)
+    actual = with_gradients(joined(library.tree_blocks, *others), operands, grad)
     assert [a.dtype for a in actual[1:]] == [operand.dtype for operand in operands]
-    for found, wanted in zip(actual, results(joined(composed_blocks, *others), operands, grad), strict=True):
+    for found, wanted in zip(actual, with_gradients(joined(composed_blocks, *others), operands, grad), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
-    assert all(map(torch.equal, actual, results(joined(library.tree_blocks, *others), operands, grad)))
+    assert all(map(torch.equal, actual, with_gradients(joined(library.tree_blocks, *others), operands, grad)))
     with torch.inference_mode():
         assert torch.equal(joined(library.tree_blocks, *others)(*operands), actual[0])
 

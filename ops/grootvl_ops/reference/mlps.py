@@ -25,13 +25,16 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
 def cast_weights(weights: list[Tensor], rows: list[int], columns: list[int], dtype: torch.dtype) -> list[Tensor]:
     """Matrices, or vectors as one row each, as ones of `dtype` with so many rows and columns, of which the further ones
     are zeros."""
-    results = []
-    for weight, num_rows, num_columns in zip(weights, rows, columns, strict=True):
-        size = (num_rows, num_columns)[2 - weight.dim() :]
-        result = weight.new_zeros(size, dtype=dtype)
-        result[tuple(slice(length) for length in weight.shape)] = weight
-        results.append(result)
+    sizes = [(n, m)[2 - weight.dim() :] for weight, n, m in zip(weights, rows, columns, strict=True)]
+    results = [weight.new_empty(size, dtype=dtype) for weight, size in zip(weights, sizes, strict=True)]
+    cast_weights_beside(results, weights)
     return results
+
+
+def cast_weights_beside(results: list[Tensor], weights: list[Tensor]) -> None:
+    """The same into tensors that are there."""
+    for result, weight in zip(results, weights, strict=True):
+        result.zero_()[tuple(slice(length) for length in weight.shape)] = weight
 
 
 def bias_backward(grad: Tensor) -> Tensor:
