@@ -215,6 +215,10 @@ def norm(channels: int, dtype: torch.dtype) -> None:
         ((misaligned(h), misaligned(x), misaligned(z)), misaligned),
     ):
         backward(grootvl_ops.gated_norm(*maps, C, *parameters), grad_of)
+        operands = (*maps, C, *parameters)
+        statistics = torch.ops.grootvl_ops.gated_norm(*operands, 1e-5)[1]
+        for dz in (torch.empty_like(h), randn(2, 61, 2 * channels, dtype=dtype)[..., channels:]):
+            torch.ops.grootvl_ops.gated_norm_backward_into(dz, h, *operands, statistics)
     results = (dtype,) if dtype == torch.float64 else (torch.float32, torch.float16)
     for result in results:
         backward(grootvl_ops.layer_norm(x, *parameters[:2], dtype=result))
@@ -257,6 +261,12 @@ def convolution(dtype: torch.dtype, *size: int) -> None:
                 grootvl_ops.depthwise_conv_silu(view, weight, dilation)
             leaves = view.detach().requires_grad_(), weight.clone().requires_grad_()
             grootvl_ops.depthwise_conv_silu(*leaves, dilation).sum().backward()
+            rows = view.flatten(1, 2)
+            before = torch.ops.grootvl_ops.depthwise_conv_silu(rows, weight, size[1], dilation, True)[1]
+            for dx in (torch.empty_like(rows), of_projection.clone().flatten(1, 2)):
+                torch.ops.grootvl_ops.depthwise_conv_silu_backward_into(
+                    dx, rows, rows, before, rows, weight, size[1], dilation
+                )
 
 
 def convolutions() -> Cases:

@@ -14,13 +14,11 @@ __all__ = [
     "as_product_reads",
     "call_linear",
     "has_only_weight",
-    "is_gelu_mlp",
     "joins_products",
     "linear",
     "linear_gelu",
     "linear_of_whole_words",
     "linear_runs_gelu",
-    "multiplies",
     "multiplies_whole_words",
     "product_dtype",
     "runs_gelu_mlp",
@@ -144,21 +142,13 @@ def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor
     return (
         (in_training() or (in_inference() and in_eager_mode()))
         and _HAS_CUDA_KERNELS
-        and is_gelu_mlp(first, act, second, x.device)
-        and _can_multiply(first, x.device, x.dtype)
-    )
-
-
-def is_gelu_mlp(first: Any, act: nn.Module, second: Any, device: torch.device) -> bool:
-    """Whether calls of the modules would do nothing but what two linear layers with biases and a GELU do, of which the
-    second gives as many channels as the first takes."""
-    return (
-        is_plain(first, nn.Linear, device)
-        and is_plain(second, nn.Linear, device)
+        and is_plain(first, nn.Linear, x.device)
+        and is_plain(second, nn.Linear, x.device)
         and only_runs(act, nn.GELU)
         and first.bias is not None
         and second.bias is not None
         and first.in_features == second.out_features
+        and _can_multiply(first, x.device, x.dtype)
     )
 
 
@@ -178,7 +168,12 @@ def has_only_weight(layer: Any, x: Tensor) -> bool:
 
     In eager mode on CUDA, in training and inference, for a linear layer without bias whose call would do nothing else.
     """
-    return _may_replace_calls(x) and multiplies(layer, x.device, x.dtype) and layer.bias is None
+    return (
+        _may_replace_calls(x)
+        and is_plain(layer, nn.Linear, x.device)
+        and _can_multiply(layer, x.device, x.dtype)
+        and layer.bias is None
+    )
 
 
 def joins_products(x: Tensor) -> bool:
@@ -187,11 +182,6 @@ def joins_products(x: Tensor) -> bool:
     In eager mode on CUDA, in training and inference, in half precision.
     """
     return _may_replace_calls(x) and x.dtype in _HALF and product_dtype(x) == x.dtype and _HAS_CUDA_KERNELS
-
-
-def multiplies(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an operation may take the weight of a linear layer in place of its call, for maps of `dtype`."""
-    return is_plain(layer, nn.Linear, device) and _can_multiply(layer, device, dtype)
 
 
 def whole_words(count: int) -> int:

@@ -1,6 +1,7 @@
 """Normalisation of the channels of channels-last maps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,16 @@ import grootvl_ops
 from .bypass import autocasts, is_plain, only_runs
 from .tracing import TraceLeaf
 
-__all__ = ["LayerNorm", "PromotedLayerNorm", "add_and_norm", "is_drop_path", "norm_for_product", "path_factors"]
+__all__ = [
+    "LayerNorm",
+    "PromotedLayerNorm",
+    "add_and_norm",
+    "is_drop_path",
+    "is_scaled",
+    "kept_share",
+    "norm_for_product",
+    "path_factors",
+]
 
 
 class LayerNorm(TraceLeaf, nn.LayerNorm):
@@ -91,8 +101,19 @@ def path_factors(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
 
     With the random numbers that a call of the module would draw, in fewer launches.
     """
-    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
+    keep = kept_share(drop_path)
+    if keep is None:
         return None
-    keep = 1 - drop_path.drop_prob
     factors = branch.new_empty(len(branch)).bernoulli_(keep)
-    return factors.div_(keep) if keep > 0 and drop_path.scale_by_keep else factors
+    return factors.div_(keep) if is_scaled(drop_path) else factors
+
+
+def kept_share(drop_path: Any) -> float | None:
+    """Of the images, how many such a `drop_path` keeps on average; None where it drops none."""
+    drops = isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob
+    return 1 - drop_path.drop_prob if drops else None
+
+
+def is_scaled(drop_path: Any) -> bool:
+    """Whether such a `drop_path` that drops images divides the others by their share."""
+    return drop_path.scale_by_keep and drop_path.drop_prob < 1

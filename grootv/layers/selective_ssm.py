@@ -19,7 +19,6 @@ from .linear import (
     call_linear,
     has_only_weight,
     linear_of_whole_words,
-    multiplies,
     multiplies_whole_words,
     product_dtype,
     whole_words,
@@ -296,18 +295,6 @@ class SelectiveSSM(TraceLeaf):
     def has_one_state_and_weights(self) -> bool:
         """Whether an operation for one state may take the weights of `dt_proj` and of both norms in place of calls."""
         return self.d_state == 1 and self.fuses_step and self.dt_proj.bias is not None and self.fuses_norms
-
-    @torch.jit.unused
-    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
-        return (
-            self.fuses_conv
-            and self.has_one_state_and_weights()
-            and all(
-                multiplies(layer, device, dtype) and layer.bias is None
-                for layer in (self.in_proj, self.x_proj, self.out_proj)
-            )
-        )
 
     @property
     def splits_input(self) -> bool:

@@ -24,12 +24,11 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM
-from grootv.layers.bypass import is_plain, only_runs
+from grootv.layers.bypass import only_runs
 from grootv.layers.convolution import convolution_of_patches, multiplies_patches
-from grootv.layers.linear import call_linear, is_gelu_mlp, linear_gelu, linear_runs_gelu, multiplies, runs_gelu_mlp
-from grootv.layers.norms import add_and_norm, is_drop_path, norm_for_product
+from grootv.layers.mlp import Mlp
+from grootv.layers.norms import add_and_norm, norm_for_product
 from grootvl_ops import Tree
 
 from .checkpoint import checkpoint_filter_fn, official_to_own
@@ -135,30 +134,6 @@ class Downsample(nn.Module):
         return to_nchw(self.norm(to_nhwc(self.conv(x))))
 
 
-class Mlp(nn.Module):
-    """Two linear layers around an activation, on (..., C)."""
-
-    def __init__(self, dim: int, hidden_dim: int, act_layer: Layer = nn.GELU, device=None, dtype=None) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (scripting leaves out only what stands alone under this)
-            if runs_gelu_mlp(self.fc1, self.act, self.fc2, x):
-                return grootvl_ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            if linear_runs_gelu(self.fc1, self.act, x):
-                return call_linear(self.fc2, linear_gelu(self.fc1, self.act, x))
-        return self.fc2(self.act(self.fc1(x)))
-
-    @torch.jit.unused
-    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
-        fc1, fc2 = self.fc1, self.fc2
-        return is_gelu_mlp(fc1, self.act, fc2, device) and all(multiplies(fc, device, dtype) for fc in (fc1, fc2))
-
-
 class Block(nn.Module):
     """Pre-norm residual block: a mixer, then an MLP.
 
@@ -200,22 +175,6 @@ class Block(nn.Module):
         x = to_nhwc(x)
         x, normed = self.mix(x, self.norm1(x), tree, built)
         return to_nchw(x + self.drop_path2(self.mlp(normed)))
-
-    @torch.jit.unused
-    def has_only_weights(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `grootvl_ops.tree_blocks` may take the weights of all modules in place of calls, see `multiplies`."""
-        mixer: Any = self.mixer
-        mlp: Any = self.mlp
-        return (
-            only_runs(mixer, TreeSSM)
-            and "scans" not in mixer.__dict__
-            and mixer.has_only_weights(device, dtype)
-            and is_plain(self.norm2, LayerNorm, device)
-            and only_runs(mlp, Mlp)
-            and mlp.has_only_weights(device, dtype)
-            and is_drop_path(self.drop_path1)
-            and is_drop_path(self.drop_path2)
-        )
 
     def mix(self, x: Tensor, normed: Tensor, tree: Tree | None, built: list[Tree] | None) -> tuple[Tensor, Tensor]:
         """The map after the mixer, and what the MLP reads of it, both (B, H, W, C), from the map before the mixer, and

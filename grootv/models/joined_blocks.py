@@ -7,14 +7,27 @@ import torch
 from torch import Tensor, nn
 
 import grootvl_ops
-from grootv.layers import LayerNorm
-from grootv.layers.bypass import is_plain
+from grootv.layers import LayerNorm, TreeSSM
+from grootv.layers.bypass import autocasts, is_plain, only_runs
+from grootv.layers.convolution import fuses_convolution
 from grootv.layers.linear import joins_products
-from grootv.layers.norms import path_factors
+from grootv.layers.mlp import Mlp
+from grootv.layers.norms import PromotedLayerNorm, is_drop_path, is_scaled, kept_share
 from grootv.layers.scans import root_pixel
 from grootvl_ops import BlockParameters
 
 __all__ = ["run_joined"]
+
+# The layers of mixers and MLPs besides the convolution, their kind, and whether they have a bias.
+_OF_MIXER = (
+    ("in_proj", nn.Linear, False),
+    ("x_proj", nn.Linear, False),
+    ("dt_proj", nn.Linear, True),
+    ("h_norm", PromotedLayerNorm, True),
+    ("out_norm", PromotedLayerNorm, True),
+    ("out_proj", nn.Linear, False),
+)
+_OF_MLP = (("fc1", nn.Linear, True), ("fc2", nn.Linear, True))
 
 
 def run_joined(
@@ -37,7 +50,7 @@ def run_joined(
     first: Any = blocks[0].mixer
     parameters = []
     for block, next_norm in zip(blocks, norms[1:], strict=True):
-        if not (block.has_only_weights(x.device, normed.dtype) and _is_like(block.mixer, first)):
+        if not (_has_only_weights(block, x.device, normed.dtype) and _is_like(block._modules["mixer"], first)):
             return None
         parameters.append(_parameters(block, next_norm))
     of_norms: list[Any] = [*(block.norm2 for block in blocks), *norms[1:]]
@@ -61,37 +74,86 @@ def run_joined(
     )[1]
 
 
-def _is_like(mixer: Any, first: Any) -> bool:
-    """Whether one operation may compute both mixers, apart from their weights."""
+# Modules and parameters below are taken from dictionaries: nn.Module finds an attribute by a search that takes longer
+# than all the rest.
+
+
+def _has_only_weights(block: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether calls of all modules of a block would do nothing but what their kind does with their weights, and as one
+    operation needs them: a mixer of one state along trees, and an MLP with GELU."""
+    modules = block._modules
+    mixer, mlp = modules["mixer"], modules["mlp"]
+    if not (only_runs(mixer, TreeSSM) and "scans" not in mixer.__dict__ and only_runs(mlp, Mlp)):
+        return False
+    of_mixer, of_mlp = mixer._modules, mlp._modules
+    converts = autocasts(device.type, dtype)
+    for layers, rows in ((of_mixer, _OF_MIXER), (of_mlp, _OF_MLP)):
+        for name, kind, has_bias in rows:
+            layer = layers[name]
+            if not is_plain(layer, kind, device):
+                return False
+            parameters = layer._parameters
+            if "bias" not in parameters or (parameters["bias"] is not None) != has_bias:
+                return False
+            if kind is nn.Linear and not converts and parameters["weight"].dtype != dtype:
+                return False
     return (
-        mixer.metric == first.metric
-        and (mixer.direction, mixer.tree_root) == (first.direction, first.tree_root)
-        and mixer.conv.dilation == first.conv.dilation
-        and mixer.h_norm.eps == first.h_norm.eps
+        mixer.d_state == 1
+        and {"A_log", "D_skip"} <= mixer._parameters.keys()
+        and fuses_convolution(of_mixer["conv"], of_mixer["act"], device)
+        and of_mixer["h_norm"].eps == of_mixer["out_norm"].eps
+        and of_mlp["fc1"].in_features == of_mlp["fc2"].out_features
+        and only_runs(of_mlp["act"], nn.GELU)
+        and is_plain(modules["norm2"], LayerNorm, device)
+        and is_drop_path(modules["drop_path1"])
+        and is_drop_path(modules["drop_path2"])
     )
 
 
-_LAYERS = ("in_proj", "conv", "x_proj", "dt_proj", "h_norm", "out_norm", "out_proj")  # of a mixer
+def _is_like(mixer: Any, first: Any) -> bool:
+    """Whether one operation may compute both mixers, apart from their weights."""
+    return mixer is first or (
+        mixer.metric == first.metric
+        and (mixer.direction, mixer.tree_root) == (first.direction, first.tree_root)
+        and mixer._modules["conv"].dilation == first._modules["conv"].dilation
+        and mixer._modules["h_norm"].eps == first._modules["h_norm"].eps
+    )
 
 
 def _parameters(block: Any, next_norm: Any) -> BlockParameters:
-    # Not by attributes, which nn.Module finds by a search that takes longer than all the rest.
-    mixer, mlp = block.mixer, block.mlp._modules
-    in_proj, conv, x_proj, step, h_norm, out_norm, out_proj = (mixer._modules[name]._parameters for name in _LAYERS)
-    norm, fc1, fc2, following = (m._parameters for m in (block.norm2, mlp["fc1"], mlp["fc2"], next_norm))
+    mixer, mlp = block._modules["mixer"], block._modules["mlp"]._modules
+    layers, own = mixer._modules, mixer._parameters
+    norm, fc1, fc2, step = (
+        module._parameters for module in (block._modules["norm2"], mlp["fc1"], mlp["fc2"], layers["dt_proj"])
+    )
+    h_norm, out_norm, following = (module._parameters for module in (layers["h_norm"], layers["out_norm"], next_norm))
     return BlockParameters(
-        in_proj["weight"], conv["weight"], x_proj["weight"], step["weight"], step["bias"], mixer.A_log, mixer.D_skip,
-        h_norm["weight"], h_norm["bias"], out_norm["weight"], out_norm["bias"], out_proj["weight"],
-        norm["weight"], norm["bias"], fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],
-        following["weight"], following["bias"],
+        layers["in_proj"]._parameters["weight"], layers["conv"]._parameters["weight"],
+        layers["x_proj"]._parameters["weight"], step["weight"], step["bias"], own["A_log"], own["D_skip"],
+        h_norm["weight"], h_norm["bias"], out_norm["weight"], out_norm["bias"],
+        layers["out_proj"]._parameters["weight"], norm["weight"], norm["bias"],
+        fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"], following["weight"], following["bias"],
     )  # fmt: skip
 
 
 def _path_factors(blocks: Sequence[Any], branch: Tensor) -> Tensor | None:
     """(2 blocks, B), what stochastic depth multiplies branches by; None where it drops none."""
-    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
-    factors = [path_factors(path, branch) for path in paths]
-    if all(of_branch is None for of_branch in factors):
+    paths = [block._modules[name] for block in blocks for name in ("drop_path1", "drop_path2")]
+    shares = [kept_share(path) for path in paths]
+    if all(keep is None for keep in shares):
         return None
-    ones = branch.new_ones(len(branch))
-    return torch.stack([ones if of_branch is None else of_branch for of_branch in factors])
+    # With the random numbers that calls of the modules would draw, so each in a launch; one divides all of them.
+    factors = branch.new_empty(len(paths), len(branch))
+    scaled: list[Tensor] = []
+    divisors: list[float] = []
+    for path, keep, of_branch in zip(paths, shares, factors.unbind(), strict=True):
+        if keep is None:
+            of_branch.fill_(1)
+            continue
+        of_branch.bernoulli_(keep)
+        if is_scaled(path):
+            scaled.append(of_branch)
+            divisors.append(keep)
+    if scaled:
+        torch._foreach_div_(scaled, divisors)
+    return factors

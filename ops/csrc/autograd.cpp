@@ -244,19 +244,14 @@ std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const 
           kept};
 }
 
-const auto& depthwise_conv_silu_backward() {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
-  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
-  return operation;
-}
-
 // The arguments after the tensors: height and dilation.
 variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
                                             const c10::IValue& arguments) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t);
+  static const auto operation = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward");
   const auto& elements = arguments.toTupleRef().elements();
   const Tensor dbefore = at::silu_backward(grads[0], saved[2]);  // which a compiler fuses with what gives the gradient
-  auto [dx, dweight] =
-      call(depthwise_conv_silu_backward(), dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
+  auto [dx, dweight] = call(operation, dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
   return {dx, dweight};
 }
 
@@ -514,17 +509,13 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& weight1, const Tensor& bias1, con
                                             {x, weight1, bias1, weight2, bias2})[0];
 }
 
-const auto& gated_norm_backward() {
+variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   static const auto operation = find_operation<Signature>("grootvl_ops::gated_norm_backward");
-  return operation;
-}
-
-variable_list gated_norm_gradients(const variable_list& grads, const variable_list& saved, const c10::IValue&) {
-  auto [dh, dx, dz, dC, dparameters] = call(gated_norm_backward(), grads[0], saved[0], saved[1], saved[2], saved[3],
-                                            saved[4], saved[5], saved[6], saved[7], saved[8], saved[9]);
+  auto [dh, dx, dz, dC, dparameters] = call(operation, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                            saved[5], saved[6], saved[7], saved[8], saved[9]);
   const variable_list rows = dparameters.unbind();  // D_skip, then weight and bias of both norms
   return {dh, dx, dz, dC, rows[0], rows[1], rows[2], rows[3], rows[4]};
 }
@@ -544,33 +535,41 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
 // The part of a mixer before the choice of its trees: a product, and the convolution of its first half.
 // The arguments after the tensors: height, dilation, the type of the weight, and whether gradients of x and of the
 // weight are needed.
-variable_list mixer_input_gradients(const variable_list& grads, const variable_list& saved,
-                                    const c10::IValue& arguments) {
-  const WithoutAutocast without(kAutocast);
+// Below autograd. The gradient of the features is dfeatures + more. dboth, of which the second half is the gradient of
+// z, gets the one of the first half, so that one product each gives the gradients of x and of the weight.
+variable_list input_gradients(const Tensor& dfeatures, const std::optional<Tensor>& more, const Tensor& dboth,
+                              const variable_list& saved, const c10::IValue& arguments) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                           const Tensor&, c10::SymInt, int64_t);
+  static const auto convolution = find_operation<Signature>("grootvl_ops::depthwise_conv_silu_backward_into");
   const auto &x = saved[0], &in_proj = saved[1], &conv_weight = saved[2], &both = saved[3], &before = saved[4];
   const auto& elements = arguments.toTupleRef().elements();
   const int64_t D = conv_weight.size(0);
-  variable_list results(3);
+  const Tensor dconv_weight = call(convolution, dboth.narrow(2, 0, D), dfeatures, more, before, both.narrow(2, 0, D),
+                                   conv_weight, elements[0].toSymInt(), elements[1].toInt());
+  const Tensor rows = as_rows(dboth);
+  const auto type = static_cast<at::ScalarType>(elements[2].toInt());
+  return {elements[3].toBool() ? at::mm(rows, in_proj).view(x.sizes()) : Tensor(),
+          elements[4].toBool() ? weight_gradient(rows, as_rows(x), type) : Tensor(), dconv_weight};
+}
+
+variable_list mixer_input_gradients(const variable_list& grads, const variable_list& saved,
+                                    const c10::IValue& arguments) {
+  const WithoutAutocast without(kAutocast);
+  const auto &both = saved[3], &before = saved[4];
+  variable_list results;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor dfeatures = grads[0].defined() ? grads[0] : at::zeros_like(before);
-    const Tensor dz = (grads[1].defined() ? grads[1] : at::zeros_like(before)).reshape({-1, D});
-    const auto [dmaps, dconv_weight] =
-        call(depthwise_conv_silu_backward(), at::silu_backward(dfeatures, before), both.narrow(2, 0, D), conv_weight,
-             elements[0].toSymInt(), elements[1].toInt());
-    const Tensor dfirst = dmaps.view({-1, D});
-    if (elements[3].toBool()) {
-      Tensor dx = at::mm(dfirst, in_proj.narrow(0, 0, D));
-      results[0] = dx.addmm_(dz, in_proj.narrow(0, D, D)).view(x.sizes());
+    const int64_t D = before.size(2);
+    const Tensor dboth = at::empty(both.sizes(), both.options());
+    Tensor dz = dboth.narrow(2, D, D);
+    if (grads[1].defined()) {
+      dz.copy_(grads[1]);
+    } else {
+      dz.zero_();
     }
-    if (elements[4].toBool()) {
-      const Tensor rows = as_rows(x);
-      const auto type = static_cast<at::ScalarType>(elements[2].toInt());
-      results[1] = at::empty(in_proj.sizes(), x.options().dtype(gradient_type(x, type)));
-      write_weight_gradient(results[1].narrow(0, 0, D), dfirst, rows);
-      write_weight_gradient(results[1].narrow(0, D, D), dz, rows);
-    }
-    results[2] = dconv_weight;
+    results =
+        input_gradients(grads[0].defined() ? grads[0] : at::zeros_like(before), std::nullopt, dboth, saved, arguments);
   }
   return refusing_derivatives("mixer_input", grads, std::move(results));
 }
@@ -611,43 +610,57 @@ std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, c
 // zeros, and dt_weight by columns of zeros: the step size is a product with all that x_proj gives, B and C times zero.
 // The arguments after the tensors: direction, the types of the weights of both products, and whether their gradients
 // are needed.
-variable_list mixer_output_gradients(const variable_list& grads, const variable_list& saved,
-                                     const c10::IValue& arguments) {
-  const WithoutAutocast without(kAutocast);
+// Below autograd. The gradient of z is written into dz. The one of x is the sum of the first two results.
+variable_list output_gradients(const Tensor& grad_, const Tensor& dz, const variable_list& saved,
+                               const c10::IValue& arguments) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  static const auto norm = find_operation<Signature>("grootvl_ops::gated_norm_backward_into");
   const auto &x = saved[0], &z = saved[1], &x_proj = saved[2], &dt_weight = saved[3], &dt_bias = saved[4],
              &A_log = saved[5], &D_skip = saved[6], &h_weight = saved[7], &h_bias = saved[8], &out_weight = saved[9],
              &out_bias = saved[10], &out_proj = saved[11], &projected = saved[12], &h = saved[13], &y = saved[14];
   const auto& elements = arguments.toTupleRef().elements();
   const auto type = [&](int i) { return static_cast<at::ScalarType>(elements[i].toInt()); };
+  const int64_t D = x.size(2), rank = elements[5].toInt();
+  const Tensor grad = as_rows(grad_), rows = as_rows(x);
+  const Tensor B = projected.select(2, rank), C = projected.select(2, rank + 1);
+  const auto [dh, dskip, dC, dnorms] = call(norm, dz, at::mm(grad, out_proj).view(x.sizes()), h, x, z, C, D_skip,
+                                            h_weight, h_bias, out_weight, out_bias, saved[15]);
+  const auto [dscan, dproducts, ddt_weight, dparameters, dB, none] =
+      call(selective_scan_backward(), dh, x, projected, std::optional(dt_weight), std::optional(dt_bias), A_log, B,
+           std::optional<Tensor>(), saved[16], saved[17], saved[18], elements[0].toStringView());
+  Tensor of_weights = dproducts.narrow(2, rank, 2);  // where the step size has gradients of zero
+  at::stack_out(of_weights, {dB, dC}, 2);
+  const Tensor dprojected = as_rows(dproducts);
+  Tensor dx = dskip.view({-1, D});
+  dx = dx.addmm_(dprojected, x_proj).view(x.sizes());
+  const variable_list of_scan = dparameters.unbind();  // dt_bias, A_log
+  const variable_list of_norms = dnorms.unbind();      // D_skip, then weight and bias of both norms
+  return {dx,
+          dscan,
+          elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)).narrow(0, 0, rank + 2) : Tensor(),
+          ddt_weight.narrow(1, 0, rank),
+          of_scan[0],
+          of_scan[1],
+          of_norms[0],
+          of_norms[1],
+          of_norms[2],
+          of_norms[3],
+          of_norms[4],
+          elements[4].toBool() ? weight_gradient(grad, as_rows(y), type(2)) : Tensor()};
+}
+
+variable_list mixer_output_gradients(const variable_list& grads, const variable_list& saved,
+                                     const c10::IValue& arguments) {
+  const WithoutAutocast without(kAutocast);
   variable_list results;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t D = x.size(2), rank = elements[5].toInt();
-    const Tensor grad = as_rows(grads[0]), rows = as_rows(x);
-    const Tensor B = projected.select(2, rank), C = projected.select(2, rank + 1);
-    const auto [dh, dskip, dz, dC, dnorms] = call(gated_norm_backward(), at::mm(grad, out_proj).view(x.sizes()), h, x,
-                                                  z, C, D_skip, h_weight, h_bias, out_weight, out_bias, saved[15]);
-    const auto [dscan, dproducts, ddt_weight, dparameters, dB, none] =
-        call(selective_scan_backward(), dh, x, projected, std::optional(dt_weight), std::optional(dt_bias), A_log, B,
-             std::optional<Tensor>(), saved[16], saved[17], saved[18], elements[0].toStringView());
-    const Tensor dprojected = dproducts.reshape({-1, x_proj.size(0)});
-    dprojected.select(1, rank).copy_(dB.reshape(-1));  // where the step size has gradients of zero
-    dprojected.select(1, rank + 1).copy_(dC.reshape(-1));
-    Tensor dx = dskip.view({-1, D});
-    dx = dx.addmm_(dprojected, x_proj).view(x.sizes()).add_(dscan);
-    const variable_list of_norms = dnorms.unbind();  // D_skip, then weight and bias of both norms
-    results = {dx,
-               dz,
-               elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)).narrow(0, 0, rank + 2) : Tensor(),
-               ddt_weight.narrow(1, 0, rank),
-               dparameters.select(0, 0),
-               dparameters.select(0, 1),
-               of_norms[0],
-               of_norms[1],
-               of_norms[2],
-               of_norms[3],
-               of_norms[4],
-               elements[4].toBool() ? weight_gradient(grad, as_rows(y), type(2)) : Tensor()};
+    const Tensor dz = at::empty(saved[1].sizes(), saved[1].options());
+    results = output_gradients(grads[0], dz, saved, arguments);
+    results[0].add_(results[1]);
+    results[1] = dz;
   }
   return refusing_derivatives("mixer_output", grads, std::move(results));
 }
@@ -839,21 +852,28 @@ variable_list tree_block_gradients(const variable_list& grads, const variable_li
   variable_list results;
   {
     const at::AutoGradMode once(false);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const WithoutAutocast without(kAutocast);
     WaitingSums sums(saved[0]);
     const auto& steps = setting.toTupleRef().elements();
     auto end = saved.end();
-    const auto of_step = [&](Gradients* gradients, Step step, const variable_list& of_results) {
+    const auto saved_by = [&](Step step) {
       const auto begin = end - steps[2 * step].toInt();
-      const variable_list of_inputs = gradients(of_results, variable_list(begin, end), steps[2 * step + 1]);
-      end = begin;
-      return of_inputs;
+      return variable_list(begin, std::exchange(end, begin));
+    };
+    const auto of_step = [&](Gradients* gradients, Step step, const variable_list& of_results) {
+      return gradients(of_results, saved_by(step), steps[2 * step + 1]);
     };
     const Tensor &dx = grads[0], &dnormed = grads[1];
     const auto of_add_mlp = of_step(add_layer_norm_gradients, kAddMlp, {dx, dnormed});
     const auto of_mlp = of_step(gelu_mlp_gradients, kMlp, {of_add_mlp[1]});
     const auto of_add_mixed = of_step(add_layer_norm_gradients, kAddMixed, {of_add_mlp[0], of_mlp[0]});
-    const auto of_output = of_step(mixer_output_gradients, kOutput, {of_add_mixed[1]});
-    const auto of_input = of_step(mixer_input_gradients, kInput, {of_output[0], of_output[1]});
+    const variable_list by_output = saved_by(kOutput), by_input = saved_by(kInput);
+    const Tensor& both = by_input[3];  // features before the convolution, and z
+    const int64_t D = both.size(2) / 2;
+    const Tensor dboth = at::empty(both.sizes(), both.options());
+    const auto of_output = output_gradients(of_add_mixed[1], dboth.narrow(2, D, D), by_output, steps[2 * kOutput + 1]);
+    const auto of_input = input_gradients(of_output[0], of_output[1], dboth, by_input, steps[2 * kInput + 1]);
     results = {of_add_mixed[0], of_input[0]};
     for (const auto& [all, inputs] : {std::pair(&of_input, 1), std::pair(&of_output, 2), std::pair(&of_add_mixed, 2),
                                       std::pair(&of_mlp, 1), std::pair(&of_add_mlp, 2)}) {
@@ -865,7 +885,7 @@ variable_list tree_block_gradients(const variable_list& grads, const variable_li
 }
 
 std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, at::TensorList parameters,
-                                       const std::optional<Tensor>& factors, int64_t dilation, std::string_view metric,
+                                       const std::optional<Tensor>& factors_, int64_t dilation, std::string_view metric,
                                        std::string_view direction, int64_t root, bool one_tree, double mixer_eps,
                                        double norm_eps, at::ScalarType dtype) {
   using Tree = std::tuple<Tensor, Tensor, Tensor>;
@@ -879,15 +899,17 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
                     " of each block, got ", parameters.size());
   const size_t blocks = parameters.size() / kParameters;
   const std::array<int64_t, 2> of_factors{2 * static_cast<int64_t>(blocks), x_.size(0)};
-  TORCH_CHECK_VALUE(!factors || factors->sizes() == at::IntArrayRef(of_factors), "factors must be ",
-                    at::IntArrayRef(of_factors), ", got ", factors->sizes());
+  TORCH_CHECK_VALUE(!factors_ || factors_->sizes() == at::IntArrayRef(of_factors), "factors must be ",
+                    at::IntArrayRef(of_factors), ", got ", factors_->sizes());
   const at::ScalarType type = normed_.scalar_type();
   constexpr size_t kProducts = 8;
   std::vector<Tensor> cast;  // the weights of products of all blocks: kProducts of each
   std::optional<WeightsBeside> beside;
   std::vector<OutputParameters> of_outputs;
+  variable_list factors;  // of each branch, in the type in which they multiply
   {
     at::AutoDispatchBelowADInplaceOrView guard;
+    if (factors_) factors = as_type(*factors_, x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).unbind();
     std::vector<Weight> weights;
     bool all_differ = true;
     for (size_t block = 0; block < blocks; ++block) {
@@ -941,9 +963,8 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
     };
     const auto add = [&](const Tensor& to, const Tensor& branch, Parameter weight, size_t of_block, auto of_type) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      return take(
-          record_add_layer_norm(to, branch.view(to.sizes()), p[weight], p[weight + 1], norm_eps, of_type,
-                                factors ? std::optional(factors->select(0, 2 * block + of_block)) : std::nullopt));
+      return take(record_add_layer_norm(to, branch.view(to.sizes()), p[weight], p[weight + 1], norm_eps, of_type,
+                                        factors_ ? std::optional(factors[2 * block + of_block]) : std::nullopt));
     };
     variable_list mixed =
         take(record_mixer_input(normed, p[kInProj], cast[block * kProducts], p[kConvWeight], dilation, keep));

@@ -48,8 +48,13 @@ SCHEMAS = (
     "depthwise_conv_silu(Tensor x, Tensor weight, SymInt height, int dilation, bool keep=False) -> (Tensor, Tensor)",
     "depthwise_conv_silu_backward(Tensor grad, Tensor x, Tensor weight, SymInt height, int dilation) "
     "-> (Tensor, Tensor)",
+    # Into a part of a larger map; from the gradient grad + more of what SiLU gives.
+    "depthwise_conv_silu_backward_into(Tensor(a!) dx, Tensor grad, Tensor? more, Tensor before, Tensor x, "
+    "Tensor weight, SymInt height, int dilation) -> Tensor",
     f"gated_norm({_GATED_NORM}, float eps) -> (Tensor, Tensor)",
     f"gated_norm_backward(Tensor grad, {_GATED_NORM}, Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"gated_norm_backward_into(Tensor(a!) dz, Tensor grad, {_GATED_NORM}, Tensor statistics) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, "
     "Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
     "add_layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor statistics, "

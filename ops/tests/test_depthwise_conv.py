@@ -133,6 +133,30 @@ def test_under_autocast(device):
                 torch.testing.assert_close(grootvl_ops.depthwise_conv_silu(x, weight), expected, rtol=0, atol=1e-5)
 
 
+# Where a result is written: the channels of its map, the first, and values between its memory's begin and the map.
+PLACES = [(8, 0, 0), (16, 0, 0), (16, 8, 0), (11, 2, 0), (8, 0, 1), (16, 8, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("with_more", [False, True])
+def test_gradients_into_a_larger_map(device, place, dtype, with_more, poisoned_memory):
+    total, first, begin = place
+    x, weight = (o.to(device) for o in make_operands((2, 42, 8), dtype))
+    grad, more = (torch.randn_like(x) for _ in range(2))
+    before = library.depthwise_conv_silu(x, weight, 6, 2, True)[1]
+    summed = grad + more if with_more else grad
+    expected = library.depthwise_conv_silu_backward(torch.ops.aten.silu_backward(summed, before), x, weight, 6, 2)
+    memory = torch.full((begin + 2 * 42 * total,), torch.nan, dtype=dtype, device=device)
+    larger = memory[begin:].view(2, 42, total)
+    dx = larger[..., first : first + 8]
+    dweight = library.depthwise_conv_silu_backward_into(dx, grad, more if with_more else None, before, x, weight, 6, 2)
+    for found, wanted in ((dx, expected[0]), (dweight, expected[1])):
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+    assert memory.isnan().sum() == memory.numel() - dx.numel()  # nothing else was written
+
+
 def test_nothing_to_do(device):
     x, weight = (o.to(device) for o in make_operands((0, 3, 4, 5), torch.float32))
     out, _, dweight = with_gradients(operation, [x, weight], x, 1)
@@ -172,3 +196,8 @@ def test_operation_refuses(device):
     if device == "cuda":
         with pytest.raises((ValueError, RuntimeError), match="grad"):
             library.depthwise_conv_silu_backward(x[:1], x, weight, 3, 1)
+        for name in ("dx", "grad", "more", "before"):
+            for bad in (x[:1], x.double(), *([x.transpose(0, 1).contiguous().transpose(0, 1)] if name == "dx" else [])):
+                maps = {"dx": x, "grad": x, "more": x, "before": x, name: bad}
+                with pytest.raises((ValueError, RuntimeError), match=name):
+                    library.depthwise_conv_silu_backward_into(**maps, x=x, weight=weight, height=3, dilation=1)

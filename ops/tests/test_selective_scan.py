@@ -258,6 +258,27 @@ def test_operands_need_not_be_contiguous(device):
         torch.testing.assert_close(grootvl_ops.gated_norm(*changed), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [8, 24, 7])
+@pytest.mark.parametrize("place", ["alone", "first half", "second half", "with a column beside", "misaligned"])
+def test_gradient_of_the_gate_into_a_larger_map(device, place, channels, dtype, poisoned_memory):
+    operands = [o.to(device) for o in norm_operands(2, 17, channels, dtype)]
+    grad, statistics = library.gated_norm(*operands, 1e-5)
+    expected = library.gated_norm_backward(grad, *operands, statistics)
+    begin = int(place == "misaligned")
+    total = channels if place in ("alone", "misaligned") else channels + (1 if "column" in place else channels)
+    first = total - channels if place == "second half" else 0
+    memory = torch.full((begin + 2 * 17 * total,), torch.nan, dtype=dtype, device=device)
+    dz = memory[begin:].view(2, 17, total)[..., first : first + channels]
+    dh, dx, dC, dparameters = library.gated_norm_backward_into(dz, grad, *operands, statistics)
+    assert all(map(torch.equal, (dh, dx, dz, dC, dparameters), expected))
+    assert memory.isnan().sum() == memory.numel() - dz.numel()  # nothing else was written
+    if device == "cuda":
+        for bad in (dz[:1], dz.to("cpu"), dz.transpose(0, 1).contiguous().transpose(0, 1)):
+            with pytest.raises((ValueError, RuntimeError), match="dz"):
+                library.gated_norm_backward_into(bad, grad, *operands, statistics)
+
+
 def test_gradcheck(device):
     tree = make_tree("scattered", 2, 7, device)
     operands = [o.to(device).requires_grad_() for o in scan_operands(2, 7, 3, 2, torch.float64)]

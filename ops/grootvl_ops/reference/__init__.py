@@ -7,13 +7,14 @@ a decay ``a`` for each vertex, which belongs to the edge between that vertex and
 Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D, states N.
 """
 
-from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward
+from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward, depthwise_conv_silu_backward_into
 from .mlps import bias_backward, cast_weights, cast_weights_beside, gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
     gated_norm,
     gated_norm_backward,
+    gated_norm_backward_into,
     layer_norm,
     layer_norm_backward,
 )
@@ -55,10 +56,12 @@ __all__ = [
     "cast_weights_beside",
     "depthwise_conv_silu",
     "depthwise_conv_silu_backward",
+    "depthwise_conv_silu_backward_into",
     "down_sweep",
     "edge_weights",
     "gated_norm",
     "gated_norm_backward",
+    "gated_norm_backward_into",
     "gelu_mlp",
     "gelu_mlp_backward",
     "gelu_mlp_fused_backward",

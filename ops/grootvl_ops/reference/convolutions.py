@@ -40,6 +40,18 @@ def depthwise_conv_silu_backward(
     return dx.flatten(1, 2).to(x.dtype).contiguous(), dweight.reshape(weight.shape)
 
 
+def depthwise_conv_silu_backward_into(
+    dx: Tensor, grad: Tensor, more: Tensor | None, before: Tensor, x: Tensor, weight: Tensor, height: int, dilation: int
+) -> Tensor:
+    """The gradient of the weight, from the one of the result, grad + more, and what SiLU took. Writes the one of x into
+    dx."""
+    grad = grad if more is None else grad + more
+    dbefore = torch.ops.aten.silu_backward(grad, before)
+    result, dweight = torch.ops.grootvl_ops.depthwise_conv_silu_backward(dbefore, x, weight, height, dilation)
+    dx.copy_(result)
+    return dweight
+
+
 def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """(B, H, W, D) to (B, H, W, D)."""
     maps = x.permute(0, 3, 1, 2)

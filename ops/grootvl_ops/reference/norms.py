@@ -66,6 +66,13 @@ def gated_norm_backward(
     )
 
 
+def gated_norm_backward_into(dz: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with the gradient of z written into dz."""
+    dh, dx, result, dC, dparameters = torch.ops.grootvl_ops.gated_norm_backward(*operands)
+    dz.copy_(result)
+    return dh, dx, dC, dparameters
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -30,18 +30,19 @@ constexpr int kTileRows = 28;       // at most about; fewer copy more rows twice
 constexpr int kFewestTileRows = 4;  // about, for few images
 
 constexpr int kThreads = 128;  // of a block, at most
+constexpr int kSiluThreads = 256;
 
 enum class Result { kSilu, kSiluAndBefore, kGradients };  // the second also keeps what SiLU takes
 
 template <Result kResult, typename acc_t>  // that a multiprocessor runs at a time
 constexpr int kBlocks = (kResult == Result::kGradients ? 4 : 6) * int(sizeof(float)) / int(sizeof(acc_t));
 
-// Maps (B, H, W, D), of which those that are read may have a stride from one pixel to the next.
+// Maps (B, H, W, D), which may have a stride from one pixel to the next; `before` has the one of `out`.
 template <typename T, typename acc_t>
 struct ConvData {
   const T* from;  // what is convolved: the input, or the gradient of the result
   const T* x;     // with gradients: the input
-  int64_t from_stride, x_stride;
+  int64_t from_stride, x_stride, out_stride;
   const acc_t* weight;  // (D, 3, 3)
   T *out, *before;      // the latter: what SiLU takes
   acc_t* parts;         // (blocks with other pixels, D, 3, 3): sums for the gradient of the weights
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
     T* out = data.out +
              (((tile.image + image) * data.height + tile.row - int64_t{2} * data.dilation) * data.width + tile.column +
               int64_t(column) * data.dilation) *
-                 data.channels +
+                 data.out_stride +
              channel;
 #pragma unroll 3  // so that sums stay in their registers
     for (int row = -1; row <= tile.rows; ++row) {
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
         for (int i = 0; i < kColumns; ++i) {
           if (column + i >= tile.columns) continue;
           acc_t(&result)[kPair] = sums[0][i];
-          T* to = out + int64_t(i) * data.dilation * data.channels;
+          T* to = out + int64_t(i) * data.dilation * data.out_stride;
           const int left = data.channels - channel;
           if constexpr (kResult == Result::kSiluAndBefore)
             store_pair<kWords>(data.before + (to - data.out), result, left);
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
           store_pair<kWords>(to, result, left);
         }
       }
-      out += int64_t(data.dilation) * data.width * data.channels;
+      out += int64_t(data.dilation) * data.width * data.out_stride;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
 #pragma unroll
@@ -308,26 +309,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
 }
 
 // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
-Tensor rows_of(const Tensor& map) {
-  return map.stride(2) == 1 && map.stride(0) == map.size(1) * map.stride(1) ? map : contiguous(map);
-}
+bool has_rows(const Tensor& map) { return map.stride(2) == 1 && map.stride(0) == map.size(1) * map.stride(1); }
+Tensor rows_of(const Tensor& map) { return has_rows(map) ? map : contiguous(map); }
 
-// The convolution of `from` (B, L, D), and in `other` what SiLU takes; for gradients that of x, and in `other` that of
-// the weight.
+// Writes the convolution of `from` (B, L, D) into `out`, whose pixels have one distance from each other, and returns
+// what SiLU takes; for gradients writes that of x, and returns that of the weight.
 template <Result kResult>
 Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, int64_t height, int64_t dilation,
-                Tensor& other) {
+                const Tensor& out) {
   const DeviceGuard guard(from_);
   const Tensor from = rows_of(from_), x = kResult == Result::kGradients ? rows_of(x_) : from;
   const ScalarType accumulation = accumulation_type(from);
-  const Tensor weight = contiguous(to(weight_, accumulation)), out = empty_like(from);
+  const Tensor weight = contiguous(to(weight_, accumulation));
+  Tensor other;
   if (kResult == Result::kSiluAndBefore) other = empty_like(from);
-  if (from.numel() == 0) {
-    if (kResult == Result::kGradients) other = zeros(from, weight.sizes(), accumulation);
-    return out;
-  }
+  if (from.numel() == 0) return kResult == Result::kGradients ? zeros(from, weight.sizes(), accumulation) : other;
   const int64_t channels = from.size(2), width = from.size(1) / height;
-  const int64_t from_stride = from.stride(1), x_stride = x.stride(1);
+  const int64_t from_stride = from.stride(1), x_stride = x.stride(1), out_stride = out.stride(1);
   constexpr int64_t kMaxRow = std::numeric_limits<int>::max();
   GROOTVL_CHECK(width * std::max(from_stride, x_stride) <= kMaxRow, "a row of the map may take up to ", kMaxRow,
                 " values, got x ", from.sizes());
@@ -340,6 +338,7 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     data.x = x.const_data_ptr<T>();
     data.from_stride = from_stride;
     data.x_stride = x_stride;
+    data.out_stride = out_stride;
     data.weight = weight.const_data_ptr<acc_t>();
     data.out = out.mutable_data_ptr<T>();
     if (kResult == Result::kSiluAndBefore) data.before = other.mutable_data_ptr<T>();
@@ -387,7 +386,8 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
       shared = std::max<int64_t>(shared, sizeof(acc_t) * groups * words * kPair * kTaps * kTaps);
     }
     constexpr int64_t kValues = kVectorBytes / sizeof(T);
-    bool words_fit = channels % kValues == 0 && from_stride % kValues == 0 && x_stride % kValues == 0;
+    bool words_fit = channels % kValues == 0;
+    for (const int64_t stride : {from_stride, x_stride, out_stride}) words_fit &= stride % kValues == 0;
     for (const Tensor* map : {&from, &x, &out}) words_fit &= is_aligned(map->const_data_ptr());
     const auto launch_kernel = [&](auto kernel) {
       launch_with_much_shared(kernel, dim3(tiles * data.chunks, images), dim3(words, groups), shared, current_stream(),
@@ -400,18 +400,15 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     }
     if (kResult == Result::kGradients) other = sum_parts_later(parts, 1, weight.sizes(), accumulation);
   });
-  return out;
+  return other;
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& weight, int64_t height, int64_t dilation,
                                                bool keep) {
   check_depthwise_conv(x, weight, height, dilation);
-  Tensor before;
-  if (keep) {
-    const Tensor out = convolve<Result::kSiluAndBefore>(x, x, weight, height, dilation, before);
-    return {out, before};
-  }
-  const Tensor out = convolve<Result::kSilu>(x, x, weight, height, dilation, before);
+  const Tensor out = empty_like(x);
+  if (keep) return {out, convolve<Result::kSiluAndBefore>(x, x, weight, height, dilation, out)};
+  convolve<Result::kSilu>(x, x, weight, height, dilation, out);
   return {out, empty(x, {0}, x.scalar_type())};
 }
 
@@ -419,9 +416,70 @@ std::tuple<Tensor, Tensor> depthwise_conv_silu_backward(const Tensor& grad, cons
                                                         int64_t height, int64_t dilation) {
   check_depthwise_conv(x, weight, height, dilation);
   check_like("grad", grad, "x", x, x.sizes());
-  Tensor dweight;
-  const Tensor dx = convolve<Result::kGradients>(grad, x, weight, height, dilation, dweight);
-  return {dx, dweight};
+  const Tensor dx = empty_like(x);
+  return {dx, convolve<Result::kGradients>(grad, x, weight, height, dilation, dx)};
+}
+
+// The gradient of what SiLU takes, from that of what it gives: the sum of two maps, or one. All are contiguous.
+template <int kWord, typename T, typename acc_t>
+__global__ void __launch_bounds__(kSiluThreads)
+    silu_backward_kernel(const T* grad, const T* more, const T* before, int64_t words, T* result) {
+  await_kernels_before();
+  const int64_t word = int64_t(blockIdx.x) * kSiluThreads + threadIdx.x;
+  if (word >= words) return;
+  acc_t values[kWord], added[kWord] = {}, v[kWord];
+  unpack(values, load<kWord>(grad + word * kWord));
+  if (more != nullptr) unpack(added, load<kWord>(more + word * kWord));
+  unpack(v, load<kWord>(before + word * kWord));
+#pragma unroll
+  for (int i = 0; i < kWord; ++i) {
+    const acc_t sum = static_cast<acc_t>(static_cast<T>(values[i] + added[i]));  // as a map of sums would be
+    const acc_t gate = sigmoid(v[i]);
+    values[i] = sum * gate * (1 + v[i] * (1 - gate));
+  }
+  store(result + word * kWord, values);
+}
+
+Tensor silu_backward(const Tensor& grad_, const std::optional<Tensor>& more_, const Tensor& before_) {
+  const DeviceGuard guard(before_);
+  const Tensor grad = contiguous(grad_), more = more_ ? contiguous(*more_) : Tensor(), before = contiguous(before_);
+  const Tensor result = empty_like(before);
+  if (result.numel() == 0) return result;
+  for_floating_type(result.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using acc_t = Accumulation<T>;
+    const auto launch_words = [&](auto word) {
+      const int64_t words = result.numel() / word(), blocks = (words + kSiluThreads - 1) / kSiluThreads;
+      GROOTVL_CHECK(blocks <= INT32_MAX, "the map is too large: ", result.sizes());
+      launch(silu_backward_kernel<word(), T, acc_t>, dim3(blocks), dim3(kSiluThreads), 0, current_stream(),
+             grad.const_data_ptr<T>(), more_ ? more.const_data_ptr<T>() : nullptr, before.const_data_ptr<T>(), words,
+             result.mutable_data_ptr<T>());
+    };
+    constexpr int kWord = kVectorBytes / sizeof(T);
+    bool words_fit = result.numel() % kWord == 0;
+    for (const Tensor* map : {&grad, more_ ? &more : &grad, &before}) words_fit &= is_aligned(map->const_data_ptr());
+    if (words_fit) {
+      launch_words(std::integral_constant<int, kWord>());
+    } else {
+      launch_words(std::integral_constant<int, 1>());
+    }
+  });
+  return result;
+}
+
+// From the gradient of what SiLU gives, grad + more, and what it took: writes the gradient of x into dx, whose pixels
+// may have a distance, and returns the one of the weight.
+Tensor depthwise_conv_silu_backward_into(Tensor dx, const Tensor& grad, const std::optional<Tensor>& more,
+                                         const Tensor& before, const Tensor& x, const Tensor& weight, int64_t height,
+                                         int64_t dilation) {
+  check_depthwise_conv(x, weight, height, dilation);
+  check_like("grad", grad, "x", x, x.sizes());
+  if (more) check_like("more", *more, "x", x, x.sizes());
+  check_like("before", before, "x", x, x.sizes());
+  check_like("dx", dx, "x", x, x.sizes());
+  GROOTVL_CHECK(dx.numel() == 0 || has_rows(dx), "dx must have one distance between neighbouring pixels, got strides ",
+                dx.strides());
+  return convolve<Result::kGradients>(silu_backward(grad, more, before), x, weight, height, dilation, dx);
 }
 
 }  // namespace
@@ -430,4 +488,5 @@ std::tuple<Tensor, Tensor> depthwise_conv_silu_backward(const Tensor& grad, cons
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
   m.impl("depthwise_conv_silu", TORCH_BOX(&grootvl::depthwise_conv_silu));
   m.impl("depthwise_conv_silu_backward", TORCH_BOX(&grootvl::depthwise_conv_silu_backward));
+  m.impl("depthwise_conv_silu_backward_into", TORCH_BOX(&grootvl::depthwise_conv_silu_backward_into));
 }

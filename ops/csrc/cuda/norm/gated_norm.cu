@@ -32,6 +32,7 @@ struct NormData {
   // Backward; `statistics` are read then.
   const T* grad;
   T *dh, *dx, *dz, *dC;
+  int64_t dz_stride;
   acc_t* dparameters;  // (blocks, 5, D)
 };
 
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kWords > 1 ? kBackward
       sums[1] += d[i] * y[i];
     });
     parameters(kOuterBias, [&](int i, acc_t bias) { z[i] = slope[i] * (z[i] + bias); });
-    if (active) store_words<Shape>(data.dz + pixel.row * data.channels + channel, z);
+    if (active) store_words<Shape>(data.dz + pixel.row * data.dz_stride + channel, z);
     team_sum<Shape>(sums, 0);
     const acc_t dy_mean = sums[0] * share, dy_slope = sums[1] * share;
 
@@ -265,9 +266,9 @@ struct NormInputs {
   }
 
   // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
-  static Tensor rows_of(const Tensor& map) {
-    const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
-    return rows ? map : contiguous(map);
+  static Tensor rows_of(const Tensor& map) { return has_rows(map) ? map : contiguous(map); }
+  static bool has_rows(const Tensor& map) {
+    return map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
   }
 
   template <typename T, typename acc_t>
@@ -310,15 +311,26 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
   return {out, statistics};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor& x, const Tensor& z, const Tensor& C,
-                              const Tensor& D_skip, const Tensor& h_weight, const Tensor& h_bias,
-                              const Tensor& out_weight, const Tensor& out_bias, const Tensor& statistics_) {
+// All gradients but the one of z, which is written into dz, whose pixels may have a distance.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward_into(Tensor dz, const Tensor& grad_, const Tensor& h,
+                                                                    const Tensor& x, const Tensor& z, const Tensor& C,
+                                                                    const Tensor& D_skip, const Tensor& h_weight,
+                                                                    const Tensor& h_bias, const Tensor& out_weight,
+                                                                    const Tensor& out_bias, const Tensor& statistics_) {
   check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
   check_like("grad", grad_, "h", h, h.sizes());
+  check_like("dz", dz, "h", h, h.sizes());
+  GROOTVL_CHECK(dz.numel() == 0 || NormInputs::has_rows(dz),
+                "dz must have one distance between neighbouring pixels, got strides ", dz.strides());
   const DeviceGuard guard(h);
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
+  if (inputs.aligned && !NormInputs::rows_aligned(dz, kVectorBytes / h.element_size())) {
+    const Tensor aligned_dz = empty_like(h);
+    auto others = gated_norm_backward_into(aligned_dz, grad_, h, x, z, C, D_skip, h_weight, h_bias, out_weight,
+                                           out_bias, statistics_);
+    copy(dz, aligned_dz);
+    return others;
+  }
   Tensor grad = contiguous(grad_);
   if (!is_aligned(grad.const_data_ptr())) grad = clone(grad);
   const ScalarType accumulation = accumulation_type(h);
@@ -326,8 +338,8 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
                     statistics_.scalar_type() == accumulation && statistics_.device() == h.device(),
                 "statistics must be those of the forward pass");
   const Tensor statistics = contiguous(statistics_);
-  const Tensor dh = empty_like(h), dx = empty_like(h), dz = empty_like(h), dC = empty_like(C);
-  if (h.numel() == 0) return {dh, dx, dz, dC, zeros(h, {kNumParameters, h.size(2)}, accumulation)};
+  const Tensor dh = empty_like(h), dx = empty_like(h), dC = empty_like(C);
+  if (h.numel() == 0) return {dh, dx, dC, zeros(h, {kNumParameters, h.size(2)}, accumulation)};
   Tensor totals;
   const cudaStream_t stream = current_stream();
   for_floating_type(h.scalar_type(), [&](auto value) {
@@ -340,6 +352,7 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     data.dx = dx.mutable_data_ptr<scalar_t>();
     data.dz = dz.mutable_data_ptr<scalar_t>();
     data.dC = dC.mutable_data_ptr<scalar_t>();
+    data.dz_stride = dz.stride(1);
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     // Several short words, where threads with one long word each would leave lanes idle, or be no power of two.
     constexpr int kWord = std::min(kVec, 2);
@@ -354,7 +367,19 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     totals = sum_parts_later(dparameters, 1, {kNumParameters, h.size(2)}, accumulation);
   });
-  return {dh, dx, dz, dC, totals};
+  return {dh, dx, dC, totals};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad, const Tensor& h,
+                                                                       const Tensor& x, const Tensor& z,
+                                                                       const Tensor& C, const Tensor& D_skip,
+                                                                       const Tensor& h_weight, const Tensor& h_bias,
+                                                                       const Tensor& out_weight, const Tensor& out_bias,
+                                                                       const Tensor& statistics) {
+  const Tensor dz = empty_like(z);
+  const auto [dh, dx, dC, dparameters] =
+      gated_norm_backward_into(dz, grad, h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias, statistics);
+  return {dh, dx, dz, dC, dparameters};
 }
 
 }  // namespace
@@ -363,4 +388,5 @@ Gradients gated_norm_backward(const Tensor& grad_, const Tensor& h, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
   m.impl("gated_norm", TORCH_BOX(&grootvl::gated_norm));
   m.impl("gated_norm_backward", TORCH_BOX(&grootvl::gated_norm_backward));
+  m.impl("gated_norm_backward_into", TORCH_BOX(&grootvl::gated_norm_backward_into));
 }
