@@ -157,7 +157,7 @@ def latency_rows() -> Iterator[Row]:
 def host_rows() -> Iterator[Row]:
     """How long the host needs to launch a training step, and for how long kernels run in one with 128 images.
 
-    The time of the host is the shortest of 30 steps with four images, which launch the same kernels: what makes a step
+    The time of the host is the shortest of 100 steps with four images, which launch the same kernels: what makes a step
     longer is not the program's. With 128 images it would wait for the GPU, whose queue of kernels has a limited length.
     """
     for name in ("grootv_tiny", PEER):
@@ -166,7 +166,7 @@ def host_rows() -> Iterator[Row]:
         for _ in range(8):
             small.train(True)
         on_host = []
-        for _ in range(30):
+        for _ in range(100):
             torch.cuda.synchronize()
             start = time.perf_counter()
             small.train(True)

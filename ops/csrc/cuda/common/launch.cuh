@@ -66,12 +66,17 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t sha
   launch_early_if(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
-// The same for a kernel that may need more shared memory than the 48 KiB that are allowed without asking.
+// Of the 48 KiB that every kernel is allowed, variables of the kernel may take a part.
+constexpr size_t kSharedWithoutAsking = 40 << 10;
+
+// The same for a kernel that may need more shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch_with_much_shared(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
                              cudaStream_t stream, const Arguments&... arguments) {
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > kSharedWithoutAsking) {
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
   launch(kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
