@@ -884,6 +884,55 @@ variable_list tree_block_gradients(const variable_list& grads, const variable_li
   return refusing_derivatives("tree_blocks", grads, std::move(results));
 }
 
+// The weights of the products of all blocks as the products read them, in the type of `normed`, kCount of each block:
+// of in_proj, of `mixer_output`, and of the MLP. One launch converts all of them. In inference on a GPU this is done
+// beside the kernels of the first block.
+class ProductWeights {
+ public:
+  static constexpr size_t kCount = 8;
+
+  ProductWeights(at::TensorList parameters, const std::vector<OutputParameters>& outputs, const Tensor& normed) {
+    const at::ScalarType type = normed.scalar_type();
+    std::vector<Weight> weights;
+    bool all_differ = !outputs.empty() && type != at::kFloat;
+    for (size_t block = 0; block < outputs.size(); ++block) {
+      const Tensor* p = &parameters[block * kParameters];
+      const OutputParameters& of = outputs[block];
+      for (const auto& weight : {Weight(p[kInProj]), of.padded_x(), of.padded_dt(), Weight(p[kOutProj]),
+                                 Weight(p[kWeight1]), Weight(p[kBias1]), Weight(p[kWeight2]), Weight(p[kBias2])}) {
+        all_differ &= weight.tensor.scalar_type() == at::kFloat;
+        weights.push_back(weight);
+      }
+    }
+    if (runs_on_gpu(normed) && all_differ && !at::GradMode::is_enabled()) {
+      const at::ArrayRef<Weight> all(weights);
+      beside_.emplace(normed);
+      converted_ = cast_weights({weights[0]}, type);
+      beside_->convert(all.slice(1, kCount - 1), type);
+      if (all.size() > kCount) beside_->convert(all.slice(kCount), type);
+      return;
+    }
+    converted_ = cast_weights(weights, type);
+    for (size_t block = 0; block < outputs.size(); ++block) {
+      Tensor& of_step = converted_[block * kCount + 2];
+      of_step = outputs[block].step_weight(of_step, normed);
+    }
+  }
+
+  // Those of a block from the given one on, up to the MLP's or the block's last.
+  const Tensor* from(size_t block, size_t first) {
+    const size_t place = block * kCount + first;
+    while (place >= converted_.size()) {
+      for (Tensor& weight : beside_->await()) converted_.push_back(std::move(weight));
+    }
+    return &converted_[place];
+  }
+
+ private:
+  std::vector<Tensor> converted_;
+  std::optional<WeightsBeside> beside_;
+};
+
 std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, at::TensorList parameters,
                                        const std::optional<Tensor>& factors_, int64_t dilation, std::string_view metric,
                                        std::string_view direction, int64_t root, bool one_tree, double mixer_eps,
@@ -902,51 +951,25 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
   TORCH_CHECK_VALUE(!factors_ || factors_->sizes() == at::IntArrayRef(of_factors), "factors must be ",
                     at::IntArrayRef(of_factors), ", got ", factors_->sizes());
   const at::ScalarType type = normed_.scalar_type();
-  constexpr size_t kProducts = 8;
-  std::vector<Tensor> cast;  // the weights of products of all blocks: kProducts of each
-  std::optional<WeightsBeside> beside;
   std::vector<OutputParameters> of_outputs;
+  for (size_t block = 0; block < blocks; ++block) {
+    const Tensor* p = &parameters[block * kParameters];
+    TORCH_CHECK_VALUE(p[kDtWeight].dim() == 2 && p[kXProj].dim() == 2, "dt_weight and x_proj must be matrices, got ",
+                      p[kDtWeight].sizes(), " and ", p[kXProj].sizes());
+    of_outputs.push_back({p[kXProj], p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip], p[kHWeight], p[kHBias],
+                          p[kOutWeight], p[kOutBias], p[kOutProj]});
+  }
+  std::optional<ProductWeights> weights;
   variable_list factors;  // of each branch, in the type in which they multiply
   {
     at::AutoDispatchBelowADInplaceOrView guard;
+    weights.emplace(parameters, of_outputs, normed_);
     if (factors_) factors = as_type(*factors_, x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).unbind();
-    std::vector<Weight> weights;
-    bool all_differ = true;
-    for (size_t block = 0; block < blocks; ++block) {
-      const Tensor* p = &parameters[block * kParameters];
-      TORCH_CHECK_VALUE(p[kDtWeight].dim() == 2 && p[kXProj].dim() == 2, "dt_weight and x_proj must be matrices, got ",
-                        p[kDtWeight].sizes(), " and ", p[kXProj].sizes());
-      const auto& of =
-          of_outputs.emplace_back(OutputParameters{p[kXProj], p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
-                                                   p[kHWeight], p[kHBias], p[kOutWeight], p[kOutBias], p[kOutProj]});
-      for (const auto& weight : {Weight(p[kInProj]), of.padded_x(), of.padded_dt(), Weight(p[kOutProj]),
-                                 Weight(p[kWeight1]), Weight(p[kBias1]), Weight(p[kWeight2]), Weight(p[kBias2])}) {
-        all_differ &= weight.tensor.scalar_type() == at::kFloat && type != at::kFloat;
-        weights.push_back(weight);
-      }
-    }
-    if (runs_on_gpu(x_) && blocks > 0 && all_differ && !at::GradMode::is_enabled()) {
-      const at::ArrayRef<Weight> all(weights);
-      beside.emplace(x_);
-      cast = cast_weights({weights[0]}, type);
-      beside->convert(all.slice(1, kProducts - 1), type);
-      if (blocks > 1) beside->convert(all.slice(kProducts), type);
-    } else {
-      cast = cast_weights(weights, type);
-    }
-    for (size_t block = 0; block < blocks && !beside; ++block) {
-      cast[block * kProducts + 2] = of_outputs[block].step_weight(cast[block * kProducts + 2], normed_);
-    }
   }
   Tensor x = x_, normed = normed_;
   Tree tree;
   for (size_t block = 0; block < blocks; ++block) {
     const Tensor* p = &parameters[block * kParameters];
-    const auto await_weights = [&] {
-      const std::vector<Tensor> others = beside->await();
-      cast.insert(cast.end(), others.begin(), others.end());
-    };
-    if (beside && block == 1) await_weights();
     variable_list inputs{x, normed};
     inputs.insert(inputs.end(), p, p + kParameters);
     const bool keep = torch::autograd::compute_requires_grad(inputs);
@@ -967,7 +990,7 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
                                         factors_ ? std::optional(factors[2 * block + of_block]) : std::nullopt));
     };
     variable_list mixed =
-        take(record_mixer_input(normed, p[kInProj], cast[block * kProducts], p[kConvWeight], dilation, keep));
+        take(record_mixer_input(normed, p[kInProj], *weights->from(block, 0), p[kConvWeight], dilation, keep));
     of_outputs[block].check(mixed[0], mixed[1]);
     if (block == 0 || !one_tree) {
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -975,14 +998,12 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
       const Tensor weights = call(weigh, mixed[0].view({x.size(0), height, width, mixed[0].size(2)}), metric);
       tree = call(span, weights, c10::SymInt(height), c10::SymInt(width), c10::SymInt(root));
     }
-    if (beside && block == 0) await_weights();
-    const Tensor* products = &cast[block * kProducts];
     const auto& [parent, order, subtree_size] = tree;
-    mixed = take(record_mixer_output(mixed[0], mixed[1], of_outputs[block], products + 1, parent, order, subtree_size,
-                                     mixer_eps, direction));
+    mixed = take(record_mixer_output(mixed[0], mixed[1], of_outputs[block], weights->from(block, 1), parent, order,
+                                     subtree_size, mixer_eps, direction));
     const variable_list after = add(x, mixed[0], kNormWeight, 0, type);
     const variable_list mlp =
-        take(record_gelu_mlp(after[1], p[kWeight1], p[kBias1], p[kWeight2], products + 4, /*fused=*/false));
+        take(record_gelu_mlp(after[1], p[kWeight1], p[kBias1], p[kWeight2], weights->from(block, 4), /*fused=*/false));
     all.results = add(after[0], mlp[0], kNextWeight, 1, block + 1 < blocks ? type : dtype);
     if (keep) all.setting = c10::ivalue::Tuple::create(std::move(settings));
     const variable_list results = differentiable<tree_block_gradients>(std::move(all), inputs);
