@@ -244,6 +244,13 @@ std::tuple<Tensor, Tensor> merged_scan(const Tensor& x, const Tensor& dt, const 
           kept};
 }
 
+// The gradient of a weight (D, 1, 3, 3) in the strides of the weight: channels last has another one for the dimension
+// of size one, and DistributedDataParallel warns where the strides of a gradient are not those of its weight.
+Tensor with_strides_of(const Tensor& weight, const Tensor& grad) {
+  const bool same = grad.sym_strides() == weight.sym_strides() || !weight.is_contiguous();
+  return same ? grad : grad.as_strided_symint(weight.sym_sizes(), weight.sym_strides());
+}
+
 // The arguments after the tensors: height and dilation.
 variable_list depthwise_conv_silu_gradients(const variable_list& grads, const variable_list& saved,
                                             const c10::IValue& arguments) {
@@ -252,7 +259,7 @@ variable_list depthwise_conv_silu_gradients(const variable_list& grads, const va
   const auto& elements = arguments.toTupleRef().elements();
   const Tensor dbefore = at::silu_backward(grads[0], saved[2]);  // which a compiler fuses with what gives the gradient
   auto [dx, dweight] = call(operation, dbefore, saved[0], saved[1], elements[0].toSymInt(), elements[1].toInt());
-  return {dx, dweight};
+  return {dx, with_strides_of(saved[1], dweight)};
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_silu(const Tensor& x, const Tensor& weight, c10::SymInt height,
@@ -550,7 +557,8 @@ variable_list input_gradients(const Tensor& dfeatures, const std::optional<Tenso
   const Tensor rows = as_rows(dboth);
   const auto type = static_cast<at::ScalarType>(elements[2].toInt());
   return {elements[3].toBool() ? at::mm(rows, in_proj).view(x.sizes()) : Tensor(),
-          elements[4].toBool() ? weight_gradient(rows, as_rows(x), type) : Tensor(), dconv_weight};
+          elements[4].toBool() ? weight_gradient(rows, as_rows(x), type) : Tensor(),
+          with_strides_of(conv_weight, dconv_weight)};
 }
 
 variable_list mixer_input_gradients(const variable_list& grads, const variable_list& saved,

@@ -358,8 +358,10 @@ def _merged_scan_gradients(ctx, grad: Tensor, _):
 def _convolution_gradients(ctx, grad: Tensor, _):
     x, weight, before = ctx.saved_tensors
     dbefore = torch.ops.aten.silu_backward(grad, before)  # which a compiler fuses with what gives the gradient
-    gradients = torch.ops.grootvl_ops.depthwise_conv_silu_backward(dbefore, x, weight, *ctx.height_and_dilation)
-    return *gradients, None, None, None
+    dx, dweight = torch.ops.grootvl_ops.depthwise_conv_silu_backward(dbefore, x, weight, *ctx.height_and_dilation)
+    if weight.is_contiguous():  # in channels last, too, where the dimension of size one has another stride
+        dweight = dweight.as_strided(weight.shape, weight.stride())
+    return dx, dweight, None, None, None
 
 
 def _gelu_mlp_gradients(ctx, grad: Tensor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,34 @@ def test_gradients_into_a_larger_map(device, place, dtype, with_more, poisoned_m
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
     assert memory.isnan().sum() == memory.numel() - dx.numel()  # nothing else was written
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradient_has_the_strides_of_the_weight(device, memory_format):
+    """Which DistributedDataParallel compares, also of the dimension of size one."""
+    x, weight = (o.to(device) for o in make_operands((2, 5, 6, 8), torch.float32))
+    weight = weight.to(memory_format=memory_format).requires_grad_()
+    in_proj = torch.randn(16, 8, device=device)
+
+    def called() -> Tensor:
+        return operation(x, weight, 1)
+
+    for function in (called, torch.compile(called), lambda: grootvl_ops.mixer_input(x, in_proj, weight)[0]):
+        (grad,) = torch.autograd.grad(function().sum(), weight)
+        assert grad.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_for_any_number_of_channels(device, memory_format):
+    compiled = torch.compile(lambda x, weight: operation(x, weight, 1), dynamic=True, fullgraph=True)
+    for channels in (8, 12):
+        x, weight = (o.to(device) for o in make_operands((2, 5, 6, channels), torch.float32))
+        weight = weight.to(memory_format=memory_format).requires_grad_()
+        grads = [
+            torch.autograd.grad(f(x, weight).square().sum(), weight)[0]
+            for f in (compiled, partial(operation, dilation=1))
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_to_do(device):
