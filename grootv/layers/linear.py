@@ -130,7 +130,7 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
 
 
-def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor) -> bool:
+def runs_gelu_mlp(first: Any, act: nn.Module, second: Any, x: Tensor) -> bool:
     """Whether `grootvl_ops.gelu_mlp` may compute second(act(first(x))), with the weights of two linear layers.
 
     In training, and in inference in eager mode, in a half precision on CUDA, where calls of the modules would do
