@@ -542,8 +542,10 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& h, const Tensor& x, const Te
 // The part of a mixer before the choice of its trees: a product, and the convolution of its first half.
 // The arguments after the tensors: height, dilation, the type of the weight, and whether gradients of x and of the
 // weight are needed.
-// Below autograd. The gradient of the features is dfeatures + more. dboth, of which the second half is the gradient of
-// z, gets the one of the first half, so that one product each gives the gradients of x and of the weight.
+//
+// The gradients, below autograd. The gradient of the features is dfeatures + more. dboth, of which the second half is
+// the gradient of z, gets the one of the first half, so that one product each gives the gradients of x and of the
+// weight.
 variable_list input_gradients(const Tensor& dfeatures, const std::optional<Tensor>& more, const Tensor& dboth,
                               const variable_list& saved, const c10::IValue& arguments) {
   using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
@@ -618,7 +620,9 @@ std::tuple<Tensor, Tensor> mixer_input(const Tensor& x, const Tensor& in_proj, c
 // zeros, and dt_weight by columns of zeros: the step size is a product with all that x_proj gives, B and C times zero.
 // The arguments after the tensors: direction, the types of the weights of both products, and whether their gradients
 // are needed.
-// Below autograd. The gradient of z is written into dz. The one of x is the sum of the first two results.
+//
+// The gradients, below autograd. The gradient of z is written into dz. The one of x is the sum of the first two
+// results.
 variable_list output_gradients(const Tensor& grad_, const Tensor& dz, const variable_list& saved,
                                const c10::IValue& arguments) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
@@ -814,7 +818,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
   return {results[0], results[1], statistics};
 }
 
-// The steps of a block of `tree_blocks`, in order, each with the gradients of the operation that is this step alone.
+// The steps of a block of `tree_blocks`, in order. Gradients are those of the operation that is a step alone, or what
+// these consist of.
 enum Step { kInput, kOutput, kAddMixed, kMlp, kAddMlp };
 
 // The parameters of a block, in the order of the steps.
@@ -967,11 +972,11 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
     of_outputs.push_back({p[kXProj], p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip], p[kHWeight], p[kHBias],
                           p[kOutWeight], p[kOutBias], p[kOutProj]});
   }
-  std::optional<ProductWeights> weights;
+  std::optional<ProductWeights> products;
   variable_list factors;  // of each branch, in the type in which they multiply
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    weights.emplace(parameters, of_outputs, normed_);
+    products.emplace(parameters, of_outputs, normed_);
     if (factors_) factors = as_type(*factors_, x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).unbind();
   }
   Tensor x = x_, normed = normed_;
@@ -998,7 +1003,7 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
                                         factors_ ? std::optional(factors[2 * block + of_block]) : std::nullopt));
     };
     variable_list mixed =
-        take(record_mixer_input(normed, p[kInProj], *weights->from(block, 0), p[kConvWeight], dilation, keep));
+        take(record_mixer_input(normed, p[kInProj], *products->from(block, 0), p[kConvWeight], dilation, keep));
     of_outputs[block].check(mixed[0], mixed[1]);
     if (block == 0 || !one_tree) {
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -1007,11 +1012,11 @@ std::tuple<Tensor, Tensor> tree_blocks(const Tensor& x_, const Tensor& normed_, 
       tree = call(span, weights, c10::SymInt(height), c10::SymInt(width), c10::SymInt(root));
     }
     const auto& [parent, order, subtree_size] = tree;
-    mixed = take(record_mixer_output(mixed[0], mixed[1], of_outputs[block], weights->from(block, 1), parent, order,
+    mixed = take(record_mixer_output(mixed[0], mixed[1], of_outputs[block], products->from(block, 1), parent, order,
                                      subtree_size, mixer_eps, direction));
     const variable_list after = add(x, mixed[0], kNormWeight, 0, type);
     const variable_list mlp =
-        take(record_gelu_mlp(after[1], p[kWeight1], p[kBias1], p[kWeight2], weights->from(block, 4), /*fused=*/false));
+        take(record_gelu_mlp(after[1], p[kWeight1], p[kBias1], p[kWeight2], products->from(block, 4), /*fused=*/false));
     all.results = add(after[0], mlp[0], kNextWeight, 1, block + 1 < blocks ? type : dtype);
     if (keep) all.setting = c10::ivalue::Tuple::create(std::move(settings));
     const variable_list results = differentiable<tree_block_gradients>(std::move(all), inputs);
