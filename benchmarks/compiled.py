@@ -290,15 +290,17 @@ def main() -> None:
         "kernels": lambda: kernel_rows(compiled[0] if compiled else "eager"),
         "largest": largest_rows,
     }
-    rows = []
+    text = __doc__.partition("\n\n    python")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
+    command = " ".join(["python benchmarks/compiled.py", *shown_arguments()])
+    head = ["what", "mode", "measured", "against"]
+    rows: list[Row] = []
     for part in args.parts:
         for row in sources[part]():
             print(" | ".join(row), flush=True)
             rows.append(row)
-    text = __doc__.partition("\n\n    python")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
-    command = " ".join(["python benchmarks/compiled.py", *shown_arguments()])
-    head = ["what", "mode", "measured", "against"]
-    publish("GrootV and its peers, eager and compiled", args.name, [text, table(head, rows)], command, args.commit)
+            # The table so far, since what is compiled next can take long.
+            sections = [text, table(head, rows)]
+            publish("GrootV and its peers, eager and compiled", args.name, sections, command, args.commit, show=False)
 
 
 if __name__ == "__main__":
