@@ -294,13 +294,17 @@ def main() -> None:
     command = " ".join(["python benchmarks/compiled.py", *shown_arguments()])
     head = ["what", "mode", "measured", "against"]
     rows: list[Row] = []
+
+    def write(show: bool) -> None:
+        sections = [text, table(head, rows)]
+        publish("GrootV and its peers, eager and compiled", args.name, sections, command, args.commit, show=show)
+
     for part in args.parts:
         for row in sources[part]():
             print(" | ".join(row), flush=True)
             rows.append(row)
-            # The table so far, since what is compiled next can take long.
-            sections = [text, table(head, rows)]
-            publish("GrootV and its peers, eager and compiled", args.name, sections, command, args.commit, show=False)
+            write(show=False)  # the table so far, since what is compiled next can take long
+    write(show=True)
 
 
 if __name__ == "__main__":

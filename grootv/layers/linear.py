@@ -14,6 +14,7 @@ __all__ = [
     "as_product_reads",
     "call_linear",
     "has_only_weight",
+    "is_gelu_mlp",
     "joins_products",
     "linear",
     "linear_gelu",
@@ -130,7 +131,7 @@ def linear_gelu(layer: Any, act: Any, x: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
 
 
-def runs_gelu_mlp(first: Any, act: nn.Module, second: Any, x: Tensor) -> bool:
+def runs_gelu_mlp(first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor) -> bool:
     """Whether `grootvl_ops.gelu_mlp` may compute second(act(first(x))), with the weights of two linear layers.
 
     In training, and in inference in eager mode, in a half precision on CUDA, where calls of the modules would do
@@ -142,13 +143,21 @@ def runs_gelu_mlp(first: Any, act: nn.Module, second: Any, x: Tensor) -> bool:
     return (
         (in_training() or (in_inference() and in_eager_mode()))
         and _HAS_CUDA_KERNELS
-        and is_plain(first, nn.Linear, x.device)
-        and is_plain(second, nn.Linear, x.device)
+        and is_gelu_mlp(first, act, second, x.device)
+        and _can_multiply(first, x.device, x.dtype)
+    )
+
+
+def is_gelu_mlp(first: Any, act: nn.Module, second: Any, device: torch.device) -> bool:
+    """Whether calls of the modules would do nothing but what two linear layers with biases and a GELU do, of which the
+    second gives as many channels as the first takes."""
+    return (
+        is_plain(first, nn.Linear, device)
+        and is_plain(second, nn.Linear, device)
         and only_runs(act, nn.GELU)
         and first.bias is not None
         and second.bias is not None
         and first.in_features == second.out_features
-        and _can_multiply(first, x.device, x.dtype)
     )
 
 

@@ -10,24 +10,13 @@ import grootvl_ops
 from grootv.layers import LayerNorm, TreeSSM
 from grootv.layers.bypass import autocasts, is_plain, only_runs
 from grootv.layers.convolution import fuses_convolution
-from grootv.layers.linear import joins_products
+from grootv.layers.linear import is_gelu_mlp, joins_products
 from grootv.layers.mlp import Mlp
-from grootv.layers.norms import PromotedLayerNorm, is_drop_path, is_scaled, kept_share
+from grootv.layers.norms import is_drop_path, is_scaled, kept_share
 from grootv.layers.scans import root_pixel
 from grootvl_ops import BlockParameters
 
 __all__ = ["run_joined"]
-
-# The layers of mixers and MLPs besides the convolution, their kind, and whether they have a bias.
-_OF_MIXER = (
-    ("in_proj", nn.Linear, False),
-    ("x_proj", nn.Linear, False),
-    ("dt_proj", nn.Linear, True),
-    ("h_norm", PromotedLayerNorm, True),
-    ("out_norm", PromotedLayerNorm, True),
-    ("out_proj", nn.Linear, False),
-)
-_OF_MLP = (("fc1", nn.Linear, True), ("fc2", nn.Linear, True))
 
 
 def run_joined(
@@ -85,25 +74,19 @@ def _has_only_weights(block: Any, device: torch.device, dtype: torch.dtype) -> b
     mixer, mlp = modules["mixer"], modules["mlp"]
     if not (only_runs(mixer, TreeSSM) and "scans" not in mixer.__dict__ and only_runs(mlp, Mlp)):
         return False
-    of_mixer, of_mlp = mixer._modules, mlp._modules
-    converts = autocasts(device.type, dtype)
-    for layers, rows in ((of_mixer, _OF_MIXER), (of_mlp, _OF_MLP)):
-        for name, kind, has_bias in rows:
-            layer = layers[name]
-            if not is_plain(layer, kind, device):
-                return False
-            parameters = layer._parameters
-            if "bias" not in parameters or (parameters["bias"] is not None) != has_bias:
-                return False
-            if kind is nn.Linear and not converts and parameters["weight"].dtype != dtype:
-                return False
+    layers, of_mlp = mixer._modules, mlp._modules
+    fc1, fc2 = of_mlp["fc1"], of_mlp["fc2"]
+    products = [layers[name] for name in ("in_proj", "x_proj", "out_proj")]
     return (
-        mixer.d_state == 1
-        and {"A_log", "D_skip"} <= mixer._parameters.keys()
-        and fuses_convolution(of_mixer["conv"], of_mixer["act"], device)
-        and of_mixer["h_norm"].eps == of_mixer["out_norm"].eps
-        and of_mlp["fc1"].in_features == of_mlp["fc2"].out_features
-        and only_runs(of_mlp["act"], nn.GELU)
+        {"A_log", "D_skip"} <= mixer._parameters.keys()
+        and mixer.has_one_state_and_weights()
+        and fuses_convolution(layers["conv"], layers["act"], device)
+        and all(is_plain(layer, nn.Linear, device) and layer.bias is None for layer in products)
+        and is_gelu_mlp(fc1, of_mlp["act"], fc2, device)
+        and (
+            autocasts(device.type, dtype)
+            or all(layer._parameters["weight"].dtype == dtype for layer in (*products, layers["dt_proj"], fc1, fc2))
+        )
         and is_plain(modules["norm2"], LayerNorm, device)
         and is_drop_path(modules["drop_path1"])
         and is_drop_path(modules["drop_path2"])
@@ -112,7 +95,7 @@ def _has_only_weights(block: Any, device: torch.device, dtype: torch.dtype) -> b
 
 def _is_like(mixer: Any, first: Any) -> bool:
     """Whether one operation may compute both mixers, apart from their weights."""
-    return mixer is first or (
+    return (
         mixer.metric == first.metric
         and (mixer.direction, mixer.tree_root) == (first.direction, first.tree_root)
         and mixer._modules["conv"].dilation == first._modules["conv"].dilation

@@ -439,19 +439,16 @@ at::ScalarType gradient_type(const Tensor& map, at::ScalarType type) {
   return map.is_cuda() && half && type == at::kFloat ? type : map.scalar_type();
 }
 
-// Writes the gradient of a weight, (N, K), from that of the product, (rows, N), and its other factor, (rows, K).
-void write_weight_gradient(Tensor to, const Tensor& grad, const Tensor& x) {
-  if (to.scalar_type() == x.scalar_type()) {
-    at::mm_out(to, grad.t(), x);
-  } else {
-    at::mm_out(to, grad.t(), x, to.scalar_type());
-  }
-}
-
+// The gradient of a weight of the type `type`, (N, K), from that of the product, (rows, N), and its other factor,
+// (rows, K).
 Tensor weight_gradient(const Tensor& grad, const Tensor& x, at::ScalarType type) {
-  Tensor to = at::empty({grad.size(1), x.size(1)}, x.options().dtype(gradient_type(x, type)));
-  write_weight_gradient(to, grad, x);
-  return to;
+  Tensor result = at::empty({grad.size(1), x.size(1)}, x.options().dtype(gradient_type(x, type)));
+  if (result.scalar_type() == x.scalar_type()) {
+    at::mm_out(result, grad.t(), x);
+  } else {
+    at::mm_out(result, grad.t(), x, result.scalar_type());
+  }
+  return result;
 }
 
 // The setting: whether one operation computes products and GELU, as in compiled graphs, the type of the parameters, and

@@ -156,6 +156,15 @@ inline Tensor reshaped(const Tensor& tensor, Sizes sizes) {
   return strided(tensor, sizes, strides);
 }
 
+// Whether all neighbouring pixels of (B, L) or (B, L, C) have the same distance, and a pixel's channels are side by
+// side.
+inline bool has_rows(const Tensor& map) {
+  return map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
+}
+
+// The same values with such rows.
+inline Tensor rows_of(const Tensor& map) { return has_rows(map) ? map : contiguous(map); }
+
 // (B, L, C) as a matrix (B L, C), without a copy if all pixels have the same distance.
 inline Tensor as_rows(const Tensor& map) {
   const bool rows = map.size(0) == 1 || map.stride(0) == map.size(1) * map.stride(1);

@@ -76,12 +76,6 @@ GROOTVL_VECTORIZED void gated_norm_row(const scalar_t* h, const scalar_t* x, con
 // Rows that a thread takes at least, so that there is enough to do.
 int64_t rows_of_thread(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
 
-// Pixels at one distance from each other, with their channels side by side.
-Tensor rows_of(const Tensor& map) {
-  const bool rows = map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
-  return rows ? map : contiguous(map);
-}
-
 std::tuple<Tensor, Tensor> gated_norm(const Tensor& h_, const Tensor& x_, const Tensor& z_, const Tensor& C_,
                                       const Tensor& D_skip_, const Tensor& h_weight_, const Tensor& h_bias_,
                                       const Tensor& out_weight_, const Tensor& out_bias_, double eps) {

@@ -308,10 +308,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kResult, acc_t>) conv_kernel
   }
 }
 
-// The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
-bool has_rows(const Tensor& map) { return map.stride(2) == 1 && map.stride(0) == map.size(1) * map.stride(1); }
-Tensor rows_of(const Tensor& map) { return has_rows(map) ? map : contiguous(map); }
-
 // Writes the convolution of `from` (B, L, D) into `out`, whose pixels have one distance from each other, and returns
 // what SiLU takes; for gradients writes that of x, and returns that of the weight.
 template <Result kResult>

@@ -265,12 +265,6 @@ struct NormInputs {
     return is_aligned(map.const_data_ptr(), vec * map.element_size()) && map.stride(1) % vec == 0;
   }
 
-  // The map with the same distance between all neighbouring pixels, and a pixel's channels side by side.
-  static Tensor rows_of(const Tensor& map) { return has_rows(map) ? map : contiguous(map); }
-  static bool has_rows(const Tensor& map) {
-    return map.stride(0) == map.size(1) * map.stride(1) && (map.dim() == 2 || map.stride(2) == 1);
-  }
-
   template <typename T, typename acc_t>
   NormData<T, acc_t> data() const {
     NormData<T, acc_t> data{};
@@ -320,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward_into(Tensor dz, c
   check_gated_norm(h, x, z, C, D_skip, h_weight, h_bias, out_weight, out_bias);
   check_like("grad", grad_, "h", h, h.sizes());
   check_like("dz", dz, "h", h, h.sizes());
-  GROOTVL_CHECK(dz.numel() == 0 || NormInputs::has_rows(dz),
-                "dz must have one distance between neighbouring pixels, got strides ", dz.strides());
+  GROOTVL_CHECK(dz.numel() == 0 || has_rows(dz), "dz must have one distance between neighbouring pixels, got strides ",
+                dz.strides());
   const DeviceGuard guard(h);
   const NormInputs inputs(h, x, z, C, {D_skip, h_weight, h_bias, out_weight, out_bias});
   if (inputs.aligned && !NormInputs::rows_aligned(dz, kVectorBytes / h.element_size())) {
