@@ -3,10 +3,13 @@
     python benchmarks/quantized.py
     python benchmarks/quantized.py --jobs 6              # six models compile at a time, and are measured alone
     python benchmarks/quantized.py --models grootv_tiny --precisions int8 float8 --layers large --mode max-autotune
+    python benchmarks/quantized.py --search              # with torchao's settings of the compiler: takes much longer
     python benchmarks/quantized.py --device cpu --models grootv_nano --batch 2 --size 64 --mode default \\
         --precisions int8 float8                         # a trial without a GPU
 
-Needs torchao: pip install torchao. The whole model is in bfloat16, without autocast, and compiled. The precisions:
+Needs torchao: pip install torchao. The whole model is in bfloat16, without autocast, and compiled. All models are
+compiled in the same way. With --search, the quantised ones are compiled with torchao's settings: the compiler searches
+for the fastest shape of each Triton kernel, and int8 products and their scales are one such kernel. The precisions:
 
 * bfloat16: the model as it is. The others are compared with it, and it is always measured.
 * tuned: bfloat16, with the settings that torchao makes for the compiler, which then searches for faster Triton kernels.
@@ -34,6 +37,7 @@ import importlib.metadata
 import multiprocessing
 import re
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -68,6 +72,7 @@ class Setting(NamedTuple):
     batch: int
     size: int
     mode: str
+    search: bool
     device: str
     repeats: int
 
@@ -90,8 +95,8 @@ class Measured(NamedTuple):
     others: list[str]
 
 
-def quantise(model: nn.Module, precision: str, layers: str) -> None:
-    """Replace the weights of linear layers by those of a precision, and make torchao's settings of the compiler."""
+def quantise(model: nn.Module, precision: str, layers: str, search: bool) -> None:
+    """Replace the weights of linear layers by those of a precision, and make settings of the compiler for it."""
     from torch._inductor import config as compiler
     from torchao import quantization
     from torchao.quantization.utils import recommended_inductor_config_setter
@@ -104,7 +109,9 @@ def quantise(model: nn.Module, precision: str, layers: str) -> None:
     name = PRECISIONS[precision][1]
     if name is None:
         return
-    options = {"granularity": quantization.PerRow()} if precision == "float8" else {}
+    options: dict[str, Any] = {"set_inductor_config": search}
+    if precision == "float8":
+        options["granularity"] = quantization.PerRow()
     chosen: dict[str, Any] = {}
     if layers == "large":
         chosen["filter_fn"] = lambda module, path: isinstance(module, nn.Linear) and not path.endswith(SMALL)
@@ -145,10 +152,11 @@ def measure(case: Case, setting: Setting, parent: Connection) -> None:
     """In a process of its own: compile, say so, wait for the turn, and send a `Measured`; or why there is none."""
     try:
         prepare()
+        start = time.perf_counter()
         run = Run(case.model, setting.batch, (setting.size, setting.size), device=setting.device)
         model = run.model.eval().to(torch.bfloat16)
         run.images = run.images.to(torch.bfloat16)
-        quantise(model, case.precision, case.layers)
+        quantise(model, case.precision, case.layers, setting.search)
         linear = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         quantised = [name for name, weight in linear.items() if is_quantised(weight)]
         if setting.mode != "eager":
@@ -159,6 +167,8 @@ def measure(case: Case, setting: Setting, parent: Connection) -> None:
             logits = run.model(run.images).float().cpu().numpy()
         if setting.device == "cuda":
             torch.cuda.empty_cache()
+        name = " ".join(case)
+        print(f"{name}: compiled after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         parent.send(None)
         parent.recv()
         images = 1e3 * setting.batch / milliseconds(run, setting.repeats)
@@ -241,6 +251,8 @@ class Report:
         """Write the report."""
         args = self.args
         compiled = "in eager mode" if args.mode == "eager" else f"compiled in the mode {args.mode}"
+        if args.search:
+            compiled += ", quantised models with torchao's settings of the compiler"
         text = (
             f"Inference, batch {args.batch}, {args.size} × {args.size}, {compiled}, by torchao "
             f"{importlib.metadata.version('torchao')}. All else is in bfloat16, without autocast. Quantised: how many "
@@ -264,6 +276,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the square images, in pixels")
     modes = ["eager", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument("--mode", choices=modes, default="reduce-overhead", help="of torch.compile")
+    parser.add_argument("--search", action="store_true", help="torchao's settings of the compiler")
     parser.add_argument("--repeats", type=int, default=5, help="of five batches in a row each, on a CPU of one")
     parser.add_argument("--jobs", type=int, default=1, help="models that are compiled at a time; memory limits it")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -283,7 +296,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU; --device cpu makes a trial without one")
 
-    setting = Setting(args.batch, args.size, args.mode, args.device, args.repeats)
+    setting = Setting(args.batch, args.size, args.mode, args.search, args.device, args.repeats)
     report = Report(args)
     plain = ["bfloat16", "tuned"] if "tuned" in args.precisions else ["bfloat16"]
     precisions = [precision for precision in dict.fromkeys(args.precisions) if PRECISIONS[precision][1]]

@@ -285,10 +285,10 @@ def mlp(dtype: torch.dtype, *size: int) -> None:
     for operand in operands:
         torch.ops.grootvl_ops.bias_backward(operand)
     rows, columns = operands[0].shape
-    for beside in (0, 3):
-        sizes = [rows + beside] * 2, [columns + beside] * 2
-        torch.ops.grootvl_ops.cast_weights_beside(
-            torch.ops.grootvl_ops.cast_weights(operands, *sizes, torch.float16), operands
+    for more in (0, 3, -1):
+        sizes = [rows + more] * 2, [columns + more] * 2
+        torch.ops.grootvl_ops.cast_weights_into(
+            torch.ops.grootvl_ops.cast_weights(operands, *sizes, torch.float16), operands, True
         )
     torch.ops.grootvl_ops.sums_wait(operands[0])
     for operand in operands:

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 __all__ = ["autocasts", "in_eager_mode", "in_inference", "in_training", "is_plain", "only_runs"]
 
 # The hooks of all modules.
-_GLOBAL_HOOKS = tuple(
+_PRE_HOOKS, _HOOKS, _BACKWARD_PRE_HOOKS, _BACKWARD_HOOKS = (
     getattr(torch.nn.modules.module, f"_global_{hooks}")
     for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 )
@@ -50,7 +50,7 @@ def only_runs(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
-    return not any(_GLOBAL_HOOKS)
+    return not (_PRE_HOOKS or _HOOKS or _BACKWARD_PRE_HOOKS or _BACKWARD_HOOKS)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:

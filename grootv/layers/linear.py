@@ -155,8 +155,8 @@ def is_gelu_mlp(first: Any, act: nn.Module, second: Any, device: torch.device) -
         is_plain(first, nn.Linear, device)
         and is_plain(second, nn.Linear, device)
         and only_runs(act, nn.GELU)
-        and first.bias is not None
-        and second.bias is not None
+        and first._parameters["bias"] is not None
+        and second._parameters["bias"] is not None
         and first.in_features == second.out_features
     )
 

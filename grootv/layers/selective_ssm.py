@@ -58,6 +58,12 @@ def init_parameters(mixer: Any, dt_weight: Tensor, dt_bias: Tensor) -> None:
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
+def _fuses_norms(h_norm: Any, out_norm: Any, device: torch.device) -> bool:
+    """Whether one operation may take the weights of both norms in place of calls."""
+    plain = is_plain(h_norm, PromotedLayerNorm, device) and is_plain(out_norm, PromotedLayerNorm, device)
+    return plain and h_norm.eps == out_norm.eps
+
+
 class SelectiveSSM(TraceLeaf):
     """Selective state space model on channels-last maps (paper, section 3.2 and Algorithm 1), along trees.
 
@@ -294,7 +300,16 @@ class SelectiveSSM(TraceLeaf):
     @torch.jit.unused
     def has_one_state_and_weights(self) -> bool:
         """Whether an operation for one state may take the weights of `dt_proj` and of both norms in place of calls."""
-        return self.d_state == 1 and self.fuses_step and self.dt_proj.bias is not None and self.fuses_norms
+        # From the dictionaries, because this is asked of every block: nn.Module finds an attribute by a search that
+        # takes longer than all the rest.
+        layers, device = self._modules, self._parameters["A_log"].device
+        step: Any = layers["dt_proj"]
+        return (
+            self.d_state == 1
+            and is_plain(step, nn.Linear, device)
+            and step._parameters["bias"] is not None
+            and _fuses_norms(layers["h_norm"], layers["out_norm"], device)
+        )
 
     @property
     def splits_input(self) -> bool:
@@ -314,6 +329,4 @@ class SelectiveSSM(TraceLeaf):
     @property
     def fuses_norms(self) -> bool:
         """Whether one operation takes the weights of `h_norm` and `out_norm`; otherwise they are called."""
-        h_norm, out_norm, device = self.h_norm, self.out_norm, self.A_log.device
-        plain = is_plain(h_norm, PromotedLayerNorm, device) and is_plain(out_norm, PromotedLayerNorm, device)
-        return plain and h_norm.eps == out_norm.eps
+        return _fuses_norms(self.h_norm, self.out_norm, self.A_log.device)

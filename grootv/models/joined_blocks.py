@@ -120,23 +120,20 @@ def _parameters(block: Any, next_norm: Any) -> BlockParameters:
 
 
 def _path_factors(blocks: Sequence[Any], branch: Tensor) -> Tensor | None:
-    """(2 blocks, B), what stochastic depth multiplies branches by; None where it drops none."""
+    """(2 blocks, B), what stochastic depth multiplies branches by; None where it drops none.
+
+    Few launches draw for all blocks, so the numbers are others than calls of the modules would draw.
+    """
     paths = [block._modules[name] for block in blocks for name in ("drop_path1", "drop_path2")]
     shares = [kept_share(path) for path in paths]
     if all(keep is None for keep in shares):
         return None
-    # With the random numbers that calls of the modules would draw, so each in a launch; one divides all of them.
-    factors = branch.new_empty(len(paths), len(branch))
-    scaled: list[Tensor] = []
-    divisors: list[float] = []
-    for path, keep, of_branch in zip(paths, shares, factors.unbind(), strict=True):
-        if keep is None:
-            of_branch.fill_(1)
-            continue
-        of_branch.bernoulli_(keep)
-        if is_scaled(path):
-            scaled.append(of_branch)
-            divisors.append(keep)
-    if scaled:
-        torch._foreach_div_(scaled, divisors)
+    dtype = torch.promote_types(branch.dtype, torch.float32)
+    factors = torch.rand(len(paths), len(branch), dtype=dtype, device=branch.device)
+    of_paths = factors.unbind()
+    keeps = [1.0 if keep is None else keep for keep in shares]
+    torch._foreach_sub_(of_paths, keeps)
+    factors.lt_(0)  # 1 where a number below 1 is less than the share
+    divisors = [keep if keep < 1 and is_scaled(path) else 1.0 for path, keep in zip(paths, keeps, strict=True)]
+    torch._foreach_div_(of_paths, divisors)
     return factors

@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/as_strided_native.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -310,7 +311,8 @@ Tensor as_type(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : at::_to_copy(tensor, tensor.options().dtype(type));
 }
 
-// A weight that a product reads, with rows and columns of zeros up to so many.
+// A weight with so many rows and columns: what a product reads has further ones, of zeros; the gradient of such a weight
+// loses them again.
 struct Weight {
   explicit Weight(const Tensor& tensor) : Weight(tensor, tensor.dim() == 1 ? 1 : tensor.size(0), tensor.size(-1)) {}
   Weight(const Tensor& tensor, int64_t rows, int64_t columns)
@@ -324,6 +326,41 @@ struct Weight {
   bool padded;
 };
 
+// Whether operations on a tensor run on a GPU at once, and nothing traces them.
+bool runs_on_gpu(const Tensor& tensor) {
+  return tensor.is_cuda() && !tensor.key_set().has(c10::DispatchKey::Python) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// For the results of casts, in one allocation: many take the host longer than the launch.
+std::vector<Tensor> empty_weights(at::ArrayRef<Weight> weights, at::ScalarType type) {
+  constexpr int64_t kAlignment = 64;  // values
+  std::vector<int64_t> first;
+  int64_t all = 0;
+  for (const Weight& weight : weights) {
+    first.push_back(all);
+    all += (weight.rows * weight.columns + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  const Tensor memory = at::empty({all}, weights[0].tensor.options().dtype(type));
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t sizes[] = {weights[i].rows, weights[i].columns}, strides[] = {weights[i].columns, 1};
+    const size_t skipped = weights[i].tensor.dim() == 1;
+    results.push_back(at::native::as_strided_tensorimpl(memory, at::IntArrayRef(sizes).slice(skipped),
+                                                        at::IntArrayRef(strides).slice(skipped), first[i]));
+  }
+  return results;
+}
+
+// The casts of a GPU into `results`; if `beside` the kernels of another stream, by few blocks.
+void cast_weights_into(at::TensorList results, at::ArrayRef<Weight> weights, bool beside) {
+  static const auto operation =
+      find_operation<void(at::TensorList, at::TensorList, bool)>("grootvl_ops::cast_weights_into");
+  std::vector<Tensor> tensors;
+  for (const Weight& weight : weights) tensors.push_back(weight.tensor);
+  call(operation, results, at::TensorList(tensors), beside);
+}
+
 // Weights in the type of their products. On a GPU one kernel converts all of them that have one type.
 std::vector<Tensor> cast_weights(const std::vector<Weight>& weights, at::ScalarType type) {
   using Signature = std::vector<Tensor>(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ScalarType);
@@ -336,29 +373,32 @@ std::vector<Tensor> cast_weights(const std::vector<Weight>& weights, at::ScalarT
       results[first] = weight.tensor;
       continue;
     }
-    std::vector<Tensor> tensors;
-    std::vector<int64_t> rows, columns;
+    std::vector<Weight> of_one_type;
     std::vector<size_t> places;
     for (size_t i = first; i < weights.size(); ++i) {
       const Weight& other = weights[i];
       const at::ScalarType other_type = other.tensor.scalar_type();
       if (other_type != weight.tensor.scalar_type() || (other_type == type && !other.padded)) continue;
-      tensors.push_back(other.tensor);
-      rows.push_back(other.rows);
-      columns.push_back(other.columns);
+      of_one_type.push_back(other);
       places.push_back(i);
     }
-    std::vector<Tensor> cast =
-        call(operation, at::TensorList(tensors), at::IntArrayRef(rows), at::IntArrayRef(columns), type);
+    std::vector<Tensor> cast;
+    if (runs_on_gpu(weight.tensor)) {
+      cast = empty_weights(of_one_type, type);
+      cast_weights_into(cast, of_one_type, /*beside=*/false);
+    } else {
+      std::vector<Tensor> tensors;
+      std::vector<int64_t> rows, columns;
+      for (const Weight& other : of_one_type) {
+        tensors.push_back(other.tensor);
+        rows.push_back(other.rows);
+        columns.push_back(other.columns);
+      }
+      cast = call(operation, at::TensorList(tensors), at::IntArrayRef(rows), at::IntArrayRef(columns), type);
+    }
     for (size_t i = 0; i < places.size(); ++i) results[places[i]] = std::move(cast[i]);
   }
   return results;
-}
-
-// Whether operations on a tensor run on a GPU at once, and nothing traces them.
-bool runs_on_gpu(const Tensor& tensor) {
-  return tensor.is_cuda() && !tensor.key_set().has(c10::DispatchKey::Python) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // Weights that a GPU converts on a stream of its own, beside the kernels of the current one, in parts that the current
@@ -382,19 +422,10 @@ class WeightsBeside {
   }
 
   void convert(at::ArrayRef<Weight> weights, at::ScalarType type) {
-    using Signature = void(at::TensorList, at::TensorList);
-    static const auto operation = find_operation<Signature>("grootvl_ops::cast_weights_beside");
-    std::vector<Tensor> tensors, results;
-    for (const Weight& weight : weights) {
-      const int64_t sizes[] = {weight.rows, weight.columns};
-      const at::IntArrayRef all(sizes);
-      tensors.push_back(weight.tensor);
-      results.push_back(at::empty(weight.tensor.dim() == 1 ? all.slice(1) : all, weight.tensor.options().dtype(type)));
-    }
-    Part part{results, c10::Event(main_.device_type())};
+    Part part{empty_weights(weights, type), c10::Event(main_.device_type())};
     {
       const c10::StreamGuard guard(other_);
-      call(operation, at::TensorList(results), at::TensorList(tensors));
+      cast_weights_into(part.results, weights, /*beside=*/true);
     }
     part.done.record(other_);
     parts_.push_back(std::move(part));
@@ -649,7 +680,7 @@ variable_list output_gradients(const Tensor& grad_, const Tensor& dz, const vari
   return {dx,
           dscan,
           elements[3].toBool() ? weight_gradient(dprojected, rows, type(1)).narrow(0, 0, rank + 2) : Tensor(),
-          ddt_weight.narrow(1, 0, rank),
+          cast_weights({Weight(ddt_weight, D, rank)}, type(1))[0],
           of_scan[0],
           of_scan[1],
           of_norms[0],

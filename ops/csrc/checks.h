@@ -218,9 +218,7 @@ inline void check_cast_weights(const std::vector<Tensor>& weights, const std::ve
                       weight.get_device_index() == weights[0].get_device_index(),
                   "weights must be of one floating point type, on one device");
     constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-    const int64_t own_rows = weight.dim() == 1 ? 1 : weight.size(0);
-    GROOTVL_CHECK(rows[i] >= own_rows && columns[i] >= weight.size(-1) && columns[i] <= limit &&
-                      (weight.dim() == 2 || rows[i] == 1),
+    GROOTVL_CHECK(rows[i] >= 0 && columns[i] >= 0 && columns[i] <= limit && (weight.dim() == 2 || rows[i] == 1),
                   "a weight ", weight.sizes(), " cannot have ", rows[i], " rows of ", columns[i]);
   }
 }

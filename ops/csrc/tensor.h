@@ -84,14 +84,19 @@ auto call(const char* operation, const char* overload, const Tensor& tensor, con
   }
 }
 
+inline std::vector<int64_t> contiguous_strides(Sizes sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return strides;
+}
+
 // A contiguous tensor of undefined values, on the device of `like`. On a GPU without the dispatcher, which would take
 // the host longer than launching a kernel.
 inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   if (like.is_cpu()) {
     return call("aten::new_empty", "", like, sizes, std::optional(type), std::nullopt, std::nullopt, std::nullopt);
   }
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
@@ -141,19 +146,17 @@ inline Tensor slice(const Tensor& tensor, int64_t first, int64_t count, int64_t 
   return call("aten::slice", "Tensor", tensor, dim, std::optional(first), std::optional(first + count), int64_t{1});
 }
 
-// Another view of the same memory, which begins where `tensor` does.
-inline Tensor strided(const Tensor& tensor, Sizes sizes, Sizes strides) {
+// Another view of the same memory, which begins where `tensor` does, or so many values later.
+inline Tensor strided(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(), 0, &result));
+      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(), first, &result));
   return Tensor(result);
 }
 
-// A contiguous tensor in another shape.
-inline Tensor reshaped(const Tensor& tensor, Sizes sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  return strided(tensor, sizes, strides);
+// A contiguous tensor in another shape, of the values from `first` on.
+inline Tensor reshaped(const Tensor& tensor, Sizes sizes, int64_t first = 0) {
+  return strided(tensor, sizes, contiguous_strides(sizes), first);
 }
 
 // Whether all neighbouring pixels of (B, L) or (B, L, C) have the same distance, and a pixel's channels are side by

@@ -24,7 +24,7 @@ _library.impl("cast_weights", reference.cast_weights, "CompositeExplicitAutograd
 if _loading.problems["autograd"] is not None:
     _library.impl("cast_weights", reference.cast_weights, "Autograd")
 
-for _name in ("cast_weights_beside", "depthwise_conv_silu_backward_into", "gated_norm_backward_into"):
+for _name in ("cast_weights_into", "depthwise_conv_silu_backward_into", "gated_norm_backward_into"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 for _name in ("sums_wait", "sums_run"):  # where no kernel is, no sum waits
     _library.impl(_name, lambda like: None, "CompositeExplicitAutograd")

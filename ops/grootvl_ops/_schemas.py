@@ -37,7 +37,7 @@ SCHEMAS = (
     "str direction, int root, bool one_tree, float mixer_eps, float norm_eps, ScalarType dtype) -> (Tensor, Tensor)",
     "gelu_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool fused) -> Tensor",
     "cast_weights(Tensor[] weights, int[] rows, int[] columns, ScalarType dtype) -> Tensor[]",
-    "cast_weights_beside(Tensor(a!)[] results, Tensor[] weights) -> ()",
+    "cast_weights_into(Tensor(a!)[] results, Tensor[] weights, bool beside) -> ()",
     "bias_backward(Tensor grad) -> Tensor",
     # For the gradients of several operations: on which GPU, see csrc/cuda/common/sum.cuh.
     "sums_wait(Tensor like) -> ()",

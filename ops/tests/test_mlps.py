@@ -84,20 +84,20 @@ def test_gradient_of_a_bias(device, size, dtype, poisoned_memory):
 @pytest.mark.parametrize("to", TOLERANCE, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_cast_weights(device, dtype, to, poisoned_memory):
-    sizes = [(5, 8), (7,), (12, 3), (1, 1), (0, 4), (64, 4096), (2056,)]
-    rows, columns = [8, 1, 12, 3, 2, 64, 1], [8, 7, 8, 5, 4, 4096, 2056]
+    sizes = [(5, 8), (7,), (12, 3), (1, 1), (0, 4), (64, 4096), (2056,), (40, 8), (9, 8), (9,), (6, 3), (3, 6)]
+    rows, columns = [8, 1, 12, 3, 2, 64, 1, 40, 4, 1, 4, 5], [8, 7, 8, 5, 4, 4096, 2056, 5, 8, 0, 5, 4]
     weights = [torch.randn(size, device=device).to(dtype) for size in sizes]
     weights[2] = weights[2].t().contiguous().t()
     found = library.cast_weights(weights, rows, columns, to)
     for weight, result, n, m in zip(weights, found, rows, columns, strict=True):
-        padded = torch.zeros((n, m)[2 - weight.dim() :], dtype=to, device=device)
-        padded[tuple(slice(length) for length in weight.shape)] = weight
-        assert result.dtype == to and torch.equal(result, padded)
+        matrix = torch.atleast_2d(weight)
+        expected = F.pad(matrix, (0, m - matrix.shape[1], 0, n - matrix.shape[0])).to(to)  # a negative one leaves out
+        assert result.dtype == to and torch.equal(result, expected[0] if weight.dim() == 1 else expected)
     torch.library.opcheck(library.cast_weights.default, (weights[:3], rows[:3], columns[:3], to))
     leaves = [weight.clone().requires_grad_() for weight in weights[:4]]
     sum(result.sum() for result in library.cast_weights(leaves, rows[:4], columns[:4], to)).backward()
     assert all(torch.equal(leaf.grad, torch.ones_like(leaf)) for leaf in leaves)
-    for bad in ((weights[:1], [4], [8]), (weights[:1], [5], [7]), (weights[:1], [5, 1], [8, 8])):
+    for bad in ((weights[:1], [-1], [8]), (weights[:1], [5], [-1]), (weights[:1], [5, 1], [8, 8])):
         with pytest.raises((ValueError, RuntimeError)):
             library.cast_weights(*bad, to)
 
@@ -176,7 +176,7 @@ def test_keeps_dtypes_under_autocast(device):
 
 
 @pytest.mark.parametrize("to", [torch.float16, torch.float64], ids=str)
-def test_cast_weights_beside(to, poisoned_memory):
+def test_cast_weights_beside_other_kernels(to, poisoned_memory):
     """More weights than one launch takes, on another stream, as `cast_weights` converts them."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -192,12 +192,12 @@ def test_cast_weights_beside(to, poisoned_memory):
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
-        library.cast_weights_beside(results, weights)
+        library.cast_weights_into(results, weights, True)
     torch.cuda.current_stream().wait_stream(other)
     assert all(map(torch.equal, results, expected))
     for bad in ((results[:1], weights), ([results[2].t()], weights[2:3]), (results[:1], weights[5:6])):
         with pytest.raises((ValueError, RuntimeError)):
-            library.cast_weights_beside(*bad)
+            library.cast_weights_into(*bad, True)
 
 
 def test_sums_that_wait():

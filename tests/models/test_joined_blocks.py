@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import grootv  # noqa: F401  registers the models
+from grootv.layers.norms import path_factors
 from grootv.models import joined_blocks
 
 SIZE = 64
@@ -70,6 +71,14 @@ def apart(model: nn.Module) -> nn.Module:
     return model
 
 
+def factors_of_modules(blocks: list[nn.Module], branch: Tensor) -> Tensor | None:
+    """With the random numbers that calls of the modules draw."""
+    found = [path_factors(path, branch) for block in blocks for path in (block.drop_path1, block.drop_path2)]
+    if all(factors is None for factors in found):
+        return None
+    return torch.stack([branch.new_ones(len(branch)) if factors is None else factors for factors in found])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,7 +89,8 @@ def apart(model: nn.Module) -> nn.Module:
     ],
     ids=["published", "drop", "stage", "root"],
 )
-def test_same_results(device, joined, options):
+def test_same_results(device, joined, options, monkeypatch):
+    monkeypatch.setattr(joined_blocks, "_path_factors", factors_of_modules)
     model = make_model(device, **options).train()
     found = step(model, device)
     assert joined == [1, 2, 2, 1]
@@ -91,6 +101,32 @@ def test_same_results(device, joined, options):
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=tolerance * max(float(wanted.abs().max()), 1e-6))
     assert all(map(torch.equal, found, step(model, device)))
+
+
+def test_stochastic_depth(device):
+    """Each path of each block drops its share of the images, of its own choice, and scales the others."""
+    model = make_model(device, drop_path_rate=0.6).train()
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    blocks[2].drop_path1.scale_by_keep = False
+    blocks[2].drop_path2.drop_prob = 1.0
+    count = 40000
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        torch.manual_seed(3)
+        factors = joined_blocks._path_factors(blocks, torch.empty(count, 1, dtype=dtype, device=device))
+        assert factors.shape == (2 * len(blocks), count)
+        assert factors.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
+        for i, (of_path, path) in enumerate(zip(factors, paths, strict=True)):
+            share = 1 - getattr(path, "drop_prob", 0.0)
+            kept = of_path != 0
+            assert abs(float(kept.double().mean()) - share) <= 5 * (share * (1 - share) / count) ** 0.5
+            scale = torch.tensor(1.0 if i == 4 else share, dtype=factors.dtype)
+            assert (of_path[kept] == (1 / scale).to(device)).all()
+        # Of both paths of the last block, 0.4 are kept, and 0.16 together.
+        both = float(((factors[-1] != 0) & (factors[-2] != 0)).double().mean())
+        assert abs(both - 0.16) <= 5 * (0.16 * 0.84 / count) ** 0.5
+    assert joined_blocks._path_factors(blocks[:1], torch.empty(3, device=device)) is None
+    assert joined_blocks._path_factors([block.eval() for block in blocks], torch.empty(3, device=device)) is None
 
 
 def test_inference_and_its_features(device, joined):

@@ -8,7 +8,7 @@ Shapes: batch B, vertices L (L = H * W on a map, row-major), edges E, channels D
 """
 
 from .convolutions import depthwise_conv_silu, depthwise_conv_silu_backward, depthwise_conv_silu_backward_into
-from .mlps import bias_backward, cast_weights, cast_weights_beside, gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
+from .mlps import bias_backward, cast_weights, cast_weights_into, gelu_mlp, gelu_mlp_backward, gelu_mlp_fused_backward
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -53,7 +53,7 @@ __all__ = [
     "add_layer_norm_backward",
     "bias_backward",
     "cast_weights",
-    "cast_weights_beside",
+    "cast_weights_into",
     "depthwise_conv_silu",
     "depthwise_conv_silu_backward",
     "depthwise_conv_silu_backward_into",

@@ -23,18 +23,19 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
 
 
 def cast_weights(weights: list[Tensor], rows: list[int], columns: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Matrices, or vectors as one row each, as ones of `dtype` with so many rows and columns, of which the further ones
-    are zeros."""
+    """Matrices, or vectors as one row each, as ones of `dtype` with so many rows and columns: further ones are zeros,
+    and what is more than so many is left out."""
     sizes = [(n, m)[2 - weight.dim() :] for weight, n, m in zip(weights, rows, columns, strict=True)]
     results = [weight.new_empty(size, dtype=dtype) for weight, size in zip(weights, sizes, strict=True)]
-    cast_weights_beside(results, weights)
+    cast_weights_into(results, weights, beside=False)
     return results
 
 
-def cast_weights_beside(results: list[Tensor], weights: list[Tensor]) -> None:
-    """The same into tensors that are there."""
+def cast_weights_into(results: list[Tensor], weights: list[Tensor], beside: bool) -> None:
+    """The same into tensors that are there. `beside` is for GPUs: whether other kernels run meanwhile."""
     for result, weight in zip(results, weights, strict=True):
-        result.zero_()[tuple(slice(length) for length in weight.shape)] = weight
+        common = tuple(map(slice, map(min, result.shape, weight.shape)))
+        result.zero_()[common] = weight[common]
 
 
 def bias_backward(grad: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 #include "sum.cuh"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -148,19 +149,55 @@ struct WaitingSum {
 thread_local bool sums_wait = false;
 thread_local std::vector<WaitingSum> waiting_sums;
 
+// Tensors of float32 that share allocations of `capacity` values: an allocation of its own, and its end, take the host
+// longer than a launch.
+class SharedAllocation {
+ public:
+  explicit SharedAllocation(int64_t capacity) : capacity_(capacity) {}
+
+  Tensor take(const Tensor& like, Sizes sizes) {
+    constexpr int64_t kAlignment = 32;  // values, for whole lines of memory
+    int64_t count = 1;
+    for (const int64_t size : sizes) count *= size;
+    if (count > capacity_) return empty(like, sizes, ScalarType::Float);
+    if (!memory_ || memory_->device() != like.device() || used_ + count > capacity_) {
+      memory_ = empty(like, {capacity_}, ScalarType::Float);
+      used_ = 0;
+    }
+    const int64_t first = used_;
+    used_ += (count + kAlignment - 1) / kAlignment * kAlignment;
+    return reshaped(*memory_, sizes, first);
+  }
+
+  // The tensors keep the memory until they end.
+  void leave() { memory_.reset(); }
+
+ private:
+  const int64_t capacity_;
+  std::optional<Tensor> memory_;
+  int64_t used_ = 0;
+};
+thread_local SharedAllocation waiting_parts(int64_t{4} << 20), sums_of_parts(int64_t{16} << 10);
+
 }  // namespace
+
+Tensor empty_parts(const Tensor& like, Sizes sizes, ScalarType type) {
+  return sums_wait && type == ScalarType::Float ? waiting_parts.take(like, sizes) : empty(like, sizes, type);
+}
 
 Tensor sum_parts_later(const Tensor& parts, int64_t outer, Sizes sizes, ScalarType type) {
   if (!sums_wait || parts.scalar_type() != ScalarType::Float || type != ScalarType::Float) {
     return sum_parts(parts, outer, sizes, type);
   }
-  const Tensor sums = empty(parts, sizes, type);
+  const Tensor sums = sums_of_parts.take(parts, sizes);
   if (sums.numel() == 0) return sums;
   waiting_sums.push_back({parts, sums, outer, parts.numel() / sums.numel(), sums.numel() / outer});
   return sums;
 }
 
 void compute_waiting_sums() {
+  waiting_parts.leave();
+  sums_of_parts.leave();
   if (waiting_sums.empty()) return;
   const std::vector<WaitingSum> waiting = std::move(waiting_sums);
   waiting_sums.clear();

@@ -27,8 +27,12 @@ __device__ __forceinline__ void write_block_sums(const acc_t (&values)[kCount], 
 // without PyTorch's dispatcher.
 Tensor sum_parts(const Tensor& parts, int64_t outer, Sizes sizes, ScalarType type);
 
-// The same for gradients of parameters, which nothing reads before the end of a backward pass. Between the operations
-// `sums_wait` and `sums_run` it only takes note, and the latter computes the sums of all operations in one launch.
+// Memory for the parts of `sum_parts_later`.
+Tensor empty_parts(const Tensor& like, Sizes sizes, ScalarType type);
+
+// The same as `sum_parts` for gradients of parameters, which nothing reads before the end of a backward pass. Between
+// the operations `sums_wait` and `sums_run` it only takes note, and the latter computes the sums of all operations in
+// one launch. Parts, and sums, share allocations then.
 Tensor sum_parts_later(const Tensor& parts, int64_t outer, Sizes sizes, ScalarType type);
 
 // Computes the sums that wait, for whoever reads them at once.

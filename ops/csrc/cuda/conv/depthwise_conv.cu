@@ -372,7 +372,7 @@ Tensor convolve(const Tensor& from_, const Tensor& x_, const Tensor& weight_, in
     const int64_t images = divide(data.images, data.images_of_block);
     Tensor parts;
     if (kResult == Result::kGradients) {
-      parts = empty(from, {images * tiles, weight.numel()}, accumulation);
+      parts = empty_parts(from, {images * tiles, weight.numel()}, accumulation);
       data.parts = parts.mutable_data_ptr<acc_t>();
     }
     const int64_t pixel_bytes = int64_t(words) * kPair * sizeof(T) + (words < 32 ? 16 : 0);

@@ -48,7 +48,7 @@ Tensor bias_backward(const Tensor& grad_) {
     using acc_t = Accumulation<T>;
     const auto launch_words = [&](auto word) {
       const RowBlocks blocks(grad, word(), kBlocks, kAhead);
-      const Tensor parts = empty(grad, {int64_t{blocks.grid.y}, columns}, accumulation);
+      const Tensor parts = empty_parts(grad, {int64_t{blocks.grid.y}, columns}, accumulation);
       launch(bias_backward_kernel<word(), T, acc_t>, blocks.grid, blocks.block, blocks.shared<word(), acc_t>(),
              current_stream(), grad.const_data_ptr<T>(), grad.size(0), columns, parts.mutable_data_ptr<acc_t>());
       sums = sum_parts_later(parts, 1, {columns}, accumulation);

@@ -16,7 +16,8 @@ constexpr int kWordsAhead = 4;  // words that it loads together: the compiler wo
 constexpr int kThreadValues = kWord * kWordsAhead;
 constexpr int kMostWeights = 64;  // of a launch
 
-// A matrix (rows, columns), and the result (padded rows, padded columns), whose other values are zeros.
+// A matrix (rows, columns), and the result (padded rows, padded columns), with zeros where the matrix has no values. The
+// result may also have fewer rows or columns.
 template <typename from_t, typename to_t>
 struct Weight {
   const from_t* from;
@@ -108,23 +109,9 @@ void cast(std::vector<Tensor> weights, const std::vector<Tensor>& results, int64
   });
 }
 
-std::vector<Tensor> cast_weights(std::vector<Tensor> weights, std::vector<int64_t> rows, std::vector<int64_t> columns,
-                                 ScalarType dtype) {
-  check_cast_weights(weights, rows, columns, dtype);
-  const DeviceGuard guard(weights[0]);
-  std::vector<Tensor> results;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const bool is_vector = weights[i].dim() == 1;
-    const int64_t sizes[] = {rows[i], columns[i]};
-    results.push_back(empty(weights[i], is_vector ? Sizes(sizes + 1, 1) : Sizes(sizes, 2), dtype));
-  }
-  cast<256>(std::move(weights), results, INT32_MAX);
-  return results;
-}
-
-// The same into tensors that are there, by one block of each multiprocessor: beside the kernels of another stream,
-// which need the multiprocessors more than this needs them.
-void cast_weights_beside(std::vector<Tensor> results, std::vector<Tensor> weights) {
+// Converts weights into tensors that are there; if `beside` the kernels of another stream, which need the multiprocessors more
+// than this needs them, by few blocks.
+void cast_weights_into(std::vector<Tensor> results, std::vector<Tensor> weights, bool beside) {
   GROOTVL_CHECK(results.size() == weights.size() && !results.empty(), "results and weights must be as many, got ",
                 results.size(), " and ", weights.size());
   std::vector<int64_t> rows, columns;
@@ -137,7 +124,24 @@ void cast_weights_beside(std::vector<Tensor> results, std::vector<Tensor> weight
   }
   check_cast_weights(weights, rows, columns, results[0].scalar_type());
   const DeviceGuard guard(weights[0]);
-  cast<kMaxBlockThreads>(std::move(weights), results, std::max(1, current_limits().multiprocessors / 4));
+  if (beside) {
+    cast<kMaxBlockThreads>(std::move(weights), results, std::max(1, current_limits().multiprocessors / 4));
+  } else {
+    cast<256>(std::move(weights), results, INT32_MAX);
+  }
+}
+
+std::vector<Tensor> cast_weights(std::vector<Tensor> weights, std::vector<int64_t> rows, std::vector<int64_t> columns,
+                                 ScalarType dtype) {
+  check_cast_weights(weights, rows, columns, dtype);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool is_vector = weights[i].dim() == 1;
+    const int64_t sizes[] = {rows[i], columns[i]};
+    results.push_back(empty(weights[i], is_vector ? Sizes(sizes + 1, 1) : Sizes(sizes, 2), dtype));
+  }
+  cast_weights_into(results, std::move(weights), /*beside=*/false);
+  return results;
 }
 
 }  // namespace
@@ -145,5 +149,5 @@ void cast_weights_beside(std::vector<Tensor> results, std::vector<Tensor> weight
 
 STABLE_TORCH_LIBRARY_IMPL(grootvl_ops, CUDA, m) {
   m.impl("cast_weights", TORCH_BOX(&grootvl::cast_weights));
-  m.impl("cast_weights_beside", TORCH_BOX(&grootvl::cast_weights_beside));
+  m.impl("cast_weights_into", TORCH_BOX(&grootvl::cast_weights_into));
 }

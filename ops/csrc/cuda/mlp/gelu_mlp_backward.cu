@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_backward(const Tensor& dhidden_, con
     using acc_t = Accumulation<T>;
     const auto launch_words = [&](auto word) {
       const RowBlocks blocks(before, word(), kBlocks, kAhead);
-      const Tensor parts = empty(before, {int64_t{blocks.grid.y}, before.size(1)}, accumulation);
+      const Tensor parts = empty_parts(before, {int64_t{blocks.grid.y}, before.size(1)}, accumulation);
       GeluData<T, acc_t> data{dhidden.const_data_ptr<T>(),     before.const_data_ptr<T>(),
                               hidden.mutable_data_ptr<T>(),    dbefore.mutable_data_ptr<T>(),
                               parts.mutable_data_ptr<acc_t>(), before.size(0),

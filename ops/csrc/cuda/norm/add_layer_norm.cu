@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_, 
     if (!shared) data.dbranch = dbranch.mutable_data_ptr<branch_t>();
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const auto [launch, aligned] = inputs.launch("add_layer_norm", kVec, 8, {&grad, &grad_sum, &dx, &dbranch});
-    const Tensor dparameters = empty(x, {launch.blocks, 2, x.size(-1)}, accumulation);
+    const Tensor dparameters = empty_parts(x, {launch.blocks, 2, x.size(-1)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
     launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
       layer_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);

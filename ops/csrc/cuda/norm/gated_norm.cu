@@ -353,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward_into(Tensor dz, c
     const int64_t long_words = h.size(2) / kVec;
     const bool several = long_words % kWarpLanes != 0 || (long_words & (long_words - 1)) != 0;
     const TeamLaunch launch = inputs.launch(kWord, kVec, 8, several, kBackwardBlocks);
-    const Tensor dparameters = empty(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
+    const Tensor dparameters = empty_parts(h, {launch.blocks, kNumParameters, h.size(2)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
     launch.with_words<kWord, kVec, 16, 32, 64, 128>(inputs.aligned, [&](auto shape) {
       gated_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, stream>>>(data);

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor
     data.dx = dx.mutable_data_ptr<T>();
     constexpr int kVec = kVectorBytes / std::max(sizeof(T), sizeof(out_t));
     const auto [launch, aligned] = inputs.launch("layer_norm", kVec, 8, {&grad, &dx});
-    const Tensor dparameters = empty(x, {launch.blocks, 2, x.size(-1)}, accumulation);
+    const Tensor dparameters = empty_parts(x, {launch.blocks, 2, x.size(-1)}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
     launch.with_words<kVec, kVec>(aligned, [&, &launch = launch](auto shape) {
       layer_norm_backward_kernel<decltype(shape)><<<launch.blocks, launch.block, 0, current_stream()>>>(data);

@@ -241,7 +241,8 @@ ParameterGradients scan(ScanData<T, acc_t> data, const Tensor& x, PlannedTrees& 
       doutput_weight = empty_like(dinput_weight);
       data.doutput_weight = doutput_weight.mutable_data_ptr<acc_t>();
     }
-    dparameters = empty(x, {kChannelGradients, data.scans, data.batch * plan.runs.capacity, channels}, accumulation);
+    dparameters =
+        empty_parts(x, {kChannelGradients, data.scans, data.batch * plan.runs.capacity, channels}, accumulation);
     data.dparameters = dparameters.mutable_data_ptr<acc_t>();
   }
 
