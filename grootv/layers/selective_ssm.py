@@ -302,8 +302,9 @@ class SelectiveSSM(TraceLeaf):
         """Whether an operation for one state may take the weights of `dt_proj` and of both norms in place of calls."""
         # From the dictionaries, because this is asked of every block: nn.Module finds an attribute by a search that
         # takes longer than all the rest.
-        layers, device = self._modules, self._parameters["A_log"].device
-        step: Any = layers["dt_proj"]
+        layers: Any = self._modules
+        A_log: Any = self._parameters["A_log"]
+        device, step = A_log.device, layers["dt_proj"]
         return (
             self.d_state == 1
             and is_plain(step, nn.Linear, device)

@@ -311,8 +311,8 @@ Tensor as_type(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : at::_to_copy(tensor, tensor.options().dtype(type));
 }
 
-// A weight with so many rows and columns: what a product reads has further ones, of zeros; the gradient of such a weight
-// loses them again.
+// A weight with so many rows and columns: what a product reads has further ones, of zeros; the gradient of such a
+// weight loses them again.
 struct Weight {
   explicit Weight(const Tensor& tensor) : Weight(tensor, tensor.dim() == 1 ? 1 : tensor.size(0), tensor.size(-1)) {}
   Weight(const Tensor& tensor, int64_t rows, int64_t columns)

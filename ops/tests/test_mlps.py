@@ -201,10 +201,12 @@ def test_cast_weights_beside_other_kernels(to, poisoned_memory):
 
 
 def test_sums_that_wait():
-    """Sums over blocks of several operations, computed in one launch at the end."""
+    """Sums over blocks of several operations, computed in one launch at the end, with more parts than one allocation
+    has, and more sums."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    grads = [torch.randn(rows, 40 + i, device="cuda").half() for i, rows in enumerate([1, 60000, 257, 0] * 20)]
+    sizes = [(rows, 40 + i) for i, rows in enumerate([1, 60000, 257, 0] * 20)] + [(2000, 20000), (2000, 15000)] * 3
+    grads = [torch.randn(size, device="cuda").half() for size in sizes]
     expected = [library.bias_backward(grad) for grad in grads]
     library.sums_wait(grads[0])
     found = [library.bias_backward(grad) for grad in grads]
@@ -212,6 +214,13 @@ def test_sums_that_wait():
     for actual, wanted, grad in zip(found, expected, grads, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * max(1, len(grad)) ** 0.5)
     assert torch.equal(library.bias_backward(grads[1]), expected[1])  # no other waits
+    del found
+    before = torch.cuda.memory_allocated()
+    library.sums_wait(grads[0])
+    found = library.bias_backward(grads[1])
+    library.sums_run(grads[0])
+    assert torch.cuda.memory_allocated() - before <= 1 << 17  # the memory of the parts is free again
+    torch.testing.assert_close(found, expected[1], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -16,8 +16,8 @@ constexpr int kWordsAhead = 4;  // words that it loads together: the compiler wo
 constexpr int kThreadValues = kWord * kWordsAhead;
 constexpr int kMostWeights = 64;  // of a launch
 
-// A matrix (rows, columns), and the result (padded rows, padded columns), with zeros where the matrix has no values. The
-// result may also have fewer rows or columns.
+// A matrix (rows, columns), and the result (padded rows, padded columns), with zeros where the matrix has no values.
+// The result may also have fewer rows or columns.
 template <typename from_t, typename to_t>
 struct Weight {
   const from_t* from;
@@ -109,8 +109,8 @@ void cast(std::vector<Tensor> weights, const std::vector<Tensor>& results, int64
   });
 }
 
-// Converts weights into tensors that are there; if `beside` the kernels of another stream, which need the multiprocessors more
-// than this needs them, by few blocks.
+// Converts weights into tensors that are there; if `beside` the kernels of another stream, which need the
+// multiprocessors more than this needs them, by few blocks.
 void cast_weights_into(std::vector<Tensor> results, std::vector<Tensor> weights, bool beside) {
   GROOTVL_CHECK(results.size() == weights.size() && !results.empty(), "results and weights must be as many, got ",
                 results.size(), " and ", weights.size());
