@@ -115,10 +115,12 @@ void cast_weights_into(std::vector<Tensor> results, std::vector<Tensor> weights,
   GROOTVL_CHECK(results.size() == weights.size() && !results.empty(), "results and weights must be as many, got ",
                 results.size(), " and ", weights.size());
   std::vector<int64_t> rows, columns;
-  for (const Tensor& result : results) {
-    GROOTVL_CHECK(result.is_contiguous() && result.dim() >= 1 && result.dim() <= 2 &&
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Tensor& result = results[i];
+    GROOTVL_CHECK(result.is_contiguous() && result.dim() >= 1 && result.dim() == weights[i].dim() &&
                       result.scalar_type() == results[0].scalar_type() && result.device() == weights[0].device(),
-                  "results must be contiguous vectors and matrices of one type, on the device of the weights");
+                  "results must be contiguous, of one type, on the device of the weights, and vectors and matrices as "
+                  "these are");
     rows.push_back(result.dim() == 1 ? 1 : result.size(0));
     columns.push_back(result.size(-1));
   }
