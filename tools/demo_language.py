@@ -220,9 +220,10 @@ def main() -> None:
     missing = [seed for seed, path in enumerate(paths) if not path.is_file()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if missing:
-        workers = min(cores, len(missing))
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for future in [pool.submit(run_seed, args, seed, max(1, cores // workers)) for seed in missing]:
+        # The same number of threads however many seeds are missing, because sums round by it.
+        threads = max(1, cores // args.seeds)
+        with ProcessPoolExecutor(min(cores, len(missing)), mp_context=get_context("spawn")) as pool:
+            for future in [pool.submit(run_seed, args, seed, threads) for seed in missing]:
                 future.result()
 
     results = [json.loads(path.read_text()) for path in paths]

@@ -48,11 +48,13 @@ def test_script(options):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_script_of_features():
+    torch.manual_seed(0)
     kwargs = {"features_only": True, "feature_cls": "getter", "out_indices": (0, 2)}
     model = timm.create_model("grootv_nano", **kwargs).eval()
     scripted = torch.jit.script(model)
+    # The maps have a variance of one, and the operations of a script round in another way.
     for actual, expected in zip(scripted(image(1, 3, 64, 64)), model(image(1, 3, 64, 64)), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
