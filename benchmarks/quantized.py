@@ -7,9 +7,10 @@
     python benchmarks/quantized.py --device cpu --models grootv_nano --batch 2 --size 64 --mode default \\
         --precisions int8 float8                         # a trial without a GPU
 
-Needs torchao: pip install torchao. The whole model is in bfloat16, without autocast, and compiled. All models are
-compiled in the same way. With --search, the quantised ones are compiled with torchao's settings: the compiler searches
-for the fastest shape of each Triton kernel, and int8 products and their scales are one such kernel. The precisions:
+Needs torchao: pip install torchao. The whole model is in bfloat16, without autocast, and compiled, in the same way for
+all but the precisions that say otherwise. With --search, the quantised ones are compiled with torchao's settings: the
+compiler searches for the fastest shape of each Triton kernel, and int8 products and their scales are one such kernel.
+The precisions:
 
 * bfloat16: the model as it is. The others are compared with it, and it is always measured.
 * tuned: bfloat16, with the settings that torchao makes for the compiler, which then searches for faster Triton kernels.

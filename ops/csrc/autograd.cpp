@@ -319,11 +319,11 @@ struct Weight {
       : tensor(tensor),
         rows(rows),
         columns(columns),
-        padded(columns != tensor.size(-1) || (tensor.dim() == 2 && rows != tensor.size(0))) {}
+        resized(columns != tensor.size(-1) || (tensor.dim() == 2 && rows != tensor.size(0))) {}
 
   Tensor tensor;
   int64_t rows, columns;
-  bool padded;
+  bool resized;  // it has not the sizes of the tensor
 };
 
 // Whether operations on a tensor run on a GPU at once, and nothing traces them.
@@ -369,7 +369,7 @@ std::vector<Tensor> cast_weights(const std::vector<Weight>& weights, at::ScalarT
   for (size_t first = 0; first < weights.size(); ++first) {
     if (results[first].defined()) continue;
     const Weight& weight = weights[first];
-    if (!weight.padded && weight.tensor.scalar_type() == type) {
+    if (!weight.resized && weight.tensor.scalar_type() == type) {
       results[first] = weight.tensor;
       continue;
     }
@@ -378,7 +378,7 @@ std::vector<Tensor> cast_weights(const std::vector<Weight>& weights, at::ScalarT
     for (size_t i = first; i < weights.size(); ++i) {
       const Weight& other = weights[i];
       const at::ScalarType other_type = other.tensor.scalar_type();
-      if (other_type != weight.tensor.scalar_type() || (other_type == type && !other.padded)) continue;
+      if (other_type != weight.tensor.scalar_type() || (other_type == type && !other.resized)) continue;
       of_one_type.push_back(other);
       places.push_back(i);
     }
